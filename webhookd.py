@@ -1,0 +1,3820 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["bottle>=0.12.23", "waitress>=2.1.2"]
+# ///
+"""webhookd: webhooks for the applications of a small server.
+
+Applications publish events with one HTTP call; people register webhooks over a REST
+API compatible with Confluence's; every event is on disk before it is acknowledged,
+and is delivered signed, retried and observed. One process, one SQLite file.
+
+The way of an event, left to right and down; nothing below calls anything above:
+
+    POST /rest/api/events ─ Api ─ Store.publish ──────┐ event + a delivery per webhook
+                                  (waits for commit)  │ that wants it, ONE transaction
+                                                      │ shared with whoever publishes at
+                                 202 ◄────────────────┤ the same moment, fsynced
+                                                      ▼
+                                                 Dispatcher   due deliveries by webhook;
+                                                      │       the database holds the rest
+                                                      ▼       and is the only truth
+                        sign ─ connect to a checked address ─ send ─ judge the outcome
+                                                      │
+                                                      ▼
+                                                 Store.settle  attempt + next state, with
+                                                               the next commit
+
+    pending ──2xx──► succeeded     being in flight is known to memory only: after a crash
+       └── given up ──► failed     what was not settled is pending, and is tried again
+
+Threads: waitress's (the API), the store's writer, the delivery loop (asyncio), and one
+for each name that is being looked up. The sections, in the order in which the file
+builds on itself (`grep '^# ==='` finds them):
+
+    constants and logging   settings   errors   model   reading input   signatures
+    policy   outbound HTTP   store   dispatcher   users   REST API   systemd
+    command line
+"""
+
+import argparse
+import asyncio
+import base64
+import codecs
+import collections
+import collections.abc
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import email.utils
+import errno
+import fcntl
+import functools
+import getpass
+import hashlib
+import heapq
+import hmac
+import http
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import pathlib
+import random
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import ssl
+import sys
+import threading
+import time
+import urllib.parse
+
+import bottle
+import waitress
+import waitress.utilities
+
+# ======================================================================================
+# Constants and logging
+# ======================================================================================
+
+VERSION = "0.1.0"
+USER_AGENT = f"webhookd/{VERSION}"
+
+MAX_REQUEST_BYTES = (
+    32 << 20
+)  # a batch of events; one event is bounded by MAX_EVENT_SIZE
+MAX_WEBHOOK_BYTES = 1 << 20  # the JSON of one webhook
+MAX_EVENTS_PER_REQUEST = 1000
+MAX_RESPONSE_BYTES = 64 << 10  # read from a receiver, headers and body together
+MAX_KEPT_BODY_BYTES = 16 << 10  # of a response, kept with the attempt
+MAX_PAGE = 1000
+DEFAULT_PAGE = 250
+MASK = (
+    "********"  # stands for every secret value in answers, and keeps it when sent back
+)
+DAY_MS = 86_400_000
+STATISTICS_DAYS = 30
+
+log = logging.getLogger("webhookd")
+
+
+def fact(words: str, *, level: int = logging.INFO, **values: object) -> None:
+    """Log one fact on one line: a few words, then key=value."""
+    log.log(level, "%s", " ".join([words, *map("=".join, _printable(values))]))
+
+
+def _printable(values):
+    for key, value in values.items():
+        text = str(value)
+        plain = text and text.isprintable() and not set(text) & set(' "=')
+        yield (
+            key,
+            text if plain else json.dumps(text, ensure_ascii=not text.isprintable()),
+        )
+
+
+# ======================================================================================
+# Settings: one field is one variable, one flag, one line of --help, one row of README
+# ======================================================================================
+
+DURATION_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class SettingError(Exception):
+    """A setting has a value that cannot be used; the text names the setting."""
+
+
+def duration(text: str) -> float:
+    """Seconds of a positive duration such as 500ms, 5s, 5m, 2h or 30d."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|[smhd])", text, re.ASCII)
+    if not match or not float(match[1]):
+        raise ValueError(f"{text!r} is not a duration such as 500ms, 5s, 5m, 2h or 30d")
+    return float(match[1]) * DURATION_UNITS[match[2]]
+
+
+def durations(text: str) -> tuple[float, ...]:
+    """Seconds of each of a comma-separated list of durations."""
+    return tuple(duration(part.strip()) for part in text.split(","))
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 64K, 1M or 2G."""
+    match = re.fullmatch(r"(\d{1,9})([KMG]?)", text, re.ASCII)
+    if not match or not int(match[1]):
+        raise ValueError(f"{text!r} is not a size such as 64K, 1M or 2G")
+    return int(match[1]) * SIZE_UNITS[match[2]]
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up."""
+    if not re.fullmatch(r"\d{1,6}", text, re.ASCII) or not int(text):
+        raise ValueError(f"{text!r} is not a whole number from 1 to 999999")
+    return int(text)
+
+
+def listen_address(text: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT or [IPV6]:PORT."""
+    host, _, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if (
+        not bare
+        or (":" in bare) != (bare != host)
+        or not re.fullmatch(r"\d{1,5}", port)
+    ):
+        raise ValueError(f"{text!r} is not an address and port such as 127.0.0.1:8090")
+    if int(port) > 65535:
+        raise ValueError(f"{text!r} has a port above 65535")
+    return bare, int(port)
+
+
+def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    """The networks of a comma-separated list of CIDRs."""
+    parts = filter(None, map(str.strip, text.split(",")))
+    return tuple(ipaddress.ip_network(part, strict=False) for part in parts)
+
+
+def ip_address(text: str) -> str:
+    """An IP address in its usual spelling, or nothing."""
+    return str(ipaddress.ip_address(text)) if text else ""
+
+
+def setting(default: str, parse: collections.abc.Callable, metavar: str, text: str):
+    """A field of Settings: its default as one would type it, its reader and its help."""
+    metadata = {"parse": parse, "metavar": metavar, "text": text, "default": default}
+    return dataclasses.field(default=parse(default), metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that can be set; durations in seconds, sizes in bytes."""
+
+    listen: tuple[str, int] = setting(
+        "127.0.0.1:8090",
+        listen_address,
+        "HOST:PORT",
+        "address to serve on, port 0 picks one",
+    )
+    database: str = setting("webhookd.db", str, "FILE", "the SQLite file")
+    admin_password: str = setting(
+        "", str, "PASSWORD", "password of the user admin, set at every start"
+    )
+    allow_networks: tuple = setting(
+        "", networks, "CIDR,…", "networks that deliveries may reach although not public"
+    )
+    retry_schedule: tuple[float, ...] = setting(
+        "5s,5m,30m,2h,5h,10h,14h,20h,24h", durations, "TIME,…", "waits between attempts"
+    )
+    delivery_timeout: float = setting(
+        "20s", duration, "TIME", "for a whole attempt: resolve, connect, send, receive"
+    )
+    max_in_flight: int = setting("256", positive, "N", "most attempts in flight in all")
+    webhook_concurrency: int = setting(
+        "8", positive, "N", "most attempts in flight to one webhook"
+    )
+    max_event_size: int = setting("1M", size, "SIZE", "a larger event gets 413")
+    trusted_proxy: str = setting(
+        "",
+        ip_address,
+        "IP",
+        "reverse proxy whose X-Forwarded-For/-Proto/-Host are believed",
+    )
+
+
+def variable(field: dataclasses.Field) -> str:
+    """The environment variable of a field of Settings."""
+    return f"WEBHOOKD_{field.name.upper()}"
+
+
+def flag(field: dataclasses.Field) -> str:
+    """The command line's flag of a field of Settings."""
+    return "--" + field.name.replace("_", "-")
+
+
+def read_settings(flags: dict, environ: collections.abc.Mapping) -> Settings:
+    """Settings from flags, else variables, else defaults; raises SettingError."""
+    return Settings(**dict(_given_settings(flags, environ)))
+
+
+def _given_settings(flags, environ):
+    for field in dataclasses.fields(Settings):
+        text = flags.get(field.name) or environ.get(variable(field))
+        if text is None and field.name == "admin_password":
+            text = _credential(environ, "admin-password")
+        if text:
+            yield field.name, _parsed(field, text)
+
+
+def _parsed(field, text):
+    try:
+        return field.metadata["parse"](text)
+    except ValueError as error:
+        raise SettingError(f"{flag(field)} ({variable(field)}): {error}") from None
+
+
+def _credential(environ, name):
+    """A systemd credential (LoadCredential= and its like), or None."""
+    path = pathlib.Path(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)
+    return path.read_text().strip("\r\n") if path.exists() else None
+
+
+# ======================================================================================
+# Errors: each knows the HTTP status that it means
+# ======================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What is wrong, and with which field (None: with the request as a whole)."""
+
+    context: str | None
+    message: str
+
+    def __str__(self):
+        return f"{self.context}: {self.message}" if self.context else self.message
+
+
+class WebhookdError(Exception):
+    """What the client is told: a status, one or more faults, and perhaps headers."""
+
+    status = 500
+
+    def __init__(self, *faults: Fault | str, headers: dict | None = None):
+        self.faults = [f if isinstance(f, Fault) else Fault(None, f) for f in faults]
+        self.headers = headers or {}
+        super().__init__("; ".join(map(str, self.faults)))
+
+
+class Invalid(WebhookdError):
+    status = 400
+
+
+class Unauthorized(WebhookdError):
+    status = 401
+
+
+class Forbidden(WebhookdError):
+    status = 403
+
+
+class NotFound(WebhookdError):
+    status = 404
+
+
+class Conflict(WebhookdError):
+    status = 409
+
+
+class TooLarge(WebhookdError):
+    status = 413
+
+
+class WrongMediaType(WebhookdError):
+    status = 415
+
+
+class KeyReused(WebhookdError):
+    status = 422
+
+
+class TooManyRequests(WebhookdError):
+    status = 429
+
+
+class Unavailable(WebhookdError):
+    status = 503
+
+
+class StorageFull(WebhookdError):
+    status = 507
+
+
+def error_document(status: int, faults: list[Fault]) -> dict:
+    """The one shape of every error."""
+    return {
+        "statusCode": status,
+        "reason": http.HTTPStatus(status).phrase,
+        "message": "; ".join(map(str, faults)),
+        "errors": [
+            {"context": fault.context, "message": fault.message, "exceptionName": None}
+            for fault in faults
+        ],
+    }
+
+
+# ======================================================================================
+# Model: what there is, and what of it the API shows; secrets are masked here only
+# ======================================================================================
+
+SUCCESS, FAILURE, ERROR = "SUCCESS", "FAILURE", "ERROR"  # outcomes of an attempt
+PENDING, SUCCEEDED, FAILED = "pending", "succeeded", "failed"  # states of a delivery
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def json_bytes(value: object) -> bytes:
+    """Compact JSON in UTF-8; a lone surrogate stays the escape that it was."""
+    return _encode(value).encode("utf-8", "backslashreplace")
+
+
+def masked_url(url: str) -> str:
+    """The URL with the password of its user information masked."""
+    userinfo, at, host = urllib.parse.urlsplit(url).netloc.rpartition("@")
+    user, colon, _ = userinfo.partition(":")
+    return url.replace(f"{userinfo}@", f"{user}:{MASK}@", 1) if at and colon else url
+
+
+@dataclasses.dataclass(frozen=True)
+class Webhook:
+    """A registration: where to, for which events."""
+
+    id: int = 0
+    name: str = ""
+    url: str = ""
+    events: tuple[str, ...] = ()
+    active: bool = True
+    configuration: dict = dataclasses.field(default_factory=dict)  # without the secret
+    secret: str | None = None
+    credentials: dict | None = None  # username and password
+    headers: dict = dataclasses.field(default_factory=dict)
+    filters: dict = dataclasses.field(default_factory=dict)
+    verify_tls: bool = True
+    created: int = 0  # milliseconds, as updated
+    updated: int = 0
+
+    def subscribed(self, event: str) -> bool:
+        """Whether one of its names or wildcards takes the event's name."""
+        return any(
+            event.startswith(name[:-1]) if name.endswith("*") else event == name
+            for name in self.events
+        )
+
+    def basic_login(self) -> tuple[str, str] | None:
+        """User name and password for the receiver: credentials, else the URL's."""
+        if self.credentials:
+            return self.credentials["username"], self.credentials["password"]
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.username is None:
+            return None
+        return urllib.parse.unquote(parts.username), urllib.parse.unquote(
+            parts.password or ""
+        )
+
+    def shown(self) -> dict:
+        """The webhook as the API shows it."""
+        optional = {
+            "credentials": self.credentials
+            and {"username": self.credentials["username"]},
+            "headers": dict.fromkeys(self.headers, MASK),
+            "filters": self.filters,
+        }
+        return {
+            "id": self.id,
+            "name": self.name,
+            "createdDate": self.created,
+            "updatedDate": self.updated,
+            "events": list(self.events),
+            "configuration": self.configuration,
+            "url": masked_url(self.url),
+            "active": self.active,
+            "scopeType": "global",
+            "sslVerificationRequired": self.verify_tls,
+            "secretSet": self.secret is not None,
+        } | {key: value for key, value in optional.items() if value}
+
+
+@dataclasses.dataclass(frozen=True)
+class NewEvent:
+    """An event as it was published: its body is what every delivery sends."""
+
+    name: str
+    timestamp: int  # milliseconds
+    body: bytes
+    fields: dict  # the parsed body, for filters; its numbers are JsonNumbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A stored event."""
+
+    id: int
+    name: str
+    timestamp: int
+    delivery_count: int
+
+    def shown(self) -> dict:
+        """The event as publishing answers it and as lists show it."""
+        return {
+            "id": self.id,
+            "event": self.name,
+            "timestamp": self.timestamp,
+            "deliveries": self.delivery_count,
+        }
+
+
+def payload_of(body: bytes, name: str) -> bytes:
+    """The JSON object of an event's body without its timestamp and name, which lead it."""
+    head = b'"event":"%s"' % name.encode()
+    return b"{" + body[body.index(head) + len(head) :].removeprefix(b",")
+
+
+@dataclasses.dataclass(frozen=True)
+class Delivery:
+    """One event for one webhook, as the API shows it."""
+
+    id: str  # UUID
+    webhook_id: int
+    event_id: int
+    event: str
+    state: str
+    attempt_count: int
+    next_attempt: int | None  # milliseconds, as created
+    created: int
+    outcome: str | None  # this and the rest: of the latest attempt
+    description: str | None
+    duration: int | None  # milliseconds
+
+    def shown(self) -> dict:
+        """The delivery as the API shows it."""
+        return {
+            "id": self.id,
+            "webhookId": self.webhook_id,
+            "eventId": self.event_id,
+            "event": self.event,
+            "state": self.state,
+            "attemptCount": self.attempt_count,
+            "nextAttempt": self.next_attempt,
+            "createdDate": self.created,
+            "outcome": self.outcome,
+            "description": self.description,
+            "duration": self.duration,
+        }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DueDelivery:
+    """A delivery in the dispatcher's hands."""
+
+    number: int  # the database's own, in publish order
+    id: str  # UUID, X-Request-Id
+    webhook_id: int
+    event: str
+    body: bytes
+    attempt_count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attempt:
+    """One HTTP request of a delivery and what came of it, secrets masked."""
+
+    start: int  # milliseconds
+    duration: int  # milliseconds
+    url: str
+    request_headers: dict
+    outcome: str
+    description: str
+    status: int | None = None
+    response_headers: dict = dataclasses.field(default_factory=dict)
+    response_body: str | None = None
+    retry_after: str | None = None  # the receiver's Retry-After, as it came
+
+    def shown(self, delivery_id: str, event: str, body: str | None) -> dict:
+        """The invocation as the API shows it; body None: without headers and bodies."""
+        request = {"method": "POST", "url": self.url}
+        result = {
+            "description": self.description,
+            "outcome": self.outcome,
+            "statusCode": self.status,
+        }
+        if body is not None:
+            request |= {"headers": self.request_headers, "body": body}
+            result |= {"headers": self.response_headers, "body": self.response_body}
+        return {
+            "id": delivery_id,
+            "event": event,
+            "duration": self.duration,
+            "start": self.start,
+            "finish": self.start + self.duration,
+            "request": request,
+            "result": result,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """Which part of a list is wanted."""
+
+    start: int = 0
+    limit: int = DEFAULT_PAGE
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """Which rows of a list are wanted; an empty field asks for nothing."""
+
+    events: tuple[str, ...] = ()
+    outcomes: tuple[str, ...] = ()
+    states: tuple[str, ...] = ()
+    since: int | None = None  # milliseconds, both ends included
+    until: int | None = None
+
+
+# ======================================================================================
+# Reading input: from what a client sent to the model, or every fault in it at once
+# ======================================================================================
+
+NUMBER_MARK = secrets.token_hex(16)  # nobody can send it, so nobody can forge a number
+
+
+class JsonNumber(str):
+    """A JSON number as it was written, so that it is delivered to the digit."""
+
+    @property
+    def value(self) -> int | float:
+        return json.loads(self.removeprefix(NUMBER_MARK))
+
+
+def _json_number(digits):
+    return JsonNumber(NUMBER_MARK + digits)
+
+
+def _finite(digits):
+    number = float(digits)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"{digits} is out of range")
+    return number
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+_decode_event = json.JSONDecoder(
+    parse_float=_json_number, parse_int=_json_number, parse_constant=_refuse_constant
+).decode
+_decode = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant).decode
+_marked_number = re.compile(f'"{NUMBER_MARK}([^"]*)"')
+
+
+def json_value(body: bytes, decode: collections.abc.Callable = _decode):
+    """The value of a JSON text; raises Invalid."""
+    try:
+        return decode(body.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise Invalid(f"the body is not UTF-8: {error.reason}") from None
+    except RecursionError:
+        raise Invalid("the JSON is nested too deeply") from None
+    except ValueError as error:
+        raise Invalid(f"the body is not valid JSON: {error}") from None
+
+
+class Reader:
+    """Reads the fields of one untrusted object and collects the faults it finds."""
+
+    def __init__(self, fields: dict):
+        self.fields = fields
+        self.faults: list[Fault] = []
+
+    def fault(self, context: str | None, message: str) -> None:
+        """Note a fault; `check` will raise it with the others."""
+        self.faults.append(Fault(context, message))
+
+    def check(self) -> None:
+        """Raise Invalid if anything was wrong."""
+        if self.faults:
+            raise Invalid(*self.faults)
+
+    def given(self, name: str) -> bool:
+        return name in self.fields
+
+    def read(self, name: str, parse: collections.abc.Callable, default):
+        """The field as `parse` reads it; left out, null or at fault: the default."""
+        value = self.fields.get(name)
+        if value is None:
+            return default
+        try:
+            return parse(value)
+        except ValueError as error:
+            self.fault(name, str(error))
+        except Invalid as error:
+            self.faults += error.faults
+        return default
+
+
+# ---- fields ----
+
+
+def text_of(limit: int) -> collections.abc.Callable:
+    """A reader of strings of at most so many characters that are not blank."""
+
+    def parse(value):
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError("must be a string that is not blank")
+        if len(value) > limit:
+            raise ValueError(
+                f"at most {limit} characters are allowed, these are {len(value)}"
+            )
+        return value
+
+    return parse
+
+
+def boolean(value: object) -> bool:
+    """A boolean, also spelled as a string."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ValueError("must be true or false")
+
+
+def event_name(value: object) -> str:
+    """The name of an event."""
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", value):
+        return value
+    raise ValueError("must be 1 to 64 characters out of A-Z a-z 0-9 _ . : -")
+
+
+def subscription(value: object) -> str:
+    """The name of an event, or `*`, or a prefix and `*`."""
+    if isinstance(value, str) and value.endswith("*") and len(value) <= 64:
+        return value if value == "*" else event_name(value[:-1]) + "*"
+    return event_name(value)
+
+
+def subscriptions(value: object) -> tuple[str, ...]:
+    """The set of names and wildcards that a webhook is subscribed to."""
+    if not isinstance(value, list):
+        raise ValueError("must be a list of event names")
+    if not value:
+        raise ValueError("at least one is needed")
+    if len(value) > 100:
+        raise ValueError(f"at most 100 are allowed, these are {len(value)}")
+    faults = []
+    for index, item in enumerate(value):
+        try:
+            subscription(item)
+        except ValueError as error:
+            faults.append(Fault(f"events[{index}]", str(error)))
+    if faults:
+        raise Invalid(*faults)
+    return tuple(dict.fromkeys(value))
+
+
+def url_of(previous: str, check: collections.abc.Callable) -> collections.abc.Callable:
+    """A reader of a webhook's URL; a masked password stands for the previous one's.
+
+    check(url) raises ValueError if deliveries may not go there; the previous may stay."""
+
+    def parse(value):
+        if not isinstance(value, str) or not value:
+            raise ValueError("must be a string")
+        url = previous if value == masked_url(previous) else value
+        if len(url) > 2000:
+            raise ValueError(
+                f"at most 2000 characters are allowed, these are {len(url)}"
+            )
+        if re.search(r"[\x00-\x20\x7f\\]", url):
+            raise ValueError(
+                "must not contain spaces, control characters or backslashes"
+            )
+        _check_url(url)
+        if url != previous:
+            check(url)
+        return url
+
+    return parse
+
+
+def _check_url(url):
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("must begin with http:// or https://")
+    if not parts.hostname:
+        raise ValueError("must have a host")
+    if parts.port == 0:
+        raise ValueError("must have a port from 1 to 65535")
+    if "#" in url:
+        raise ValueError("must not have a fragment")
+    if "%" in parts.hostname:
+        raise ValueError("must not have a zone id or escapes in its host")
+    if f":{MASK}@" in url:
+        raise ValueError("has a masked password that stands for none")
+    try:
+        ascii_host(parts.hostname)
+    except UnicodeError:
+        raise ValueError("has a host that is not a valid name") from None
+
+
+def ascii_host(host: str) -> str:
+    """The host as it goes on the wire; raises UnicodeError."""
+    return host if host.isascii() else host.encode("idna").decode()
+
+
+def configuration_of(previous: dict) -> collections.abc.Callable:
+    """A reader of the configuration, merged into the previous one; null removes a key."""
+
+    def parse(value):
+        if not isinstance(value, dict):
+            raise ValueError("must be an object of strings")
+        reader = Reader(value)
+        for key, text in value.items():
+            if text is not None and not isinstance(text, str):
+                reader.fault(f"configuration.{key}", "must be a string or null")
+        if len(str(value.get("secret"))) > 255:
+            reader.fault("configuration.secret", "at most 255 characters are allowed")
+        reader.check()
+        merged = previous | {
+            k: v for k, v in value.items() if (k, v) != ("secret", MASK)
+        }
+        return {key: text for key, text in merged.items() if text is not None}
+
+    return parse
+
+
+def credentials_of(previous: dict | None) -> collections.abc.Callable:
+    """A reader of credentials; a password left out or masked keeps the previous one."""
+
+    def parse(value):
+        if not isinstance(value, dict):
+            raise ValueError("must be an object with username and password")
+        kept = previous["password"] if previous else None
+        username, password = value.get("username"), value.get("password")
+        if password in (None, MASK):
+            password = kept
+        reader = Reader(value)
+        if not isinstance(username, str) or not username or ":" in username:
+            reader.fault("credentials.username", "must be a string without a colon")
+        if not isinstance(password, str):
+            reader.fault("credentials.password", "must be a string")
+        reader.check()
+        return {"username": username, "password": password}
+
+    return parse
+
+
+HEADERS_NOT_TO_SET = frozenset(
+    "connection content-length expect host keep-alive proxy-authenticate"
+    " proxy-authorization proxy-connection te trailer transfer-encoding upgrade"
+    " webhook-id webhook-signature webhook-timestamp x-attempt x-event-key"
+    " x-hub-signature x-hub-signature-256 x-request-id".split()
+)
+
+
+def headers_of(previous: dict) -> collections.abc.Callable:
+    """A reader of extra request headers; a masked value keeps the previous one."""
+
+    def parse(value):
+        if not isinstance(value, dict):
+            raise ValueError("must be an object of strings")
+        if len(value) > 20:
+            raise ValueError(f"at most 20 are allowed, these are {len(value)}")
+        headers = {k: previous.get(k) if v == MASK else v for k, v in value.items()}
+        faults = list(_header_faults(headers))
+        if faults:
+            raise Invalid(*faults)
+        return headers
+
+    return parse
+
+
+def _header_faults(headers):
+    seen = set()
+    for name, value in headers.items():
+        context = f"headers.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name):
+            yield Fault(context, "is not a header name")
+        elif name.lower() in HEADERS_NOT_TO_SET:
+            yield Fault(context, "is set by webhookd or belongs to the connection")
+        elif name.lower() in seen:
+            yield Fault(context, "is there twice")
+        if not isinstance(value, str) or not re.fullmatch(
+            r"[\x20-\x7e\xa0-\xff\t]*", value
+        ):
+            yield Fault(
+                context, "must be a string of Latin-1 without control characters"
+            )
+        seen.add(name.lower())
+
+
+def filters(value: object) -> dict:
+    """Dotted paths and the value, or list of values, that the event must have there."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of dotted paths and values")
+    if len(value) > 20:
+        raise ValueError(f"at most 20 are allowed, these are {len(value)}")
+    reader = Reader(value)
+    for path, accepted in value.items():
+        accepted = accepted if isinstance(accepted, list) else [accepted]
+        if not path or len(path) > 255:
+            reader.fault(f"filters.{path}", "must be a path of 1 to 255 characters")
+        if not accepted or any(isinstance(item, (list, dict)) for item in accepted):
+            reader.fault(
+                f"filters.{path}", "must be a plain value or a list of plain values"
+            )
+    reader.check()
+    return value
+
+
+def epoch_ms(text: str) -> int:
+    """Epoch milliseconds of epoch milliseconds or of an ISO 8601 time (UTC if unsaid)."""
+    if re.fullmatch(r"-?\d{1,15}", text, re.ASCII):
+        return int(text)
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError("must be epoch milliseconds or an ISO 8601 time") from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=datetime.timezone.utc)
+    return round(moment.timestamp() * 1000)
+
+
+def whole_number(lowest: int, highest: int = 1 << 53) -> collections.abc.Callable:
+    """A reader of whole numbers from lowest up; above the highest, the highest."""
+
+    def parse(text):
+        if not re.fullmatch(r"\d{1,15}", text, re.ASCII) or int(text) < lowest:
+            raise ValueError(f"must be a whole number from {lowest} up")
+        return min(int(text), highest)
+
+    return parse
+
+
+def one_of(allowed: tuple[str, ...]) -> collections.abc.Callable:
+    """A reader of the allowed words."""
+
+    def parse(text):
+        if text not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return text
+
+    return parse
+
+
+class Query(Reader):
+    """Reads a query string; a parameter left blank is left out, of several the last counts."""
+
+    def __init__(self, query_string: str):
+        super().__init__(urllib.parse.parse_qs(query_string))
+
+    def read(self, name: str, parse: collections.abc.Callable, default):
+        return super().read(name, lambda values: parse(values[-1]), default)
+
+    def all(self, name: str, parse: collections.abc.Callable = str) -> tuple:
+        """The values of a parameter that may be repeated."""
+        return super().read(name, lambda values: tuple(map(parse, values)), ())
+
+    def page(self) -> Page:
+        """start and limit."""
+        return Page(
+            self.read("start", whole_number(0), 0),
+            self.read("limit", whole_number(1, MAX_PAGE), DEFAULT_PAGE),
+        )
+
+    def filter(self) -> Filter:
+        """event, outcome, state, since and until."""
+        return Filter(
+            events=self.all("event"),
+            outcomes=self.all("outcome", one_of((SUCCESS, FAILURE, ERROR))),
+            states=self.all("state", one_of((PENDING, SUCCEEDED, FAILED))),
+            since=self.read("since", epoch_ms, None),
+            until=self.read("until", epoch_ms, None),
+        )
+
+
+# ---- webhooks ----
+
+
+def read_webhook(
+    body: bytes, old: Webhook, check_url: collections.abc.Callable = lambda url: None
+) -> Webhook:
+    """The webhook that the body asks for, fields left out as in the old one.
+
+    check_url raises ValueError. Raises Invalid with every field at fault."""
+    value = json_value(body)
+    if not isinstance(value, dict):
+        raise Invalid("the body must be a JSON object")
+    if b"\\u" in body and b"\\ud" in json_bytes(value).lower():
+        raise Invalid("the body holds half a surrogate pair")
+    reader = Reader(value)
+    for name in ("url", "events"):
+        if not getattr(old, name) and value.get(name) is None:
+            reader.fault(name, "is needed")
+    webhook = _read_fields(reader, old, check_url)
+    reader.check()
+    if not webhook.name:
+        webhook = dataclasses.replace(webhook, name=masked_url(webhook.url)[:255])
+    return webhook
+
+
+def _read_fields(reader, old, check_url):
+    configuration = reader.read(
+        "configuration",
+        configuration_of(_full_configuration(old)),
+        _full_configuration(old),
+    )
+    cleared = {
+        "credentials": None,
+        "headers": {},
+        "filters": {},
+    }  # what null makes of it
+    unless = lambda name, kept: cleared[name] if reader.given(name) else kept  # noqa: E731
+    return dataclasses.replace(
+        old,
+        name=reader.read("name", text_of(255), old.name),
+        url=reader.read("url", url_of(old.url, check_url), old.url),
+        events=reader.read("events", subscriptions, old.events),
+        active=reader.read("active", boolean, old.active),
+        verify_tls=reader.read("sslVerificationRequired", boolean, old.verify_tls),
+        secret=configuration.get("secret") or None,
+        configuration={k: v for k, v in configuration.items() if k != "secret"},
+        credentials=reader.read(
+            "credentials",
+            credentials_of(old.credentials),
+            unless("credentials", old.credentials),
+        ),
+        headers=reader.read(
+            "headers", headers_of(old.headers), unless("headers", old.headers)
+        ),
+        filters=reader.read("filters", filters, unless("filters", old.filters)),
+    )
+
+
+def _full_configuration(webhook):
+    secret = {"secret": webhook.secret} if webhook.secret else {}
+    return webhook.configuration | secret
+
+
+def wants(webhook: Webhook, event: NewEvent) -> bool:
+    """Whether the event passes the webhook's filters."""
+    return all(
+        _accepts(accepted, _field_at(event.fields, path))
+        for path, accepted in webhook.filters.items()
+    )
+
+
+def _field_at(fields, path):
+    for key in path.split("."):
+        if not isinstance(fields, dict) or key not in fields:
+            return NotFound
+        fields = fields[key]
+    return fields.value if isinstance(fields, JsonNumber) else fields
+
+
+def _accepts(accepted, value):
+    accepted = accepted if isinstance(accepted, list) else [accepted]
+    return any(
+        item == value and isinstance(item, bool) == isinstance(value, bool)
+        for item in accepted
+    )
+
+
+# ---- events ----
+
+
+def read_events(
+    body: bytes, lines: bool, now_ms: int, max_bytes: int
+) -> NewEvent | list[NewEvent]:
+    """The event of a JSON object; a list of those of an array, or of NDJSON lines.
+
+    Raises Invalid with the faults of all of them, TooLarge for one over max_bytes."""
+    if lines:
+        parts = [(line, len(line)) for line in body.split(b"\n") if line.strip()]
+    else:
+        value = json_value(body, _decode_event)
+        if not isinstance(value, list):
+            return _read_event(value, len(body), now_ms, max_bytes)
+        parts = [(item, 0) for item in value]
+    if not 1 <= len(parts) <= MAX_EVENTS_PER_REQUEST:
+        raise Invalid(
+            f"1 to {MAX_EVENTS_PER_REQUEST} events are allowed, not {len(parts)}"
+        )
+    return _read_all(parts, now_ms, max_bytes)
+
+
+def _read_all(parts, now_ms, max_bytes):
+    events, faults = [], []
+    for index, (part, sent_bytes) in enumerate(parts):
+        try:
+            value = json_value(part, _decode_event) if sent_bytes else part
+            events.append(_read_event(value, sent_bytes, now_ms, max_bytes))
+        except (Invalid, TooLarge) as error:
+            place = [_placed(fault, index) for fault in error.faults]
+            if isinstance(error, TooLarge):
+                raise TooLarge(*place) from None
+            faults += place
+    if faults:
+        raise Invalid(*faults)
+    return events
+
+
+def _placed(fault, index):
+    context = f"[{index}].{fault.context}" if fault.context else f"[{index}]"
+    return Fault(context, fault.message)
+
+
+def _read_event(value, sent_bytes, now_ms, max_bytes):
+    if not isinstance(value, dict):
+        raise Invalid("an event must be a JSON object")
+    reader = Reader(value)
+    if "event" not in value:
+        reader.fault("event", "is needed")
+    name = reader.read("event", event_name, "")
+    timestamp = value.get("timestamp", now_ms)
+    moment = timestamp.value if isinstance(timestamp, JsonNumber) else timestamp
+    if isinstance(moment, bool) or not isinstance(moment, (int, float)):
+        reader.fault("timestamp", "must be a number")
+    elif not abs(moment) < 1e15:
+        reader.fault("timestamp", "is out of range")
+    if value.get("event", "") is None:
+        reader.fault("event", "must be a string")
+    reader.check()
+    body = _event_body({"timestamp": timestamp, "event": name} | value)
+    added = 0 if "timestamp" in value else len(f'"timestamp":{now_ms},')
+    if max(sent_bytes, len(body) - added) > max_bytes:
+        raise TooLarge(
+            f"an event may have at most {max_bytes} bytes (--max-event-size)"
+        )
+    return NewEvent(name, int(moment), body, value)
+
+
+def _event_body(fields):
+    try:
+        text = _encode(fields)
+    except RecursionError:
+        raise Invalid("the JSON is nested too deeply") from None
+    return _marked_number.sub(r"\1", text).encode("utf-8", "backslashreplace")
+
+
+# ======================================================================================
+# Signatures: what one attempt sends
+# ======================================================================================
+
+
+def uuid7(now_ms: int) -> str:
+    """A UUID that sorts by time (RFC 9562, version 7), which keeps its index compact."""
+    number = now_ms << 80 | 0x7 << 76 | 0x2 << 62
+    number |= random.getrandbits(12) << 64 | random.getrandbits(62)
+    digits = f"{number:032x}"
+    return "-".join(
+        (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
+    )
+
+
+def hub_signature(secret: str, body: bytes) -> str:
+    """The X-Hub-Signature of a body."""
+    return "sha256=" + hmac.digest(secret.encode(), body, "sha256").hex()
+
+
+def standard_key(secret: str) -> bytes:
+    """The key of a secret for Standard Webhooks: what `whsec_` encodes, else its UTF-8."""
+    if secret.startswith("whsec_"):
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    return secret.encode()
+
+
+def standard_signature(secret: str, id: str, seconds: int, body: bytes) -> str:
+    """The webhook-signature of a body (standardwebhooks.com, symmetric v1)."""
+    signed = b"%s.%d.%s" % (id.encode(), seconds, body)
+    digest = hmac.digest(standard_key(secret), signed, "sha256")
+    return "v1," + base64.b64encode(digest).decode()
+
+
+def request_headers(
+    webhook: Webhook, event: str, id: str, number: int, body: bytes, now_ms: int
+) -> dict[str, str]:
+    """All headers of an attempt but Host and Content-Length; the webhook's own win."""
+    headers = {
+        "Content-Type": "application/json; charset=utf-8",
+        "User-Agent": USER_AGENT,
+        "X-Event-Key": event,
+        "X-Request-Id": id,
+        "X-Attempt": str(number),
+        "webhook-id": id,
+        "webhook-timestamp": str(now_ms // 1000),
+    }
+    if webhook.secret:
+        headers["X-Hub-Signature"] = hub_signature(webhook.secret, body)
+        headers["X-Hub-Signature-256"] = headers["X-Hub-Signature"]
+        headers["webhook-signature"] = standard_signature(
+            webhook.secret, id, now_ms // 1000, body
+        )
+    login = webhook.basic_login()
+    if login:
+        pair = base64.b64encode(":".join(login).encode()).decode()
+        headers["Authorization"] = f"Basic {pair}"
+    if webhook.headers:
+        own = {name.lower() for name in webhook.headers}
+        headers = {k: v for k, v in headers.items() if k.lower() not in own}
+    return headers | webhook.headers
+
+
+def masked_headers(webhook: Webhook, headers: dict[str, str]) -> dict[str, str]:
+    """The headers of an attempt as they may be kept and shown."""
+    return {
+        name: MASK if name in webhook.headers or name == "Authorization" else value
+        for name, value in headers.items()
+    }
+
+
+def secret_texts(webhook: Webhook) -> list[str]:
+    """Every text that must not come back in what a receiver answers, longest first."""
+    texts = [webhook.secret or "", *webhook.headers.values()]
+    login = webhook.basic_login()
+    if login:
+        pair = ":".join(login).encode()
+        texts += [login[1], base64.b64encode(pair).decode()]
+    # shorter ones are no secrets, and masking them would spoil the answer
+    return sorted((text for text in texts if len(text) >= 4), key=len, reverse=True)
+
+
+def without_secrets(text: str, texts: list[str]) -> str:
+    """The text with each of the secret texts masked."""
+    for secret in texts:
+        text = text.replace(secret, MASK)
+    return text
+
+
+# ======================================================================================
+# Policy: is it a success, and when is the next attempt
+# ======================================================================================
+
+MAX_RETRY_AFTER_SECONDS = 86400
+JITTER = 0.1  # every wait varies by this share, so that retries do not come in step
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settlement:
+    """What an attempt makes of its delivery and its webhook."""
+
+    due: DueDelivery
+    attempt: Attempt
+    state: str
+    next_attempt: int | None  # milliseconds; None unless pending
+    failures: int  # of the webhook, in a row
+
+
+def outcome_of(status: int) -> str:
+    """SUCCESS for any 2xx, FAILURE for any other answer."""
+    return SUCCESS if 200 <= status < 300 else FAILURE
+
+
+def retry_after_seconds(text: str | None, now_ms: int) -> float:
+    """Seconds that a Retry-After header asks for, in seconds or as a date; 0 if none."""
+    if text is None:
+        return 0
+    if re.fullmatch(r"\d{1,9}", text.strip(), re.ASCII):
+        return int(text)
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp() - now_ms / 1000
+    except (ValueError, OverflowError):
+        return 0
+
+
+def next_wait(
+    attempts: int, schedule: tuple[float, ...], retry_after: float, jitter: float
+) -> float | None:
+    """Seconds until the next attempt, or None when the schedule is used up.
+
+    jitter is a factor around 1. A receiver may ask for later, never for earlier."""
+    if attempts > len(schedule):
+        return None
+    return max(
+        schedule[attempts - 1] * jitter, min(retry_after, MAX_RETRY_AFTER_SECONDS)
+    )
+
+
+def settlement(
+    due: DueDelivery,
+    attempt: Attempt,
+    failures: int,
+    schedule: tuple[float, ...],
+    jitter: float,
+) -> Settlement:
+    """What becomes of a delivery after an attempt; failures: in a row before it."""
+    if attempt.outcome == SUCCESS:
+        return Settlement(due, attempt, SUCCEEDED, None, 0)
+    finish = attempt.start + attempt.duration
+    asked = attempt.retry_after if attempt.status in (429, 503) else None
+    wait = next_wait(
+        due.attempt_count + 1, schedule, retry_after_seconds(asked, finish), jitter
+    )
+    if wait is None:
+        return Settlement(due, attempt, FAILED, None, failures + 1)
+    return Settlement(due, attempt, PENDING, finish + round(wait * 1000), failures + 1)
+
+
+# ======================================================================================
+# Outbound HTTP: allowed addresses, requests and responses, one attempt
+# ======================================================================================
+
+# ---- addresses ----
+
+REFUSED_NETWORKS = networks(
+    "0.0.0.0/8,10.0.0.0/8,100.64.0.0/10,127.0.0.0/8,168.63.129.16/32,169.254.0.0/16,"
+    "172.16.0.0/12,192.0.0.0/24,192.0.2.0/24,192.88.99.0/24,192.168.0.0/16,"
+    "198.18.0.0/15,198.51.100.0/24,203.0.113.0/24,224.0.0.0/4,240.0.0.0/4,"
+    "::/8,64:ff9b:1::/48,100::/64,2001::/23,2001:db8::/32,3fff::/20,5f00::/16,"
+    "fc00::/7,fe80::/10,fec0::/10,ff00::/8"
+)
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+COMPATIBLE = ipaddress.ip_network("::/96")
+MAX_LOOKUPS = 64  # names being looked up at one moment, a thread each
+LOOKUP_SECONDS_AT_REGISTRATION = 5
+
+
+class AddressRefused(ValueError):
+    """A delivery may not go to this address; the text says which, and what allows it."""
+
+
+def embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address inside an IPv6 one that leads to it, or None."""
+    if address in NAT64 or address in COMPATIBLE and int(address) > 1:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if address.teredo:
+        return address.teredo[1]
+    return address.ipv4_mapped or address.sixtofour
+
+
+class Destinations:
+    """Judges where deliveries may go, and looks names up in threads of its own."""
+
+    def __init__(self, allowed: tuple, own: tuple[str, int] | None = None):
+        """own: the address and port that webhookd itself listens on."""
+        self._allowed = allowed
+        self._own = own and (ipaddress.ip_address(own[0]), own[1])
+        self._lock = threading.Lock()  # guards _lookups
+        self._lookups: dict[str, concurrent.futures.Future] = {}
+
+    def check(self, text: str, port: int) -> None:
+        """Raise AddressRefused unless deliveries may go to this IP address and port."""
+        address = ipaddress.ip_address(text.partition("%")[0])
+        if "%" in text:
+            raise AddressRefused(f"{text} has a zone id")
+        inside = embedded_ipv4(address) if address.version == 6 else None
+        if self._is_own(inside or address, port):
+            raise AddressRefused(f"{text} port {port} is webhookd itself")
+        if any(address in network for network in self._allowed):
+            return
+        judged = inside or address
+        refused = next((net for net in REFUSED_NETWORKS if judged in net), None)
+        if refused and not any(judged in network for network in self._allowed):
+            raise AddressRefused(
+                f"{text} is not a public address; to deliver there start with"
+                f" --allow-networks {refused}"
+            )
+
+    def _is_own(self, address, port):
+        if not self._own or port != self._own[1]:
+            return False
+        if address.is_unspecified:  # connects to this machine
+            address = ipaddress.ip_address(
+                "127.0.0.1" if address.version == 4 else "::1"
+            )
+        return (
+            address == self._own[0]
+            or self._own[0].is_unspecified
+            and _is_local(address)
+        )
+
+    def check_url(self, url: str) -> None:
+        """Raise AddressRefused if the URL leads, as far as is known now, astray."""
+        place = endpoint(url)
+        with contextlib.suppress(OSError, concurrent.futures.TimeoutError):
+            for address in self.lookup(place.host).result(
+                LOOKUP_SECONDS_AT_REGISTRATION
+            ):
+                self.check(address, place.port)
+
+    def lookup(self, host: str) -> concurrent.futures.Future:
+        """A future of the host's addresses, or of OSError; raises OSError when busy."""
+        future = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()  # it is shared: no waiter may cancel it
+        if _is_ip(host):
+            future.set_result([host])
+            return future
+        with self._lock:
+            if host in self._lookups:
+                return self._lookups[host]
+            if len(self._lookups) >= MAX_LOOKUPS:
+                raise OSError(errno.EAGAIN, "too many names are being looked up")
+            self._lookups[host] = future
+        # a daemon: a resolver that hangs must not keep the process from stopping
+        threading.Thread(
+            target=self._look_up, args=(host, future), name="lookup", daemon=True
+        ).start()
+        return future
+
+    def _look_up(self, host, future):
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            answer = list(dict.fromkeys(address[0] for *_, address in found))
+        except (OSError, UnicodeError):
+            answer = UnknownHost(f"unknown host {host}")
+        with self._lock:
+            del self._lookups[host]
+        if isinstance(answer, UnknownHost):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
+
+
+class UnknownHost(OSError):
+    """A name that has no address."""
+
+
+def _is_ip(host):
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
+def _is_local(address):
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((str(address), 0))  # works for this machine's addresses only
+        except OSError:
+            return False
+    return True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Endpoint:
+    """The parts of a URL that sending needs."""
+
+    tls: bool
+    host: str  # as it is looked up
+    port: int
+    host_header: str
+    target: str  # path and query
+
+
+@functools.lru_cache(4096)
+def endpoint(url: str) -> Endpoint:
+    """The parts of a webhook's URL."""
+    parts = urllib.parse.urlsplit(url)
+    tls, host = parts.scheme == "https", ascii_host(parts.hostname)
+    default = 443 if tls else 80
+    port = parts.port or default
+    name = f"[{host}]" if ":" in host else host
+    target = urllib.parse.quote(
+        (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
+        safe="!#$%&'()*+,/:;=?@[]~",
+    )
+    return Endpoint(
+        tls, host, port, name if port == default else f"{name}:{port}", target
+    )
+
+
+# ---- requests and responses ----
+
+
+class ProtocolError(Exception):
+    """What came is not one HTTP/1.1 response."""
+
+
+def request_bytes(place: Endpoint, headers: dict[str, str], body: bytes) -> bytes:
+    """A whole POST request, to be sent at once."""
+    lines = [f"POST {place.target} HTTP/1.1", f"Host: {place.host_header}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    lines += [f"Content-Length: {len(body)}", "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+class Response:
+    """Reads one HTTP/1.1 response (RFC 9112) from bytes as they come; does no I/O.
+
+    It is strict, and reads at most MAX_RESPONSE_BYTES."""
+
+    def __init__(self):
+        self.status = 0
+        self.headers: list[tuple[str, str]] = []
+        self.body = bytearray()
+        self.started = False  # something came
+        self.complete = False
+        self.reusable = False  # the connection, for another request
+        self._unread = bytearray()
+        self._received = 0
+        self._wanted = 0  # bytes of the body or of the chunk
+        self._step = self._read_head
+
+    def feed(self, chunk: bytes) -> bool:
+        """Take in what came; True when the response is complete. Raises ProtocolError."""
+        self.started = True
+        self._received += len(chunk)
+        self._unread += chunk
+        while not self.complete and self._step():
+            pass
+        if not self.complete and self._received >= MAX_RESPONSE_BYTES:
+            self._cut_off()
+        if self.complete and self._unread:
+            self.reusable = False
+        return self.complete
+
+    def end(self) -> None:
+        """The receiver closed the connection. Raises ProtocolError if that was too early."""
+        if self._step != self._read_until_close:
+            where = (
+                "in the middle of its answer" if self.started else "without an answer"
+            )
+            raise ProtocolError(f"the receiver closed the connection {where}")
+        self.complete = True
+
+    def header(self, name: str) -> str | None:
+        """The value of a header, several joined by commas; None if it was not sent."""
+        values = [value for key, value in self.headers if key.lower() == name]
+        return ", ".join(values) if values else None
+
+    def _cut_off(self):
+        if not self.status:
+            raise ProtocolError("the answer's headers are too long")
+        self.complete, self.reusable = True, False
+
+    def _read_line(self):
+        """The next line, or None if it is not there yet."""
+        end = self._unread.find(b"\r\n")
+        if end < 0:
+            return None
+        line = bytes(self._unread[:end])
+        del self._unread[: end + 2]
+        return line
+
+    def _read_head(self):
+        end = self._unread.find(b"\r\n\r\n")
+        if end < 0:
+            return False
+        first, *lines = bytes(self._unread[:end]).split(b"\r\n")
+        del self._unread[: end + 4]
+        match = re.fullmatch(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: [^\r\n\0]*)?", first)
+        if not match:
+            raise ProtocolError("the answer is not HTTP/1.1")
+        self.headers = [_header_line(line) for line in lines]
+        status = int(match[2])
+        if status == 101:
+            raise ProtocolError("the receiver wants to switch protocols")
+        if status >= 200:  # the others announce a final answer
+            self.status = status
+            closes = "close" in (self.header("connection") or "").lower()
+            self.reusable = match[1] == b"1" and not closes
+            self._choose_framing()
+        return True
+
+    def _choose_framing(self):
+        coding, length = self.header("transfer-encoding"), self.header("content-length")
+        if self.status in (204, 304):
+            self.complete = True
+        elif coding is not None:
+            if coding.lower() != "chunked" or length is not None:
+                raise ProtocolError("the answer's length is not clear")
+            self._step = self._read_chunk_size
+        elif length is not None:
+            lengths = set(re.split(r"[ \t]*,[ \t]*", length))
+            if len(lengths) > 1 or not re.fullmatch(
+                r"\d{1,18}", lengths.pop(), re.ASCII
+            ):
+                raise ProtocolError("the answer's length is not clear")
+            self._wanted = int(length.partition(",")[0])
+            self._step = self._read_length
+        else:
+            self._step, self.reusable = self._read_until_close, False
+
+    def _take_body(self):
+        taken = self._unread[: self._wanted]
+        del self._unread[: self._wanted]
+        self.body += taken
+        self._wanted -= len(taken)
+
+    def _read_length(self):
+        self._take_body()
+        self.complete = not self._wanted
+        return False
+
+    def _read_until_close(self):
+        self.body += self._unread
+        self._unread.clear()
+        return False
+
+    def _read_chunk_size(self):
+        line = self._read_line()
+        if line is None:
+            return False
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\0]*)?", line)
+        if not match:
+            raise ProtocolError("the answer has a malformed chunk")
+        self._wanted = int(match[1], 16)
+        self._step = self._read_chunk if self._wanted else self._read_trailer
+        return True
+
+    def _read_chunk(self):
+        self._take_body()
+        if self._wanted or len(self._unread) < 2:
+            return False
+        if self._read_line() != b"":
+            raise ProtocolError("the answer has a malformed chunk")
+        self._step = self._read_chunk_size
+        return True
+
+    def _read_trailer(self):
+        line = self._read_line()
+        self.complete = line == b""
+        return line is not None
+
+
+def _header_line(line):
+    match = re.fullmatch(
+        rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*", line
+    )
+    if not match:
+        raise ProtocolError("the answer has a malformed header")
+    return match[1].decode("latin-1"), match[2].decode("latin-1")
+
+
+def kept_text(body: bytes, content_type: str | None) -> str:
+    """What is kept of a response's body: 16 KiB of text, else `<binary data>`."""
+    charset = re.search(r"charset=\"?([\w-]+)", content_type or "")
+    known = charset and charset[1].lower() in ("iso-8859-1", "us-ascii", "windows-1252")
+    try:
+        decoder = codecs.getincrementaldecoder(charset[1] if known else "utf-8")()
+        text = decoder.decode(bytes(body[:MAX_KEPT_BODY_BYTES]))
+    except UnicodeError:
+        return "<binary data>"
+    return (
+        "<binary data>" if re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]", text) else text
+    )
+
+
+# ---- connections ----
+
+IDLE_SECONDS = 30  # an unused connection is closed after this time
+MAX_IDLE_CONNECTIONS = 256
+
+
+class Connection(asyncio.Protocol):
+    """One connection to a receiver, used by one request at a time."""
+
+    def __init__(self):
+        self._response = None
+        self._answer = None  # a future of the response
+        self.transport = None
+        self.idle_since = 0.0
+
+    async def exchange(self, request: bytes) -> Response:
+        """Send a request and return the answer; raises OSError or ProtocolError."""
+        self._response = Response()
+        self._answer = asyncio.get_running_loop().create_future()
+        try:
+            self.transport.write(request)
+            return await self._answer
+        finally:
+            self._answer = None
+            if self.transport.get_write_buffer_size():  # answered before it was sent
+                self._response.reusable = False
+
+    def reusable(self) -> bool:
+        """Whether another request may use it."""
+        return self._response.reusable and not self.transport.is_closing()
+
+    def unanswered(self) -> bool:
+        """Whether nothing at all came back for the last request."""
+        return not self._response.started
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        if self._answer is None:  # nobody asked: must not become somebody's answer
+            self.transport.abort()
+        elif not self._answer.done():
+            self._settle(self._response.feed, data)
+
+    def eof_received(self):
+        self._closed()
+
+    def connection_lost(self, exc):
+        self._closed(exc)
+
+    def _closed(self, error=None):
+        if self._answer and not self._answer.done():
+            if error:
+                self._answer.set_exception(error)
+            else:
+                self._settle(self._response.end)
+
+    def _settle(self, step, *data):
+        try:
+            step(*data)
+        except ProtocolError as error:
+            self._answer.set_exception(error)
+        if self._response.complete:
+            self._answer.set_result(self._response)
+
+
+@functools.cache
+def tls_context(verify: bool) -> ssl.SSLContext:
+    """The one context of all connections that verify, or that do not."""
+    context = ssl.create_default_context()  # honours SSL_CERT_FILE
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+class Client:
+    """Sends requests over kept-alive connections. Belongs to one event loop."""
+
+    def __init__(self, destinations: Destinations, timeout_seconds: float):
+        self._destinations = destinations
+        self._timeout_seconds = timeout_seconds
+        self._idle = collections.defaultdict(list)  # (endpoint's key) -> Connections
+        self._idle_count = 0
+
+    async def send(
+        self, url: str, headers: dict[str, str], body: bytes, verify_tls: bool
+    ) -> Response:
+        """POST and return the answer.
+
+        Raises AddressRefused, ProtocolError or OSError (TimeoutError among them)."""
+        place = endpoint(url)
+        request = request_bytes(place, headers, body)
+        async with asyncio.timeout(self._timeout_seconds):
+            connection = self._take_idle(place, verify_tls)
+            if connection:
+                try:
+                    return await self._exchange(connection, place, verify_tls, request)
+                except (ProtocolError, ConnectionError):
+                    if not connection.unanswered():
+                        raise  # else the receiver had closed it while it was idle
+            connection = await self._connect(place, verify_tls)
+            return await self._exchange(connection, place, verify_tls, request)
+
+    async def _exchange(self, connection, place, verify_tls, request):
+        try:
+            response = await connection.exchange(request)
+        except BaseException:
+            connection.transport.abort()
+            raise
+        if connection.reusable() and self._idle_count < MAX_IDLE_CONNECTIONS:
+            connection.idle_since = time.monotonic()
+            self._idle[place.tls, place.host, place.port, verify_tls].append(connection)
+            self._idle_count += 1
+        else:
+            connection.transport.abort()
+        return response
+
+    def _take_idle(self, place, verify_tls):
+        connections = self._idle.get((place.tls, place.host, place.port, verify_tls))
+        while connections:
+            self._idle_count -= 1
+            connection = connections.pop()
+            if not connection.transport.is_closing():
+                return connection
+        return None
+
+    async def _connect(self, place, verify_tls):
+        addresses = await asyncio.wrap_future(self._destinations.lookup(place.host))
+        for address in addresses:  # all of them, before one is used
+            self._destinations.check(address, place.port)
+        failure = None
+        for address in addresses:
+            try:
+                async with asyncio.timeout(self._timeout_seconds / len(addresses)):
+                    return await self._connect_to(address, place, verify_tls)
+            except OSError as error:
+                failure = error
+        raise failure
+
+    async def _connect_to(self, address, place, verify_tls):
+        tls = {}
+        if place.tls:
+            tls = {"ssl": tls_context(verify_tls), "server_hostname": place.host}
+        _, connection = await asyncio.get_running_loop().create_connection(
+            Connection, address, place.port, **tls
+        )
+        return connection
+
+    def close_idle(self, older_than_seconds: float = 0) -> None:
+        """Close the connections that nobody has used for so long."""
+        limit = time.monotonic() - older_than_seconds
+        for key, connections in list(self._idle.items()):
+            for connection in [c for c in connections if c.idle_since <= limit]:
+                connections.remove(connection)
+                connection.transport.abort()
+                self._idle_count -= 1
+            if not connections:
+                del self._idle[key]
+
+
+# ---- one attempt ----
+
+
+async def make_attempt(
+    client: Client,
+    webhook: Webhook,
+    headers: dict[str, str],
+    body: bytes,
+    start_ms: int,
+) -> Attempt:
+    """POST to a webhook and say what came of it, with every secret masked."""
+    begun = time.monotonic()
+    outcome = {"outcome": ERROR}
+    try:
+        response = await client.send(webhook.url, headers, body, webhook.verify_tls)
+        outcome = _answered(response, secret_texts(webhook))
+    except (AddressRefused, ProtocolError, OSError) as error:
+        outcome["description"] = described(error)
+    return Attempt(
+        start=start_ms,
+        duration=round((time.monotonic() - begun) * 1000),
+        url=masked_url(webhook.url),
+        request_headers=masked_headers(webhook, headers),
+        **outcome,
+    )
+
+
+def _answered(response, secrets_to_mask):
+    masked = functools.partial(without_secrets, texts=secrets_to_mask)
+    names = dict.fromkeys(name for name, _ in response.headers)
+    headers = {name: masked(response.header(name.lower())) for name in names}
+    description = str(response.status)
+    if 300 <= response.status < 400:
+        target = headers.get("Location") or headers.get("location") or "nowhere"
+        description += f", a redirect to {target}, which is not followed"
+    return {
+        "outcome": outcome_of(response.status),
+        "description": description,
+        "status": response.status,
+        "response_headers": headers,
+        "response_body": masked(
+            kept_text(response.body, response.header("content-type"))
+        ),
+        "retry_after": response.header("retry-after"),
+    }
+
+
+def described(error: Exception) -> str:
+    """Why there was no answer, in words."""
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"TLS: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(error, ConnectionError):
+        return "connection reset"
+    if isinstance(error, UnknownHost) or not isinstance(error, OSError):
+        return str(error)
+    return (os.strerror(error.errno) if error.errno else str(error)).lower()
+
+
+# ======================================================================================
+# Store: one SQLite file, one writer thread, a commit for all who wait
+# ======================================================================================
+
+MIGRATIONS = (  # their count is the version of the database; only ever append
+    """
+    CREATE TABLE users (
+        name TEXT PRIMARY KEY, role TEXT NOT NULL, password TEXT NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE webhooks (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        failures INTEGER NOT NULL DEFAULT 0,  -- attempts without success, in a row
+        definition TEXT NOT NULL              -- JSON of the fields of Webhook
+    );
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, event TEXT NOT NULL, timestamp INTEGER NOT NULL
+    );
+    CREATE TABLE payloads (  -- apart from events, so that lists need not read them
+        event_id INTEGER PRIMARY KEY, body BLOB NOT NULL
+    );
+    CREATE TABLE deliveries (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,  -- in publish order
+        uuid TEXT NOT NULL UNIQUE,
+        webhook_id INTEGER NOT NULL,
+        event_id INTEGER NOT NULL,
+        event TEXT NOT NULL,
+        created INTEGER NOT NULL,      -- milliseconds, as every time here
+        state TEXT NOT NULL,
+        attempt_count INTEGER NOT NULL,
+        next_attempt INTEGER,          -- NULL unless pending
+        outcome TEXT, description TEXT, duration INTEGER  -- of the latest attempt
+    );
+    CREATE INDEX deliveries_due ON deliveries (webhook_id, next_attempt, id)
+        WHERE state = 'pending';
+    CREATE INDEX deliveries_by_webhook ON deliveries (webhook_id, id);
+    CREATE INDEX deliveries_by_event ON deliveries (event_id);
+    CREATE TABLE attempts (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        delivery_id INTEGER NOT NULL,
+        start INTEGER NOT NULL,
+        duration INTEGER NOT NULL,
+        url TEXT NOT NULL,
+        request_headers TEXT NOT NULL,
+        outcome TEXT NOT NULL,
+        description TEXT NOT NULL,
+        status INTEGER,
+        response_headers TEXT NOT NULL,
+        response_body TEXT
+    );
+    CREATE INDEX attempts_by_delivery ON attempts (delivery_id, id);
+    CREATE TABLE statistics (  -- attempts a day, and the last of them
+        webhook_id INTEGER, event TEXT, outcome TEXT, day INTEGER,
+        attempts INTEGER NOT NULL, last_attempt INTEGER NOT NULL,
+        PRIMARY KEY (webhook_id, event, outcome, day)
+    ) WITHOUT ROWID;
+    CREATE TABLE answers (  -- what was answered to an Idempotency-Key
+        user TEXT, key TEXT, fingerprint BLOB NOT NULL, answer BLOB NOT NULL,
+        PRIMARY KEY (user, key)
+    ) WITHOUT ROWID;
+    """,
+)
+BUSY_SECONDS = (
+    10  # how long to wait for another process that writes, such as `user add`
+)
+SETTLE_SECONDS = 0.01  # settlements wait so long for a publication to share its commit
+RETRY_SECONDS = 1  # after a commit of settlements failed
+ROWS_PER_STATEMENT = 500
+STANDSTILL_SECONDS = 15  # in one commit, or without a tick of the loop: it hangs
+MAX_WINDOW_BYTES = 1 << 20  # of bodies, read ahead for one webhook
+
+
+class DatabaseError(Exception):
+    """The database cannot be used; the text says why."""
+
+
+def open_database(path: str) -> sqlite3.Connection:
+    """A connection in autocommit mode; the file is made if it is not there."""
+    connection = sqlite3.connect(
+        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+    )
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # for a new file only
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection):
+    """All or nothing, whatever is raised inside."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield connection
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:  # SQLite rolls back by itself after some errors
+            connection.execute("ROLLBACK")
+        raise
+
+
+def schema_version(connection: sqlite3.Connection) -> int:
+    """How many of the migrations the database has been through."""
+    return connection.execute("PRAGMA user_version").fetchone()[0]
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the database to this version, all or nothing; raises DatabaseError."""
+    version = schema_version(connection)
+    if version > len(MIGRATIONS):
+        raise DatabaseError(
+            f"the database has version {version}, written by a newer webhookd;"
+            f" this one knows {len(MIGRATIONS)}"
+        )
+    if version < len(MIGRATIONS):
+        with transaction(connection):
+            for script in MIGRATIONS[schema_version(connection) :]:
+                for statement in script.split(";\n"):
+                    connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        fact("database migrated", old=version, new=len(MIGRATIONS))
+
+
+@contextlib.contextmanager
+def savepoint(connection: sqlite3.Connection):
+    """All or nothing within a transaction."""
+    connection.execute("SAVEPOINT one")
+    try:
+        yield
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK TO one")
+        raise
+    finally:
+        if connection.in_transaction:
+            connection.execute("RELEASE one")
+
+
+@contextlib.contextmanager
+def process_lock(path: str):
+    """Hold the database for this process; raises DatabaseError if another one does."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DatabaseError(f"{path}: {error.strerror}") from None
+    # flock() does not meet SQLite's own locks, which are fcntl()'s; the file is closed
+    # after SQLite's connections, because closing any handle drops a process's fcntl locks
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DatabaseError(f"{path} is in use by another webhookd") from None
+    finally:
+        os.close(handle)
+
+
+def chunks(rows: list) -> collections.abc.Iterator[list]:
+    """The rows in lists that one statement can take."""
+    for start in range(0, len(rows), ROWS_PER_STATEMENT):
+        yield rows[start : start + ROWS_PER_STATEMENT]
+
+
+def values_clause(rows: list[tuple]) -> tuple[str, list]:
+    """`VALUES (?,?),(?,?)` and its values: one statement gives up the GIL once."""
+    marks = f"({','.join('?' * len(rows[0]))})"
+    return "VALUES " + ",".join([marks] * len(rows)), list(
+        itertools.chain.from_iterable(rows)
+    )
+
+
+def insert(connection: sqlite3.Connection, table: str, rows: list[tuple]) -> None:
+    """INSERT whole rows in few statements."""
+    for chunk in chunks(rows):
+        clause, values = values_clause(chunk)
+        connection.execute(f"INSERT INTO {table} {clause}", values)
+
+
+class Webhooks:
+    """All webhooks at one moment; never changed, only replaced."""
+
+    def __init__(self, webhooks: collections.abc.Iterable[Webhook] = ()):
+        self.by_id = {webhook.id: webhook for webhook in webhooks}
+        self._exact = collections.defaultdict(dict)  # event -> the active ones, by id
+        self._wildcard = {}
+        for webhook in self.by_id.values():
+            for name in webhook.events if webhook.active else ():
+                index = self._wildcard if name.endswith("*") else self._exact[name]
+                index[webhook.id] = webhook
+
+    @classmethod
+    def load(cls, connection: sqlite3.Connection) -> "Webhooks":
+        """The webhooks that the database holds, in the order of their ids."""
+        rows = connection.execute("SELECT id, definition FROM webhooks ORDER BY id")
+        return cls(stored_webhook(id, definition) for id, definition in rows)
+
+    def wanting(self, event: NewEvent) -> list[int]:
+        """The ids of the active webhooks that want the event."""
+        wanted = dict(self._exact.get(event.name, ()))
+        for id, webhook in self._wildcard.items():
+            if webhook.subscribed(event.name):
+                wanted[id] = webhook
+        return sorted(id for id, webhook in wanted.items() if wants(webhook, event))
+
+
+def stored_webhook(id: int, definition: str) -> Webhook:
+    """The webhook of a row."""
+    fields = json.loads(definition)
+    return Webhook(**fields | {"id": id, "events": tuple(fields["events"])})
+
+
+def definition_of(webhook: Webhook) -> str:
+    """What is stored of a webhook."""
+    return json.dumps(dataclasses.asdict(webhook), ensure_ascii=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class IdempotencyKey:
+    """A client's name for a publication: repeating it publishes nothing."""
+
+    user: str
+    key: str
+    fingerprint: bytes  # of the body
+
+
+class Sequences:
+    """The next ids; only the writer draws them."""
+
+    def __init__(self, connection: sqlite3.Connection):
+        used = dict(connection.execute("SELECT name, seq FROM sqlite_sequence"))
+        self.events = itertools.count(used.get("events", 0) + 1)
+        self.deliveries = itertools.count(used.get("deliveries", 0) + 1)
+        self.attempts = itertools.count(used.get("attempts", 0) + 1)
+
+
+def _update_deliveries(connection, settlements):
+    """Set the new states; the numbers of those deliveries that still exist."""
+    clause, values = values_clause(
+        [
+            (s.due.number, s.state, s.due.attempt_count + 1, s.next_attempt)
+            + (s.attempt.outcome, s.attempt.description, s.attempt.duration)
+            for s in settlements
+        ]
+    )
+    rows = connection.execute(
+        "WITH new (number, state, attempt_count, next_attempt, outcome, description, duration)"
+        f" AS ({clause}) UPDATE deliveries SET state = new.state,"
+        " attempt_count = new.attempt_count, next_attempt = new.next_attempt,"
+        " outcome = new.outcome, description = new.description, duration = new.duration"
+        " FROM new WHERE deliveries.id = new.number RETURNING deliveries.id",
+        values,
+    )
+    return {number for (number,) in rows.fetchall()}
+
+
+def _attempt_row(id, settled):
+    attempt = settled.attempt
+    return (
+        (id, settled.due.number, attempt.start, attempt.duration, attempt.url)
+        + (_encode(attempt.request_headers), attempt.outcome, attempt.description)
+        + (attempt.status, _encode(attempt.response_headers), attempt.response_body)
+    )
+
+
+def _count_attempts(connection, kept):
+    counts = {}
+    for id, settled in kept:
+        day = settled.attempt.start // DAY_MS
+        key = settled.due.webhook_id, settled.due.event, settled.attempt.outcome, day
+        counts[key] = counts.get(key, (0,))[0] + 1, id
+    for chunk in chunks([key + count for key, count in counts.items()]):
+        clause, values = values_clause(chunk)
+        connection.execute(
+            f"INSERT INTO statistics {clause} ON CONFLICT DO UPDATE SET"
+            " attempts = attempts + excluded.attempts, last_attempt = excluded.last_attempt",
+            values,
+        )
+
+
+def _count_failures(connection, settlements):
+    failures = {s.due.webhook_id: s.failures for s in settlements}
+    for webhook_id, count in failures.items():
+        connection.execute(
+            "UPDATE webhooks SET failures = ?1 WHERE id = ?2 AND failures <> ?1",
+            (count, webhook_id),
+        )
+
+
+class Batch:
+    """What one transaction does; what is published waits for a few large statements."""
+
+    def __init__(
+        self, connection: sqlite3.Connection, webhooks: Webhooks, ids: Sequences
+    ):
+        self.connection, self.webhooks, self._ids = connection, webhooks, ids
+        self._events, self._payloads, self._deliveries = [], [], []
+        self._answers = {}
+        self.due: list[DueDelivery] = []
+
+    def settle(self, settlements: list[Settlement]) -> None:
+        """Record attempts and what became of their deliveries."""
+        for chunk in chunks(settlements):
+            existing = _update_deliveries(self.connection, chunk)
+            # an attempt whose webhook was deleted meanwhile leaves nothing behind
+            kept = [
+                (next(self._ids.attempts), s) for s in chunk if s.due.number in existing
+            ]
+            insert(self.connection, "attempts", [_attempt_row(*pair) for pair in kept])
+            _count_attempts(self.connection, kept)
+            _count_failures(self.connection, chunk)
+
+    def write(self, work: collections.abc.Callable[[sqlite3.Connection], object]):
+        """Do a piece of work, all or nothing; what is published next knows of it."""
+        with savepoint(self.connection):
+            result = work(self.connection)
+        self.webhooks = Webhooks.load(self.connection)
+        return result
+
+    def publish(self, events, now_ms, answer, idempotency) -> tuple[bytes, bool]:
+        """See Store.publish."""
+        earlier = idempotency and self._earlier_answer(idempotency)
+        if earlier:
+            return earlier, True
+        document = answer([self._add(event, now_ms) for event in events])
+        if idempotency:
+            name = idempotency.user, idempotency.key
+            self._answers[name] = idempotency.fingerprint, document
+        return document, False
+
+    def _earlier_answer(self, idempotency):
+        name = idempotency.user, idempotency.key
+        row = (
+            self._answers.get(name)
+            or self.connection.execute(
+                "SELECT fingerprint, answer FROM answers WHERE user = ? AND key = ?",
+                name,
+            ).fetchone()
+        )
+        if row and row[0] != idempotency.fingerprint:
+            raise KeyReused(Fault("Idempotency-Key", "was used with another body"))
+        return row and row[1]
+
+    def _add(self, event, now_ms):
+        event_id = next(self._ids.events)
+        webhook_ids = self.webhooks.wanting(event)
+        self._events.append((event_id, event.name, event.timestamp))
+        self._payloads.append((event_id, event.body))
+        for webhook_id in webhook_ids:
+            number, uuid = next(self._ids.deliveries), uuid7(now_ms)
+            self._deliveries.append(
+                (number, uuid, webhook_id, event_id, event.name, now_ms)
+                + (PENDING, 0, now_ms, None, None, None)
+            )
+            self.due.append(
+                DueDelivery(number, uuid, webhook_id, event.name, event.body, 0)
+            )
+        return Event(event_id, event.name, event.timestamp, len(webhook_ids))
+
+    def flush(self) -> None:
+        """Insert what was published."""
+        insert(self.connection, "events", self._events)
+        insert(self.connection, "payloads", self._payloads)
+        insert(self.connection, "deliveries", self._deliveries)
+        answers = [name + answer for name, answer in self._answers.items()]
+        insert(self.connection, "answers", answers)
+
+
+def stored_error(error: Exception) -> Exception:
+    """What the caller is told about an error of the database."""
+    if not isinstance(error, sqlite3.Error):
+        return error
+    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+        return StorageFull("the disk is full; nothing was taken")
+    return Unavailable(f"the database cannot be written: {error}")
+
+
+class Write:
+    """Something for the writer to do in a batch, and its result once that is on disk."""
+
+    def __init__(self, run: collections.abc.Callable[[Batch], object], publishes: bool):
+        self._run = run
+        self.publishes = publishes
+        self._result = self._error = None
+        self._done = threading.Lock()
+        self._done.acquire()
+
+    def run(self, batch: Batch) -> None:
+        """Called by the writer; an error stays with this write alone, if it can."""
+        try:
+            self._result = self._run(batch)
+        except Exception as error:
+            if not batch.connection.in_transaction:  # SQLite has given it all up
+                raise
+            self._error = stored_error(error)
+
+    def finish(self, error: Exception | None = None) -> None:
+        """Called by the writer after the commit; error: why there was none."""
+        self._error = self._error or error
+        self._done.release()
+
+    def wait(self):
+        """The result, as soon as the commit has succeeded; else what went wrong."""
+        self._done.acquire()
+        if self._error:
+            raise self._error
+        return self._result
+
+
+DELIVERY_COLUMNS = (
+    "uuid, webhook_id, event_id, event, state, attempt_count, next_attempt, created,"
+    " outcome, description, duration"
+)
+ATTEMPT_COLUMNS = (
+    "start, attempts.duration, url, request_headers, attempts.outcome,"
+    " attempts.description, status, response_headers, response_body"
+)
+
+
+def _attempt(
+    start, duration, url, request_headers, outcome, description, status, *response
+):
+    headers, body = response
+    return Attempt(
+        *(
+            start,
+            duration,
+            url,
+            json.loads(request_headers),
+            outcome,
+            description,
+            status,
+        ),
+        *(json.loads(headers), body),
+    )
+
+
+def where(tests: dict[str, object]) -> tuple[str, list]:
+    """A WHERE clause and its values: `{"a = ?": 1, "b IN": ("x", "y")}`.
+
+    Tests against None or nothing are left out."""
+    parts, values = ["1"], []
+    for test, value in tests.items():
+        if value is None or value == ():
+            continue
+        several = isinstance(value, tuple)
+        parts.append(f"{test} ({','.join('?' * len(value))})" if several else test)
+        values += value if several else [value]
+    return " WHERE " + " AND ".join(parts), values
+
+
+class Store:
+    """The database. `with` opens and migrates it, runs the writer and closes it.
+
+    Every write is done by one thread, which takes all that waits, runs it in one
+    transaction and commits once. Any thread may call the methods."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._wakeup = threading.Condition()  # guards the next five
+        self._writes: list[Write] = []
+        self._settlements: list[Settlement] = []
+        self._accepted_count = 0  # of settlements
+        self._closing = False
+        self._readers: list[sqlite3.Connection] = []
+        self._local = threading.local()  # each thread's own reader
+        # the writer alone changes what follows
+        self._published = lambda due: None
+        self.webhooks = Webhooks()  # as committed
+        self.settled_count = 0  # of settlements committed
+        self.problem: str | None = None  # why the last commit failed
+        self._committing_since: float | None = None  # time.monotonic()
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(process_lock(self._path))
+            try:
+                self._connection = open_database(self._path)
+                stack.callback(self._close_connections)
+                migrate(self._connection)
+            except sqlite3.Error as error:
+                raise DatabaseError(f"{self._path}: {error}") from error
+            self._ids = Sequences(self._connection)
+            self.webhooks = Webhooks.load(self._connection)
+            self._writer = threading.Thread(target=self._run_writer, name="writer")
+            self._writer.start()
+            self._cleanup = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info):
+        with self._wakeup:
+            self._closing = True
+            self._wakeup.notify()
+        self._writer.join()
+        self._cleanup.close()
+
+    def _close_connections(self):
+        for connection in [*self._readers, self._connection]:
+            connection.close()
+
+    # ---- writing: called by any thread ----
+
+    def on_published(self, listener: collections.abc.Callable) -> None:
+        """Have the writer tell, after each commit and in order, what became due."""
+        self._published = listener
+
+    def publish(
+        self,
+        events: list[NewEvent],
+        now_ms: int,
+        answer: collections.abc.Callable[[list[Event]], bytes],
+        idempotency: IdempotencyKey | None = None,
+    ) -> tuple[bytes, bool]:
+        """Store events and their deliveries; returns once they are on disk.
+
+        Returns the answer that was made of them, and whether it is an earlier one again.
+        Raises KeyReused, StorageFull or Unavailable; then nothing was stored."""
+        return self._submit(
+            lambda batch: batch.publish(events, now_ms, answer, idempotency),
+            publishes=True,
+        )
+
+    def write(self, work: collections.abc.Callable[[sqlite3.Connection], object]):
+        """The result of work(connection), once that is on disk; work may raise."""
+        return self._submit(lambda batch: batch.write(work), publishes=False)
+
+    def settle(self, settlement: Settlement) -> int:
+        """Take an attempt's result for one of the next commits; does not wait.
+
+        It is committed once settled_count has reached the number returned."""
+        with self._wakeup:
+            self._settlements.append(settlement)
+            self._accepted_count += 1
+            if len(self._settlements) == 1:
+                self._wakeup.notify()
+            return self._accepted_count
+
+    def add_webhook(self, webhook: Webhook) -> Webhook:
+        """Store a webhook; returns it with its id."""
+
+        def work(connection):
+            sql = "INSERT INTO webhooks (definition) VALUES (?)"
+            id = connection.execute(sql, [definition_of(webhook)]).lastrowid
+            return dataclasses.replace(webhook, id=id)
+
+        return self.write(work)
+
+    def change_webhook(
+        self, id: int, change: collections.abc.Callable[[Webhook], Webhook]
+    ) -> Webhook:
+        """Replace a webhook by change(it); no other change comes in between."""
+
+        def work(connection):
+            sql = "SELECT id, definition FROM webhooks WHERE id = ?"
+            row = connection.execute(sql, [id]).fetchone()
+            if row is None:
+                raise NotFound(f"there is no webhook {id}")
+            webhook = change(stored_webhook(*row))
+            sql = "UPDATE webhooks SET definition = ? WHERE id = ?"
+            connection.execute(sql, (definition_of(webhook), id))
+            return webhook
+
+        return self.write(work)
+
+    def delete_webhook(self, id: int) -> None:
+        """Delete a webhook and everything about its deliveries; raises NotFound."""
+
+        def work(connection):
+            if not connection.execute(
+                "DELETE FROM webhooks WHERE id = ?", [id]
+            ).rowcount:
+                raise NotFound(f"there is no webhook {id}")
+            connection.execute(
+                "DELETE FROM attempts WHERE delivery_id IN"
+                " (SELECT id FROM deliveries WHERE webhook_id = ?)",
+                [id],
+            )
+            connection.execute("DELETE FROM deliveries WHERE webhook_id = ?", [id])
+            connection.execute("DELETE FROM statistics WHERE webhook_id = ?", [id])
+
+        self.write(work)
+
+    def flush(self) -> None:
+        """Return when everything handed in so far is on disk."""
+        self.write(lambda connection: None)
+
+    def stands_still(self) -> bool:
+        """Whether the writer is not getting on with its work."""
+        since = self._committing_since
+        stuck = since is not None and time.monotonic() - since > STANDSTILL_SECONDS
+        return stuck or not self._writer.is_alive()
+
+    def _submit(self, run, publishes):
+        write = Write(run, publishes)
+        with self._wakeup:
+            if self._closing:
+                raise Unavailable("webhookd is stopping")
+            self._writes.append(write)
+            self._wakeup.notify()
+        return write.wait()
+
+    # ---- the writer's thread ----
+
+    def _run_writer(self):
+        while True:
+            writes, settlements = self._next_work()
+            if not writes and not settlements:
+                return
+            # what is published is matched with the webhooks that changed beside it
+            writes.sort(key=lambda write: write.publishes)
+            self._committing_since = time.monotonic()
+            try:
+                self._commit(writes, settlements)
+            except Exception as error:
+                self._put_back(settlements, error)
+                for write in writes:
+                    write.finish(stored_error(error))
+            self._committing_since = None
+
+    def _next_work(self):
+        with self._wakeup:
+            self._wakeup.wait_for(
+                lambda: self._writes or self._settlements or self._closing
+            )
+            if not self._writes and not self._closing:
+                delay = RETRY_SECONDS if self.problem else SETTLE_SECONDS
+                self._wakeup.wait_for(lambda: self._writes or self._closing, delay)
+            work = self._writes, self._settlements
+            self._writes, self._settlements = [], []
+            return work
+
+    def _commit(self, writes, settlements):
+        with transaction(self._connection) as connection:
+            batch = Batch(connection, self.webhooks, self._ids)
+            batch.settle(settlements)
+            for write in writes:
+                write.run(batch)
+            batch.flush()
+        if self.problem:
+            fact("the database can be written again")
+        self.problem = None
+        self.settled_count += len(settlements)
+        self.webhooks = batch.webhooks
+        if batch.due:
+            self._published(batch.due)
+        for write in writes:
+            write.finish()
+
+    def _put_back(self, settlements, error):
+        problem = str(stored_error(error))
+        if problem != self.problem:
+            log.error("the database cannot be written", exc_info=error)
+        self.problem = problem
+        with self._wakeup:
+            if not self._closing:  # else they are attempted again after the next start
+                self._settlements[:0] = settlements
+
+    # ---- reading: called by any thread ----
+
+    def reader(self) -> sqlite3.Connection:
+        """This thread's own connection for reading."""
+        if not hasattr(self._local, "connection"):
+            connection = open_database(self._path)
+            connection.execute("PRAGMA query_only = ON")
+            with self._wakeup:
+                self._readers.append(connection)
+            self._local.connection = connection
+        return self._local.connection
+
+    def _rows(self, sql, values=()):
+        return self.reader().execute(sql, values).fetchall()
+
+    def _row(self, sql, *values):
+        return next(iter(self._rows(sql, values)), None)
+
+    def _page(self, columns, table, tests, page):
+        clause, values = where(tests)
+        count = self._row(f"SELECT count(*) FROM {table}{clause}", *values)[0]
+        rows = self._rows(
+            f"SELECT {columns} FROM {table}{clause} ORDER BY id DESC LIMIT ? OFFSET ?",
+            [*values, page.limit, page.start],
+        )
+        return rows, count
+
+    def webhook(self, id: int) -> Webhook:
+        """The webhook; raises NotFound."""
+        webhook = self.webhooks.by_id.get(id)
+        if webhook is None:
+            raise NotFound(f"there is no webhook {id}")
+        return webhook
+
+    def failures(self) -> dict[int, int]:
+        """For each webhook its attempts without success, in a row."""
+        return dict(self._rows("SELECT id, failures FROM webhooks"))
+
+    def pending_counts(self) -> dict[int, int]:
+        """How many deliveries wait, for each webhook that has any."""
+        return dict(
+            self._rows(
+                "SELECT webhook_id, count(*) FROM deliveries WHERE state = 'pending'"
+                " GROUP BY webhook_id"
+            )
+        )
+
+    def events(self, wanted: Filter, page: Page) -> tuple[list[Event], int]:
+        """A page of events, newest first, and how many there are in all."""
+        rows, count = self._page(
+            "id, event, timestamp,"
+            " (SELECT count(*) FROM deliveries WHERE event_id = events.id)",
+            "events",
+            {"event IN": wanted.events, "timestamp >= ?": wanted.since}
+            | {"timestamp <= ?": wanted.until},
+            page,
+        )
+        return [Event(*row) for row in rows], count
+
+    def event(self, id: int) -> tuple[Event, bytes, list[Delivery]]:
+        """An event, its body and its deliveries; raises NotFound."""
+        row = self._row(
+            "SELECT id, event, timestamp, body FROM events"
+            " JOIN payloads ON event_id = id WHERE id = ?",
+            id,
+        )
+        if row is None:
+            raise NotFound(f"there is no event {id}")
+        deliveries = self._rows(
+            f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE event_id = ? ORDER BY id",
+            [id],
+        )
+        return (
+            Event(*row[:3], len(deliveries)),
+            row[3],
+            [Delivery(*d) for d in deliveries],
+        )
+
+    def deliveries(
+        self, webhook_id: int, wanted: Filter, page: Page
+    ) -> tuple[list[Delivery], int]:
+        """A page of a webhook's deliveries, newest first, and how many there are."""
+        tests = {
+            "webhook_id = ?": webhook_id,
+            "event IN": wanted.events,
+            "state IN": wanted.states,
+            "outcome IN": wanted.outcomes,
+            "created >= ?": wanted.since,
+            "created <= ?": wanted.until,
+        }
+        rows, count = self._page(DELIVERY_COLUMNS, "deliveries", tests, page)
+        return [Delivery(*row) for row in rows], count
+
+    def delivery(self, uuid: str) -> tuple[Delivery, str, list[Attempt]]:
+        """A delivery, the body it sends and its attempts; raises NotFound."""
+        row = self._row(
+            f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE uuid = ?", uuid
+        )
+        if row is None:
+            raise NotFound(f"there is no delivery {uuid}")
+        delivery = Delivery(*row)
+        attempts = self._rows(
+            f"SELECT {ATTEMPT_COLUMNS} FROM attempts JOIN deliveries"
+            " ON deliveries.id = delivery_id WHERE uuid = ? ORDER BY attempts.id",
+            [uuid],
+        )
+        body = self._row(
+            "SELECT body FROM payloads WHERE event_id = ?", delivery.event_id
+        )
+        return delivery, body[0].decode(), [_attempt(*row) for row in attempts]
+
+    def latest(
+        self, webhook_id: int, wanted: Filter, bodies: bool = True
+    ) -> dict | None:
+        """The last invocation that matches, as the API shows it, or None."""
+        tests = {
+            "webhook_id = ?": webhook_id,
+            "event IN": wanted.events,
+            "outcome IN": wanted.outcomes,
+        }
+        clause, values = where(tests)
+        row = self._row(
+            f"SELECT uuid, event, body, {ATTEMPT_COLUMNS} FROM attempts"
+            " JOIN deliveries ON deliveries.id = delivery_id JOIN payloads USING (event_id)"
+            f" WHERE attempts.id = (SELECT max(last_attempt) FROM statistics{clause})",
+            *values,
+        )
+        if row is None:
+            return None
+        uuid, event, body, *attempt = row
+        return _attempt(*attempt).shown(uuid, event, body.decode() if bodies else None)
+
+    def statistics(self, webhook_id: int, events: tuple[str, ...], now_ms: int) -> dict:
+        """Counts of a webhook's attempts and the last of each outcome, as the API shows."""
+        window = STATISTICS_DAYS * DAY_MS
+        clause, values = where(
+            {"webhook_id = ?": webhook_id, "event IN": events}
+            | {"day >= ?": (now_ms - window) // DAY_MS}
+        )
+        counts = dict(
+            self._rows(
+                f"SELECT outcome, sum(attempts) FROM statistics{clause} GROUP BY outcome",
+                values,
+            )
+        )
+        last = {
+            f"last{outcome.capitalize()}": self.latest(
+                webhook_id, Filter(events=events, outcomes=(outcome,)), bodies=False
+            )
+            for outcome in (SUCCESS, FAILURE, ERROR)
+        }
+        return {key: invocation for key, invocation in last.items() if invocation} | {
+            "counts": {
+                "successes": counts.get(SUCCESS, 0),
+                "failures": counts.get(FAILURE, 0),
+                "errors": counts.get(ERROR, 0),
+                "window": {"start": now_ms - window, "duration": window},
+            }
+        }
+
+    def attempted_events(self, webhook_id: int) -> list[str]:
+        """The names of the events that a webhook has statistics of."""
+        sql = (
+            "SELECT DISTINCT event FROM statistics WHERE webhook_id = ? ORDER BY event"
+        )
+        return [event for (event,) in self._rows(sql, [webhook_id])]
+
+    def due(
+        self, webhook_id: int, now_ms: int, held: set[int], limit: int
+    ) -> tuple[list[DueDelivery], bool]:
+        """The webhook's oldest due deliveries that are not held, and if there are more."""
+        rows = self.reader().execute(
+            "SELECT id, uuid, webhook_id, event, body, attempt_count FROM deliveries"
+            " JOIN payloads USING (event_id) WHERE state = 'pending' AND webhook_id = ?"
+            " AND next_attempt <= ? ORDER BY next_attempt, id",
+            (webhook_id, now_ms),
+        )
+        taken, taken_bytes = [], 0
+        with contextlib.closing(rows):
+            for row in rows:
+                if row[0] in held:
+                    continue
+                taken.append(DueDelivery(*row))
+                taken_bytes += len(taken[-1].body)
+                if len(taken) == limit or taken_bytes >= MAX_WINDOW_BYTES:
+                    return taken, True
+        return taken, False
+
+    def next_due(self, webhook_id: int, now_ms: int) -> int | None:
+        """When, after now, the webhook's next delivery becomes due; milliseconds."""
+        return self._row(
+            "SELECT min(next_attempt) FROM deliveries WHERE state = 'pending'"
+            " AND webhook_id = ? AND next_attempt > ?",
+            *(webhook_id, now_ms),
+        )[0]
+
+
+# ======================================================================================
+# Dispatcher: the delivery loop
+# ======================================================================================
+
+WINDOW = 100  # due deliveries of one webhook that are held in memory
+TICK_SECONDS = 1
+STOP_SECONDS = 10  # what is in flight at the end has this long
+
+
+class Lane:
+    """The deliveries to one webhook: a window of those due, the database has the rest."""
+
+    def __init__(self, webhook_id: int, failures: int):
+        self.webhook_id = webhook_id
+        self.failures = failures  # attempts without success, in a row
+        self.ready: collections.deque[DueDelivery] = collections.deque()
+        self.held: set[int] = (
+            set()
+        )  # ready, in flight, or settled but not yet committed
+        self.uncommitted = (
+            collections.deque()
+        )  # (number of the settlement, of the delivery)
+        self.newest = 0  # highest number ever held: what is offered below it is known
+        self.backlog = True  # the database may hold more that is due
+        self.in_flight = 0
+        self.width = 1  # how many may be: grows with each success, a failure makes it 1
+        self.waiting = False  # for its turn
+        self.alarm: int | None = None  # milliseconds, when the database is asked again
+
+    def take(self, due: DueDelivery) -> None:
+        self.ready.append(due)
+        self.held.add(due.number)
+        self.newest = max(self.newest, due.number)
+
+    def has_room(self, due: DueDelivery) -> bool:
+        return len(self.ready) < min(
+            WINDOW, 1 + MAX_WINDOW_BYTES // (len(due.body) + 1)
+        )
+
+    def reread(self) -> None:
+        """Forget what is ready, and ask the database again."""
+        self.held -= {due.number for due in self.ready}
+        self.ready.clear()
+        self.backlog = True
+
+    def release(self, settled_count: int) -> None:
+        """Let go of what the database has recorded."""
+        while self.uncommitted and self.uncommitted[0][0] <= settled_count:
+            self.held.discard(self.uncommitted.popleft()[1])
+
+
+class Dispatcher:
+    """Attempts what is due. `with` runs its loop in a thread of its own.
+
+    Everything but `offer`, `reconsider` and `problem` runs in the loop's thread.
+    Webhooks take turns, and each has a share of the attempts in flight, so that none
+    waits for another; first attempts come before retries."""
+
+    def __init__(
+        self,
+        store: Store,
+        client: Client,
+        settings: Settings,
+        clock: collections.abc.Callable[[], float] = time.time,
+        jitter: collections.abc.Callable[[], float] = lambda: random.uniform(
+            1 - JITTER, 1 + JITTER
+        ),
+        heartbeat: collections.abc.Callable[[], None] = lambda: None,
+    ):
+        self._store, self._client, self._settings = store, client, settings
+        self._clock, self._jitter, self._heartbeat = clock, jitter, heartbeat
+        self._failures = store.failures()
+        self._lanes = {id: self._new_lane(id) for id in store.webhooks.by_id}
+        self._turns = (
+            collections.deque(),
+            collections.deque(),
+        )  # first attempts, retries
+        self._busy: set[Lane] = set()
+        self._alarms = []  # a heap of (milliseconds, webhook id)
+        self._tasks: set[asyncio.Task] = set()
+        self._inbox = collections.deque()  # appended to by any thread
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ticked = time.monotonic()
+        for lane in self._lanes.values():
+            self._queue(lane)
+        store.on_published(self.offer)
+
+    def __enter__(self):
+        started = threading.Event()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._run(started)), name="delivery loop"
+        )
+        self._thread.start()
+        started.wait()
+        return self
+
+    def __exit__(self, *exc_info):
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    # ---- called by other threads ----
+
+    def offer(self, due: list[DueDelivery]) -> None:
+        """Take what has just been published, in publish order."""
+        self._inbox.append(functools.partial(self._take, due))
+        self._wake()
+
+    def reconsider(self, webhook_id: int) -> None:
+        """A webhook, or something about its deliveries, was changed."""
+        self._inbox.append(functools.partial(self._reread, webhook_id))
+        self._wake()
+
+    def problem(self) -> str | None:
+        """Why nothing is being delivered, or None."""
+        if time.monotonic() - self._ticked > STANDSTILL_SECONDS:
+            return "the delivery loop stands still"
+        return None
+
+    def _wake(self):
+        if self._loop:
+            self._loop.call_soon_threadsafe(self.step)
+
+    # ---- the loop ----
+
+    async def _run(self, started):
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        started.set()
+        while not self._stop.is_set():
+            self.step()
+            self._ticked = time.monotonic()
+            self._heartbeat()
+            self._client.close_idle(IDLE_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), TICK_SECONDS)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=STOP_SECONDS)
+        for task in self._tasks:  # attempted again after the next start
+            task.cancel()
+        self._client.close_idle()
+
+    def run_until_idle(self) -> None:
+        """Without a thread: make every attempt that is due now, and have it recorded."""
+        asyncio.run(self._until_idle())
+        self._store.flush()
+
+    async def _until_idle(self):
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self.step()
+        while self._tasks:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        self._client.close_idle()
+        self._loop = None
+
+    def step(self) -> None:
+        """Take in what came, and start every attempt that may start now."""
+        while self._inbox:
+            self._inbox.popleft()()
+        self._ring_alarms(self._now_ms())
+        self._start_attempts()
+
+    def _now_ms(self):
+        return int(self._clock() * 1000)
+
+    # ---- what is due ----
+
+    def _new_lane(self, webhook_id):
+        return Lane(webhook_id, self._failures.get(webhook_id, 0))
+
+    def _lane(self, webhook_id):
+        if webhook_id not in self._lanes:
+            self._lanes[webhook_id] = self._new_lane(webhook_id)
+        return self._lanes[webhook_id]
+
+    def _take(self, offered):
+        for due in offered:
+            lane = self._lane(due.webhook_id)
+            if due.number > lane.newest:
+                if lane.backlog or not lane.has_room(due):
+                    lane.backlog = True  # the database keeps it, in its order
+                else:
+                    lane.take(due)
+                self._queue(lane)
+
+    def _reread(self, webhook_id):
+        lane = self._lane(webhook_id)
+        lane.reread()
+        self._queue(lane)
+
+    def _set_alarm(self, lane, when_ms):
+        if lane.alarm is None or when_ms < lane.alarm:
+            lane.alarm = when_ms
+            heapq.heappush(self._alarms, (when_ms, lane.webhook_id))
+            self._loop.call_later(max(0, when_ms - self._now_ms()) / 1000, self.step)
+
+    def _ring_alarms(self, now_ms):
+        while self._alarms and self._alarms[0][0] <= now_ms:
+            when_ms, webhook_id = heapq.heappop(self._alarms)
+            lane = self._lanes.get(webhook_id)
+            if lane and lane.alarm == when_ms:  # else an earlier one has replaced it
+                lane.alarm = None
+                lane.backlog = True
+                self._queue(lane)
+
+    def _refill(self, lane):
+        now_ms = self._now_ms()
+        lane.release(self._store.settled_count)
+        due, lane.backlog = self._store.due(lane.webhook_id, now_ms, lane.held, WINDOW)
+        for delivery in due:
+            lane.take(delivery)
+        if lane.backlog:
+            return
+        if lane.uncommitted:  # what they become due at is not known to the database yet
+            self._set_alarm(lane, now_ms + 50)
+        next_due = self._store.next_due(lane.webhook_id, now_ms)
+        if next_due is not None:
+            self._set_alarm(lane, next_due)
+
+    # ---- turns ----
+
+    def _queue(self, lane):
+        """Let a lane wait for its turn, if it has something to do and may do it."""
+        if not lane.ready and not lane.backlog:
+            if not lane.in_flight:
+                self._busy.discard(lane)
+            return
+        self._busy.add(lane)
+        if not lane.waiting and lane.in_flight < self._allowed(lane):
+            lane.waiting = True
+            is_retry = bool(lane.ready and lane.ready[0].attempt_count)
+            self._turns[is_retry].append(lane)
+
+    def _allowed(self, lane):
+        share = self._settings.max_in_flight // len(self._busy)
+        return min(lane.width, max(1, share))
+
+    def _start_attempts(self):
+        first, retries = self._turns
+        while (first or retries) and len(self._tasks) < self._settings.max_in_flight:
+            lane = (first or retries).popleft()
+            lane.waiting = False
+            webhook = self._store.webhooks.by_id.get(lane.webhook_id)
+            due = self._next(lane, webhook)
+            if due:
+                lane.in_flight += 1
+                task = self._loop.create_task(self._deliver(lane, due, webhook))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            self._queue(lane)
+
+    def _next(self, lane, webhook):
+        if self._stop.is_set():
+            return None
+        if webhook is None or not webhook.active:
+            lane.reread()
+            lane.backlog = False  # until it is active again
+            return None
+        if not lane.ready and lane.backlog:
+            self._refill(lane)
+        return lane.ready.popleft() if lane.ready else None
+
+    # ---- one delivery ----
+
+    async def _deliver(self, lane, due, webhook):
+        now_ms = self._now_ms()
+        number = due.attempt_count + 1
+        headers = request_headers(webhook, due.event, due.id, number, due.body, now_ms)
+        try:
+            attempt = await make_attempt(
+                self._client, webhook, headers, due.body, now_ms
+            )
+        except Exception:
+            log.exception("attempt failed unexpectedly")
+            masked = masked_headers(webhook, headers)
+            attempt = Attempt(
+                now_ms, 0, masked_url(webhook.url), masked, ERROR, "internal error"
+            )
+        self._settle(lane, due, attempt)
+        self._tasks.discard(asyncio.current_task())  # its place is free at once
+        self._queue(lane)
+        self._start_attempts()
+
+    def _settle(self, lane, due, attempt):
+        settled = settlement(
+            due, attempt, lane.failures, self._settings.retry_schedule, self._jitter()
+        )
+        lane.in_flight -= 1
+        lane.uncommitted.append((self._store.settle(settled), due.number))
+        lane.release(self._store.settled_count)
+        succeeded = attempt.outcome == SUCCESS
+        lane.width = (
+            min(lane.width + 1, self._settings.webhook_concurrency) if succeeded else 1
+        )
+        self._log(lane, settled)
+        lane.failures = settled.failures
+        if settled.next_attempt is not None:
+            self._set_alarm(lane, settled.next_attempt)
+
+    def _log(self, lane, settled):
+        webhook = {"webhook": lane.webhook_id}
+        if lane.failures and not settled.failures:
+            fact("webhook works again", **webhook, failures=lane.failures)
+        elif settled.failures and not lane.failures:
+            fact("webhook fails", **webhook, reason=settled.attempt.description)
+        if settled.state == FAILED:
+            reason = settled.attempt.description
+            fact(
+                "delivery given up",
+                level=logging.WARNING,
+                id=settled.due.id,
+                **webhook,
+                reason=reason,
+            )
+
+
+# ======================================================================================
+# Users: passwords, secrets, roles, logins
+# ======================================================================================
+
+ADMIN, PUBLISHER, VIEWER = "admin", "publisher", "viewer"
+ROLES = (ADMIN, PUBLISHER, VIEWER)
+SCRYPT = {"n": 1 << 14, "r": 8, "p": 1, "maxmem": 64 << 20}  # 16 MB and about 50 ms
+WRONG_PASSWORDS = 10
+WRONG_PASSWORDS_SECONDS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class User:
+    """Somebody who may log in; record is what is kept of the password or secret."""
+
+    name: str
+    role: str
+    record: str
+
+
+def password_record(password: str, salt: str | None = None) -> str:
+    """What is kept of a password: scrypt (RFC 7914) with a salt."""
+    salt = salt or secrets.token_hex(16)
+    digest = hashlib.scrypt(password.encode(), salt=salt.encode(), **SCRYPT)
+    return f"scrypt${salt}${digest.hex()}"
+
+
+def secret_record(secret: str) -> str:
+    """What is kept of a generated secret, which needs no slow hash: 256 random bits."""
+    return f"secret${hashlib.sha256(secret.encode()).hexdigest()}"
+
+
+def matches(password: str, record: str) -> bool:
+    """Whether it is the password or secret of the record, in constant time."""
+    kind, salt, *_ = record.split("$")
+    given = (
+        secret_record(password) if kind == "secret" else password_record(password, salt)
+    )
+    return hmac.compare_digest(given, record)
+
+
+def user_name(text: str) -> str:
+    """A name that Basic authentication can carry; raises ValueError."""
+    if (
+        not 1 <= len(text) <= 100
+        or ":" in text
+        or not text.isprintable()
+        or not text.strip()
+    ):
+        raise ValueError(
+            f"{text!r} is not a name of 1 to 100 characters without a colon"
+        )
+    return text
+
+
+def load_users(connection: sqlite3.Connection) -> list[User]:
+    """All users, by name."""
+    rows = connection.execute("SELECT name, role, password FROM users ORDER BY name")
+    return [User(*row) for row in rows.fetchall()]
+
+
+def save_user(connection: sqlite3.Connection, user: User) -> None:
+    """Add a user or change the one of that name."""
+    sql = "INSERT OR REPLACE INTO users (name, role, password) VALUES (?, ?, ?)"
+    connection.execute(sql, (user.name, user.role, user.record))
+
+
+def ensure_admin(store: Store, password: str) -> str | None:
+    """Set the admin's password; without one and without any user, a new secret: returned."""
+    if not password and load_users(store.reader()):
+        return None
+    secret = None if password else secrets.token_urlsafe(32)
+    record = password_record(password) if password else secret_record(secret)
+    store.write(lambda connection: save_user(connection, User("admin", ADMIN, record)))
+    return secret
+
+
+class Logins:
+    """Who sends a request; verified logins are remembered, wrong ones are counted."""
+
+    def __init__(self, store: Store, clock: collections.abc.Callable[[], float]):
+        self._store, self._clock = store, clock
+        self._lock = threading.Lock()  # guards the next two
+        self._verified: dict[bytes, User] = {}  # by digest of the header
+        self._wrong: dict[str, tuple[float, int]] = {}  # address: since when, how many
+        self._hashing = threading.Lock()  # one password at a time has 16 MB to itself
+
+    def user(self, header: str | None, address: str) -> User:
+        """The user of an Authorization header; raises Unauthorized, TooManyRequests."""
+        self._check_throttle(address)
+        if not header:
+            raise Unauthorized("log in as a user of webhookd")
+        digest = hashlib.sha256(header.encode()).digest()
+        users = load_users(self._store.reader())  # so that a change counts at once
+        known = self._verified.get(digest)
+        if known is None or known not in users:
+            known = self._verify(header, users)
+            if known is None:
+                self._count_wrong(address)
+                raise Unauthorized("wrong user name or password")
+            with self._lock:
+                if len(self._verified) >= 1000:
+                    self._verified.clear()
+                self._verified[digest] = known
+        return known
+
+    def _verify(self, header, users):
+        scheme, _, value = header.partition(" ")
+        if scheme.lower() == "bearer":
+            bearers = [user for user in users if user.record.startswith("secret$")]
+            return next((u for u in bearers if matches(value.strip(), u.record)), None)
+        if scheme.lower() != "basic":
+            return None
+        try:
+            name, colon, password = base64.b64decode(value).decode().partition(":")
+        except ValueError:
+            return None
+        user = next((user for user in users if user.name == name), None)
+        # an unknown name takes as long as a known one
+        record = user.record if user else "scrypt$none$"
+        with self._hashing:
+            return user if matches(password, record) else None
+
+    def _check_throttle(self, address):
+        since, count = self._wrong.get(address, (0, 0))
+        left = since + WRONG_PASSWORDS_SECONDS - self._clock()
+        if count >= WRONG_PASSWORDS and left > 0:
+            raise TooManyRequests(
+                "too many wrong passwords from this address",
+                headers={"Retry-After": str(int(left) + 1)},
+            )
+
+    def _count_wrong(self, address):
+        now = self._clock()
+        with self._lock:
+            self._wrong = {
+                key: (since, count)
+                for key, (since, count) in self._wrong.items()
+                if now - since < WRONG_PASSWORDS_SECONDS
+            }
+            since, count = self._wrong.get(address, (now, 0))
+            self._wrong[address] = since, count + 1
+        fact("wrong password", level=logging.WARNING, address=address)
+
+
+# ======================================================================================
+# REST API
+# ======================================================================================
+
+READERS = (ADMIN, VIEWER)
+PUBLISHERS = (ADMIN, PUBLISHER)
+ADMINS = (ADMIN,)
+JSON_TYPE = "application/json"
+NDJSON_TYPE = "application/x-ndjson"
+MAX_TESTS = 4  # at one moment: each holds one of the server's threads
+PING = b'{"test": true}'
+
+
+def _published_one(events):
+    return json_bytes(events[0].shown())
+
+
+def _published_list(events):
+    return json_bytes({"results": [event.shown() for event in events]})
+
+
+class Api:
+    """The routes; built of its parts, so that there may be as many as one likes."""
+
+    def __init__(
+        self,
+        store: Store,
+        dispatcher: Dispatcher,
+        destinations: Destinations,
+        settings: Settings,
+        clock: collections.abc.Callable[[], float] = time.time,
+    ):
+        self._store, self._dispatcher, self._destinations = (
+            store,
+            dispatcher,
+            destinations,
+        )
+        self._settings, self._clock = settings, clock
+        self._logins = Logins(store, clock)
+        self._tests = threading.Semaphore(MAX_TESTS)
+        self.app = bottle.Bottle()
+        self.app.default_error_handler = self._render_bottle_error
+        self.app.add_hook("before_request", self._ignore_trailing_slash)
+        for plugin in (self._render_errors, self._refuse_other_sites, self._log_in):
+            self.app.install(plugin)
+        hooks, hook = "/rest/api/webhooks", "/rest/api/webhooks/<id:int>"
+        events, deliveries = "/rest/api/events", "/rest/api/deliveries"
+        for method, path, handler, roles in (
+            ("GET", hooks, self.list_webhooks, READERS),
+            ("POST", hooks, self.create_webhook, ADMINS),
+            ("GET", hook, self.get_webhook, READERS),
+            ("PUT", hook, self.update_webhook, ADMINS),
+            ("DELETE", hook, self.delete_webhook, ADMINS),
+            ("GET", hook + "/latest", self.latest, READERS),
+            ("GET", hook + "/statistics", self.statistics, READERS),
+            ("GET", hook + "/statistics/summary", self.statistics_summary, READERS),
+            ("POST", hooks + "/test", self.test_webhook, ADMINS),
+            ("POST", events, self.publish_events, PUBLISHERS),
+            ("GET", events, self.list_events, READERS),
+            ("GET", events + "/<id:int>", self.get_event, READERS),
+            ("GET", hook + "/deliveries", self.list_deliveries, READERS),
+            ("GET", deliveries + "/<uuid>", self.get_delivery, READERS),
+        ):
+            self.app.route(path, method, handler, roles=roles)
+        self.app.route("/health", "GET", self.health, skip=[self._log_in])
+
+    # ---- plugins: what every request passes ----
+
+    def _render_errors(self, handler):
+        def rendered(*args, **kwargs):
+            try:
+                return handler(*args, **kwargs)
+            except WebhookdError as error:
+                bottle.response.headers.update(error.headers)
+                return self._json(
+                    error_document(error.status, error.faults), error.status
+                )
+            except bottle.HTTPResponse:
+                raise
+            except Exception:
+                log.exception(
+                    "%s %s failed", bottle.request.method, bottle.request.path
+                )
+                faults = [Fault(None, "an internal error, which is in the log")]
+                return self._json(error_document(500, faults), 500)
+
+        return rendered
+
+    def _render_bottle_error(self, error):
+        faults = [Fault(None, str(error.body))]
+        if error.status_code == 404:
+            faults = [Fault(None, "there is no such resource")]
+        return self._json(error_document(error.status_code, faults), error.status_code)
+
+    def _refuse_other_sites(self, handler):
+        def refusing(*args, **kwargs):
+            request = bottle.request
+            if request.method not in ("GET", "HEAD"):
+                site = request.get_header("Sec-Fetch-Site", "none")
+                origin = request.get_header("Origin")
+                own = f"{request.environ['wsgi.url_scheme']}://{self._host()}"
+                if site not in ("none", "same-origin") or origin not in (None, own):
+                    raise Forbidden("requests from other sites are refused")
+            return handler(*args, **kwargs)
+
+        return refusing
+
+    def _log_in(self, handler):
+        def logged_in(*args, **kwargs):
+            request = bottle.request
+            address = request.environ.get("REMOTE_ADDR", "")
+            try:
+                user = self._logins.user(request.get_header("Authorization"), address)
+            except Unauthorized as error:
+                error.headers["WWW-Authenticate"] = 'Basic realm="webhookd"'
+                raise
+            if user.role not in request.route.config["roles"]:
+                raise Forbidden(f"the role {user.role} may not do this")
+            request.environ["webhookd.user"] = user.name
+            return handler(*args, **kwargs)
+
+        return logged_in
+
+    @staticmethod
+    def _ignore_trailing_slash():
+        path = bottle.request.environ["PATH_INFO"]
+        bottle.request.environ["PATH_INFO"] = path.rstrip("/") or "/"
+
+    # ---- what the handlers share ----
+
+    @staticmethod
+    def _json(document, status=200):
+        bottle.response.status = status
+        bottle.response.content_type = JSON_TYPE
+        return document if isinstance(document, bytes) else json_bytes(document)
+
+    @staticmethod
+    def _host():
+        environ = bottle.request.environ
+        return (
+            environ.get("HTTP_HOST")
+            or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
+        )
+
+    def _link(self, path, query=()):
+        encoded = urllib.parse.urlencode(query, doseq=True)
+        scheme = bottle.request.environ["wsgi.url_scheme"]
+        return f"{scheme}://{self._host()}{path}" + (f"?{encoded}" if encoded else "")
+
+    def _now_ms(self):
+        return int(self._clock() * 1000)
+
+    def _body(self, *types, limit=MAX_WEBHOOK_BYTES):
+        """The request's body, and whether it is NDJSON; raises WrongMediaType, TooLarge."""
+        sent = (
+            bottle.request.get_header("Content-Type", "")
+            .partition(";")[0]
+            .strip()
+            .lower()
+        )
+        if sent not in types and not re.fullmatch(
+            r"application/(json|[\w.-]+\+json)", sent
+        ):
+            raise WrongMediaType(f"the body must be sent as {' or '.join(types)}")
+        length = max(0, bottle.request.content_length)
+        if length > limit:
+            raise TooLarge(f"the body may have at most {limit} bytes")
+        return bottle.request.environ["wsgi.input"].read(length), sent == NDJSON_TYPE
+
+    def _query(self):
+        return Query(bottle.request.environ.get("QUERY_STRING", ""))
+
+    def _page_of(self, query, page, total, results):
+        """A page of results, with links to itself and its neighbours."""
+        start, limit = page.start, page.limit
+        starts = {"self": start}
+        if start + limit < total:
+            starts["next"] = start + limit
+        if start > 0:
+            starts["prev"] = max(0, start - limit)
+        path = bottle.request.path
+        links = {
+            name: self._link(path, query.fields | {"start": [first], "limit": [limit]})
+            for name, first in starts.items()
+        }
+        return self._json(
+            {"results": results, "start": start, "limit": limit, "size": len(results)}
+            | {"totalCount": total, "_links": links}
+        )
+
+    def _log_change(self, words, **values):
+        environ = bottle.request.environ
+        user, address = environ["webhookd.user"], environ.get("REMOTE_ADDR")
+        fact(words, **values, by=user, address=address)
+
+    # ---- webhooks ----
+
+    def list_webhooks(self):
+        query = self._query()
+        page, wanted, statistics = (
+            query.page(),
+            query.filter(),
+            query.read("statistics", boolean, False),
+        )
+        query.check()
+        webhooks = [
+            webhook
+            for webhook in self._store.webhooks.by_id.values()
+            if not wanted.events or any(map(webhook.subscribed, wanted.events))
+        ]
+        part = webhooks[page.start : page.start + page.limit]
+        return self._page_of(query, page, len(webhooks), self._shown(part, statistics))
+
+    def create_webhook(self):
+        body, _ = self._body(JSON_TYPE)
+        now = self._now_ms()
+        webhook = read_webhook(
+            body, Webhook(created=now, updated=now), self._destinations.check_url
+        )
+        webhook = self._store.add_webhook(webhook)
+        self._log_change("webhook created", id=webhook.id, url=masked_url(webhook.url))
+        path = f"/rest/api/webhooks/{webhook.id}"
+        bottle.response.set_header("Location", self._link(path))
+        return self._json(self._shown([webhook])[0], 201)
+
+    def get_webhook(self, id):
+        query = self._query()
+        statistics = query.read("statistics", boolean, False)
+        query.check()
+        return self._json(self._shown([self._store.webhook(id)], statistics)[0])
+
+    def update_webhook(self, id):
+        old = self._store.webhook(id)
+        body, _ = self._body(JSON_TYPE)
+        read_webhook(
+            body, old, self._destinations.check_url
+        )  # slow, so not in the writer
+        webhook = self._store.change_webhook(
+            id,
+            lambda current: dataclasses.replace(
+                read_webhook(body, current), updated=self._now_ms()
+            ),
+        )
+        self._dispatcher.reconsider(id)
+        self._log_change("webhook changed", id=id, url=masked_url(webhook.url))
+        return self._json(self._shown([webhook])[0])
+
+    def delete_webhook(self, id):
+        self._store.delete_webhook(self._store.webhook(id).id)
+        self._dispatcher.reconsider(id)
+        self._log_change("webhook deleted", id=id)
+        bottle.response.status = 204
+
+    def _shown(self, webhooks, statistics=False):
+        """The webhooks as the API shows them, with their health."""
+        pending, failures = self._store.pending_counts(), self._store.failures()
+        shown = []
+        for webhook in webhooks:
+            failed = failures.get(webhook.id, 0)
+            state = "failing" if failed else "healthy"
+            health = {
+                "state": state if webhook.active else "inactive",
+                "consecutiveFailures": failed,
+                "pausedUntil": None,
+                "reason": None,
+                "pending": pending.get(webhook.id, 0),
+            }
+            shown.append(webhook.shown() | {"health": health})
+            if statistics:
+                shown[-1]["statistics"] = self._store.statistics(
+                    webhook.id, (), self._now_ms()
+                )
+        return shown
+
+    def latest(self, id):
+        query = self._query()
+        wanted = query.filter()
+        query.check()
+        invocation = self._store.latest(self._store.webhook(id).id, wanted)
+        if invocation is None:
+            bottle.response.status = 204
+            return None
+        return self._json(invocation)
+
+    def statistics(self, id):
+        query = self._query()
+        wanted = query.filter()
+        query.check()
+        webhook = self._store.webhook(id)
+        return self._json(
+            self._store.statistics(webhook.id, wanted.events, self._now_ms())
+        )
+
+    def statistics_summary(self, id):
+        webhook, now = self._store.webhook(id), self._now_ms()
+        return self._json(
+            {
+                event: self._store.statistics(webhook.id, (event,), now)
+                for event in self._store.attempted_events(webhook.id)
+            }
+        )
+
+    def test_webhook(self):
+        query = self._query()
+        webhook = self._webhook_to_test(query)
+        if not self._tests.acquire(blocking=False):
+            raise TooManyRequests(
+                "too many tests at once", headers={"Retry-After": "5"}
+            )
+        try:
+            attempt = asyncio.run(self._ping(webhook))
+        finally:
+            self._tests.release()
+        self._log_change(
+            "webhook tested",
+            id=webhook.id or None,
+            url=attempt.url,
+            result=attempt.description,
+        )
+        request = {
+            "method": "POST",
+            "url": attempt.url,
+            "headers": attempt.request_headers,
+        }
+        answer = {"request": request | {"body": PING.decode()}, "response": None}
+        if attempt.status is None:
+            return self._json(answer | {"error": attempt.description})
+        answer["response"] = {
+            "status": attempt.status,
+            "headers": attempt.response_headers,
+            "body": attempt.response_body,
+        }
+        return self._json(answer)
+
+    def _webhook_to_test(self, query):
+        id = query.read("webhookId", whole_number(1), 0)
+        if "webhookId" in query.fields:
+            query.check()
+            return self._store.webhook(id)
+        url = query.read("url", url_of("", self._destinations.check_url), None)
+        if "url" not in query.fields:
+            query.fault("url", "url or webhookId is needed")
+        query.check()
+        return Webhook(url=url)
+
+    async def _ping(self, webhook):
+        client = Client(self._destinations, self._settings.delivery_timeout)
+        now = self._now_ms()
+        headers = request_headers(webhook, "diagnostics:ping", uuid7(now), 1, PING, now)
+        try:
+            return await make_attempt(client, webhook, headers, PING, now)
+        finally:
+            client.close_idle()
+
+    # ---- events and deliveries ----
+
+    def publish_events(self):
+        body, lines = self._body(JSON_TYPE, NDJSON_TYPE, limit=MAX_REQUEST_BYTES)
+        now = self._now_ms()
+        events = read_events(body, lines, now, self._settings.max_event_size)
+        several = isinstance(events, list)
+        answer, repeated = self._store.publish(
+            events if several else [events],
+            now,
+            _published_list if several else _published_one,
+            self._idempotency(body),
+        )
+        return self._json(answer, 200 if repeated else 202)
+
+    def _idempotency(self, body):
+        key = bottle.request.get_header("Idempotency-Key")
+        if key is None:
+            return None
+        if not 1 <= len(key) <= 255:
+            raise Invalid(Fault("Idempotency-Key", "must have 1 to 255 characters"))
+        user = bottle.request.environ["webhookd.user"]
+        return IdempotencyKey(user, key, hashlib.sha256(body).digest())
+
+    def list_events(self):
+        query = self._query()
+        page, wanted = query.page(), query.filter()
+        query.check()
+        events, total = self._store.events(wanted, page)
+        return self._page_of(query, page, total, [event.shown() for event in events])
+
+    def get_event(self, id):
+        event, body, deliveries = self._store.event(id)
+        shown = event.shown() | {
+            "deliveries": [delivery.shown() for delivery in deliveries]
+        }
+        # the payload is put in as text: it was sent, so it need not be read once more
+        head = json_bytes(shown).removesuffix(b"}")
+        return self._json(head + b',"payload":' + payload_of(body, event.name) + b"}")
+
+    def list_deliveries(self, id):
+        query = self._query()
+        page, wanted = query.page(), query.filter()
+        query.check()
+        webhook = self._store.webhook(id)
+        deliveries, total = self._store.deliveries(webhook.id, wanted, page)
+        return self._page_of(query, page, total, [d.shown() for d in deliveries])
+
+    def get_delivery(self, uuid):
+        delivery, body, attempts = self._store.delivery(uuid.lower())
+        shown = [
+            attempt.shown(delivery.id, delivery.event, body) for attempt in attempts
+        ]
+        return self._json(delivery.shown() | {"attempts": shown})
+
+    # ---- health ----
+
+    def health(self):
+        problems = [self._store.problem, self._dispatcher.problem()]
+        if self._store.stands_still():
+            problems.append("the store's writer stands still")
+        problems = list(filter(None, problems))
+        if problems:
+            return self._json({"status": "failing", "problems": problems}, 503)
+        return self._json({"status": "ok"})
+
+
+# ---- the server's own errors ----
+
+
+def render_server_error(
+    error: waitress.utilities.Error, ident: str | None = None
+) -> tuple:
+    """What waitress answers to a request that does not reach the application."""
+    faults = [Fault(None, str(error.body))]
+    body = json_bytes(error_document(error.code, faults) | {"reason": error.reason})
+    return f"{error.code} {error.reason}", [("Content-Type", JSON_TYPE)], body
+
+
+# ======================================================================================
+# systemd
+# ======================================================================================
+
+PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it asks (sd_notify(3)): READY=1, WATCHDOG=1, STOPPING=1."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notification:
+        with contextlib.suppress(OSError):
+            notification.sendto(state.encode(), address)
+
+
+class LineFormatter(logging.Formatter):
+    """One line for each record: with a time, or with a priority for the journal."""
+
+    def __init__(self, journal: bool):
+        super().__init__("%(message)s" if journal else "%(asctime)s %(message)s")
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record).replace("\r", "\\r").replace("\n", "\\n")
+        return f"<{PRIORITIES.get(record.levelno, 3)}>{text}" if self._journal else text
+
+
+def start_logging() -> None:
+    """Send the log to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter(journal=writes_to_journal(os.environ)))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # warns of plain load
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+
+
+def writes_to_journal(environ: collections.abc.Mapping) -> bool:
+    """Whether stderr is the journal (systemd.exec(5), JOURNAL_STREAM)."""
+    status = os.fstat(sys.stderr.fileno())
+    return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+# ======================================================================================
+# Command line
+# ======================================================================================
+
+SERVER_THREADS = 8
+MAX_CONNECTIONS = 1000
+MAX_OPEN_FILES = 4096
+
+
+def printable_address(host: str, port: int) -> str:
+    """HOST:PORT, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def listen(address: tuple[str, int]) -> socket.socket:
+    """A listening socket; raises SettingError."""
+    try:
+        family, *_, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(where[:2], family=family)
+    except OSError as error:
+        raise SettingError(
+            f"--listen (WEBHOOKD_LISTEN): {printable_address(*address)}: {error.strerror}"
+        ) from None
+
+
+def make_server(app, listener: socket.socket, settings: Settings):
+    """The HTTP server of the application."""
+    # waitress answers by this method what does not reach the application
+    waitress.utilities.Error.to_response = render_server_error
+    proxy = {"clear_untrusted_proxy_headers": True}
+    if settings.trusted_proxy:
+        proxy["trusted_proxy"] = settings.trusted_proxy
+        proxy["trusted_proxy_headers"] = {
+            f"x-forwarded-{x}" for x in ("for", "proto", "host")
+        }
+    return waitress.create_server(
+        app,
+        sockets=[listener],
+        threads=SERVER_THREADS,
+        ident="webhookd",
+        connection_limit=MAX_CONNECTIONS,
+        max_request_body_size=max(MAX_REQUEST_BYTES, settings.max_event_size),
+        asyncore_use_poll=True,  # select() knows file numbers below 1024 only
+        **proxy,
+    )
+
+
+def serve(settings: Settings) -> None:
+    """The life of the process: returns after SIGTERM or SIGINT, with everything settled."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    with contextlib.ExitStack() as parts:
+        parts.callback(notify, "STOPPING=1")
+        store = parts.enter_context(Store(settings.database))
+        secret = ensure_admin(store, settings.admin_password)
+        if secret:
+            print(f"user admin was created, its secret is: {secret}", flush=True)
+        listener = parts.enter_context(listen(settings.listen))
+        address = listener.getsockname()[:2]
+        destinations = Destinations(settings.allow_networks, address)
+        client = Client(destinations, settings.delivery_timeout)
+        dispatcher = Dispatcher(store, client, settings, heartbeat=lambda: _beat(store))
+        parts.enter_context(dispatcher)
+        api = Api(store, dispatcher, destinations, settings)
+        server = make_server(api.app, listener, settings)
+        notify("READY=1")
+        fact("ready", listen=printable_address(*address))
+        server.run()  # until the signal's SystemExit, then what it has in hand
+        fact("stopping")
+
+
+def _stop(number, frame):
+    signal.signal(number, signal.SIG_IGN)  # once is enough
+    raise SystemExit(0)
+
+
+def _beat(store):
+    if not store.stands_still():
+        notify("WATCHDOG=1")
+
+
+# ---- subcommands ----
+
+
+class CommandError(Exception):
+    """A subcommand cannot do what it was asked; the text says why."""
+
+
+@contextlib.contextmanager
+def database_beside_service(path: str):
+    """A connection in a transaction, while a service may be running; raises DatabaseError."""
+    try:
+        with contextlib.closing(open_database(path)) as connection:
+            version = schema_version(connection)
+            if version not in (0, len(MIGRATIONS)):
+                raise DatabaseError(
+                    f"{path} has version {version}, this webhookd has {len(MIGRATIONS)}:"
+                    " let the service start with it first"
+                )
+            migrate(connection)
+            with transaction(connection):
+                yield connection
+    except sqlite3.Error as error:
+        raise DatabaseError(f"{path}: {error}") from error
+
+
+def add_user(path: str, name: str, role: str, with_password: bool) -> None:
+    """Add a user with a password from the terminal or stdin, or with a new secret."""
+    secret = read_password() if with_password else secrets.token_urlsafe(32)
+    record = password_record(secret) if with_password else secret_record(secret)
+    with database_beside_service(path) as connection:
+        if any(user.name == name for user in load_users(connection)):
+            raise CommandError(f"there is a user {name} already")
+        save_user(connection, User(name, role, record))
+    if not with_password:
+        print(secret)
+
+
+def read_password() -> str:
+    """A password from the terminal, or the first line of standard input."""
+    password = (
+        getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+    )
+    if not password:
+        raise CommandError("the password is empty")
+    return password
+
+
+def list_users(path: str) -> None:
+    """Print names and roles."""
+    with database_beside_service(path) as connection:
+        for user in load_users(connection):
+            print(user.name, user.role)
+
+
+def remove_user(path: str, name: str) -> None:
+    """Remove a user; raises CommandError."""
+    with database_beside_service(path) as connection:
+        if not connection.execute("DELETE FROM users WHERE name = ?", [name]).rowcount:
+            raise CommandError(f"there is no user {name}")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The command line: every setting is a flag, serving is what it does unasked."""
+    parser = argparse.ArgumentParser(
+        prog="webhookd",
+        allow_abbrev=False,
+        description="Webhooks for the applications of a small server. Without a subcommand: serve.",
+        epilog="Each setting may be given as the variable in brackets too; the flag wins.",
+        formatter_class=lambda prog: argparse.HelpFormatter(
+            prog, max_help_position=34, width=160
+        ),
+    )
+    parser.add_argument("--version", action="version", version=f"webhookd {VERSION}")
+    settings = parser.add_argument_group("settings")
+    for field in dataclasses.fields(Settings):
+        default = field.metadata["default"] or "none"
+        help = f"{field.metadata['text']} [{variable(field)}, default {default}]"
+        settings.add_argument(flag(field), metavar=field.metadata["metavar"], help=help)
+    subcommands = parser.add_subparsers(title="subcommands", metavar="")
+    _add_user_commands(
+        subcommands.add_parser("user", help="who may log in: add, list, remove")
+    )
+    return parser
+
+
+def _add_user_commands(parser):
+    commands = parser.add_subparsers(required=True, metavar="add|list|remove")
+    add = commands.add_parser(
+        "add", help="add a user, and print the secret made for it"
+    )
+    add.add_argument("name", type=user_name)
+    add.add_argument("--role", choices=ROLES, required=True)
+    add.add_argument("--password", action="store_true", help="read a password instead")
+    add.set_defaults(
+        run=lambda given, path: add_user(path, given.name, given.role, given.password)
+    )
+    commands.add_parser("list", help="print names and roles").set_defaults(
+        run=lambda given, path: list_users(path)
+    )
+    remove = commands.add_parser("remove", help="remove a user")
+    remove.add_argument("name")
+    remove.set_defaults(run=lambda given, path: remove_user(path, given.name))
+    for command in commands.choices.values():
+        command.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    os.umask(0o077)  # the database holds secrets
+    given = argument_parser().parse_args(arguments)
+    start_logging()
+    try:
+        if hasattr(given, "run"):
+            # a subcommand needs the database only: other settings may be at fault
+            environ = {
+                name: os.environ.get(name, "") for name in ("WEBHOOKD_DATABASE",)
+            }
+            given.run(
+                given, read_settings({"database": given.database}, environ).database
+            )
+        else:
+            serve(read_settings(vars(given), os.environ))
+    except SettingError as error:
+        print(f"webhookd: {error}", file=sys.stderr)
+        return 2
+    except (DatabaseError, CommandError) as error:
+        print(f"webhookd: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
