@@ -103,11 +103,6 @@ STATISTICS_DAYS = 30
 log = logging.getLogger("webhookd")
 
 
-def fact(words: str, *, level: int = logging.INFO, **values: object) -> None:
-    """Log one fact on one line: a few words, then key=value."""
-    log.log(level, "%s", " ".join([words, *map("=".join, _printable(values))]))
-
-
 def _printable(values):
     for key, value in values.items():
         text = str(value)
@@ -116,6 +111,11 @@ def _printable(values):
             key,
             text if plain else json.dumps(text, ensure_ascii=not text.isprintable()),
         )
+
+
+def fact(words: str, *, level: int = logging.INFO, **values: object) -> None:
+    """Log one fact on one line: a few words, then key=value."""
+    log.log(level, "%s", " ".join([words, *map("=".join, _printable(values))]))
 
 
 # ======================================================================================
@@ -236,9 +236,17 @@ def flag(field: dataclasses.Field) -> str:
     return "--" + field.name.replace("_", "-")
 
 
-def read_settings(flags: dict, environ: collections.abc.Mapping) -> Settings:
-    """Settings from flags, else variables, else defaults; raises SettingError."""
-    return Settings(**dict(_given_settings(flags, environ)))
+def _credential(environ, name):
+    """A systemd credential (LoadCredential= and its like), or None."""
+    path = pathlib.Path(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)
+    return path.read_text().strip("\r\n") if path.exists() else None
+
+
+def _parsed(field, text):
+    try:
+        return field.metadata["parse"](text)
+    except ValueError as error:
+        raise SettingError(f"{flag(field)} ({variable(field)}): {error}") from None
 
 
 def _given_settings(flags, environ):
@@ -250,17 +258,9 @@ def _given_settings(flags, environ):
             yield field.name, _parsed(field, text)
 
 
-def _parsed(field, text):
-    try:
-        return field.metadata["parse"](text)
-    except ValueError as error:
-        raise SettingError(f"{flag(field)} ({variable(field)}): {error}") from None
-
-
-def _credential(environ, name):
-    """A systemd credential (LoadCredential= and its like), or None."""
-    path = pathlib.Path(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)
-    return path.read_text().strip("\r\n") if path.exists() else None
+def read_settings(flags: dict, environ: collections.abc.Mapping) -> Settings:
+    """Settings from flags, else variables, else defaults; raises SettingError."""
+    return Settings(**dict(_given_settings(flags, environ)))
 
 
 # ======================================================================================
@@ -568,7 +568,7 @@ class Filter:
 # Reading input: from what a client sent to the model, or every fault in it at once
 # ======================================================================================
 
-NUMBER_MARK = secrets.token_hex(16)  # nobody can send it, so nobody can forge a number
+NUMBER_MARK = f"#{secrets.token_hex(16)}#"  # nobody can send what nobody knows
 
 
 class JsonNumber(str):
@@ -706,6 +706,31 @@ def subscriptions(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
+def ascii_host(host: str) -> str:
+    """The host as it goes on the wire; raises UnicodeError."""
+    return host if host.isascii() else host.encode("idna").decode()
+
+
+def _check_url(url):
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("must begin with http:// or https://")
+    if not parts.hostname:
+        raise ValueError("must have a host")
+    if parts.port == 0:
+        raise ValueError("must have a port from 1 to 65535")
+    if "#" in url:
+        raise ValueError("must not have a fragment")
+    if "%" in parts.hostname:
+        raise ValueError("must not have a zone id or escapes in its host")
+    if f":{MASK}@" in url:
+        raise ValueError("has a masked password that stands for none")
+    try:
+        ascii_host(parts.hostname)
+    except UnicodeError:
+        raise ValueError("has a host that is not a valid name") from None
+
+
 def url_of(previous: str, check: collections.abc.Callable) -> collections.abc.Callable:
     """A reader of a webhook's URL; a masked password stands for the previous one's.
 
@@ -729,31 +754,6 @@ def url_of(previous: str, check: collections.abc.Callable) -> collections.abc.Ca
         return url
 
     return parse
-
-
-def _check_url(url):
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        raise ValueError("must begin with http:// or https://")
-    if not parts.hostname:
-        raise ValueError("must have a host")
-    if parts.port == 0:
-        raise ValueError("must have a port from 1 to 65535")
-    if "#" in url:
-        raise ValueError("must not have a fragment")
-    if "%" in parts.hostname:
-        raise ValueError("must not have a zone id or escapes in its host")
-    if f":{MASK}@" in url:
-        raise ValueError("has a masked password that stands for none")
-    try:
-        ascii_host(parts.hostname)
-    except UnicodeError:
-        raise ValueError("has a host that is not a valid name") from None
-
-
-def ascii_host(host: str) -> str:
-    """The host as it goes on the wire; raises UnicodeError."""
-    return host if host.isascii() else host.encode("idna").decode()
 
 
 def configuration_of(previous: dict) -> collections.abc.Callable:
@@ -806,23 +806,6 @@ HEADERS_NOT_TO_SET = frozenset(
 )
 
 
-def headers_of(previous: dict) -> collections.abc.Callable:
-    """A reader of extra request headers; a masked value keeps the previous one."""
-
-    def parse(value):
-        if not isinstance(value, dict):
-            raise ValueError("must be an object of strings")
-        if len(value) > 20:
-            raise ValueError(f"at most 20 are allowed, these are {len(value)}")
-        headers = {k: previous.get(k) if v == MASK else v for k, v in value.items()}
-        faults = list(_header_faults(headers))
-        if faults:
-            raise Invalid(*faults)
-        return headers
-
-    return parse
-
-
 def _header_faults(headers):
     seen = set()
     for name, value in headers.items():
@@ -840,6 +823,23 @@ def _header_faults(headers):
                 context, "must be a string of Latin-1 without control characters"
             )
         seen.add(name.lower())
+
+
+def headers_of(previous: dict) -> collections.abc.Callable:
+    """A reader of extra request headers; a masked value keeps the previous one."""
+
+    def parse(value):
+        if not isinstance(value, dict):
+            raise ValueError("must be an object of strings")
+        if len(value) > 20:
+            raise ValueError(f"at most 20 are allowed, these are {len(value)}")
+        headers = {k: previous.get(k) if v == MASK else v for k, v in value.items()}
+        faults = list(_header_faults(headers))
+        if faults:
+            raise Invalid(*faults)
+        return headers
+
+    return parse
 
 
 def filters(value: object) -> dict:
@@ -930,26 +930,9 @@ class Query(Reader):
 # ---- webhooks ----
 
 
-def read_webhook(
-    body: bytes, old: Webhook, check_url: collections.abc.Callable = lambda url: None
-) -> Webhook:
-    """The webhook that the body asks for, fields left out as in the old one.
-
-    check_url raises ValueError. Raises Invalid with every field at fault."""
-    value = json_value(body)
-    if not isinstance(value, dict):
-        raise Invalid("the body must be a JSON object")
-    if b"\\u" in body and b"\\ud" in json_bytes(value).lower():
-        raise Invalid("the body holds half a surrogate pair")
-    reader = Reader(value)
-    for name in ("url", "events"):
-        if not getattr(old, name) and value.get(name) is None:
-            reader.fault(name, "is needed")
-    webhook = _read_fields(reader, old, check_url)
-    reader.check()
-    if not webhook.name:
-        webhook = dataclasses.replace(webhook, name=masked_url(webhook.url)[:255])
-    return webhook
+def _full_configuration(webhook):
+    secret = {"secret": webhook.secret} if webhook.secret else {}
+    return webhook.configuration | secret
 
 
 def _read_fields(reader, old, check_url):
@@ -985,16 +968,33 @@ def _read_fields(reader, old, check_url):
     )
 
 
-def _full_configuration(webhook):
-    secret = {"secret": webhook.secret} if webhook.secret else {}
-    return webhook.configuration | secret
+def read_webhook(
+    body: bytes, old: Webhook, check_url: collections.abc.Callable = lambda url: None
+) -> Webhook:
+    """The webhook that the body asks for, fields left out as in the old one.
+
+    check_url raises ValueError. Raises Invalid with every field at fault."""
+    value = json_value(body)
+    if not isinstance(value, dict):
+        raise Invalid("the body must be a JSON object")
+    if b"\\u" in body and b"\\ud" in json_bytes(value).lower():
+        raise Invalid("the body holds half a surrogate pair")
+    reader = Reader(value)
+    for name in ("url", "events"):
+        if not getattr(old, name) and value.get(name) is None:
+            reader.fault(name, "is needed")
+    webhook = _read_fields(reader, old, check_url)
+    reader.check()
+    if not webhook.name:
+        webhook = dataclasses.replace(webhook, name=masked_url(webhook.url)[:255])
+    return webhook
 
 
-def wants(webhook: Webhook, event: NewEvent) -> bool:
-    """Whether the event passes the webhook's filters."""
-    return all(
-        _accepts(accepted, _field_at(event.fields, path))
-        for path, accepted in webhook.filters.items()
+def _accepts(accepted, value):
+    accepted = accepted if isinstance(accepted, list) else [accepted]
+    return any(
+        item == value and isinstance(item, bool) == isinstance(value, bool)
+        for item in accepted
     )
 
 
@@ -1006,56 +1006,23 @@ def _field_at(fields, path):
     return fields.value if isinstance(fields, JsonNumber) else fields
 
 
-def _accepts(accepted, value):
-    accepted = accepted if isinstance(accepted, list) else [accepted]
-    return any(
-        item == value and isinstance(item, bool) == isinstance(value, bool)
-        for item in accepted
+def wants(webhook: Webhook, event: NewEvent) -> bool:
+    """Whether the event passes the webhook's filters."""
+    return all(
+        _accepts(accepted, _field_at(event.fields, path))
+        for path, accepted in webhook.filters.items()
     )
 
 
 # ---- events ----
 
 
-def read_events(
-    body: bytes, lines: bool, now_ms: int, max_bytes: int
-) -> NewEvent | list[NewEvent]:
-    """The event of a JSON object; a list of those of an array, or of NDJSON lines.
-
-    Raises Invalid with the faults of all of them, TooLarge for one over max_bytes."""
-    if lines:
-        parts = [(line, len(line)) for line in body.split(b"\n") if line.strip()]
-    else:
-        value = json_value(body, _decode_event)
-        if not isinstance(value, list):
-            return _read_event(value, len(body), now_ms, max_bytes)
-        parts = [(item, 0) for item in value]
-    if not 1 <= len(parts) <= MAX_EVENTS_PER_REQUEST:
-        raise Invalid(
-            f"1 to {MAX_EVENTS_PER_REQUEST} events are allowed, not {len(parts)}"
-        )
-    return _read_all(parts, now_ms, max_bytes)
-
-
-def _read_all(parts, now_ms, max_bytes):
-    events, faults = [], []
-    for index, (part, sent_bytes) in enumerate(parts):
-        try:
-            value = json_value(part, _decode_event) if sent_bytes else part
-            events.append(_read_event(value, sent_bytes, now_ms, max_bytes))
-        except (Invalid, TooLarge) as error:
-            place = [_placed(fault, index) for fault in error.faults]
-            if isinstance(error, TooLarge):
-                raise TooLarge(*place) from None
-            faults += place
-    if faults:
-        raise Invalid(*faults)
-    return events
-
-
-def _placed(fault, index):
-    context = f"[{index}].{fault.context}" if fault.context else f"[{index}]"
-    return Fault(context, fault.message)
+def _event_body(fields):
+    try:
+        text = _encode(fields)
+    except RecursionError:
+        raise Invalid("the JSON is nested too deeply") from None
+    return _marked_number.sub(r"\1", text).encode("utf-8", "backslashreplace")
 
 
 def _read_event(value, sent_bytes, now_ms, max_bytes):
@@ -1083,12 +1050,45 @@ def _read_event(value, sent_bytes, now_ms, max_bytes):
     return NewEvent(name, int(moment), body, value)
 
 
-def _event_body(fields):
-    try:
-        text = _encode(fields)
-    except RecursionError:
-        raise Invalid("the JSON is nested too deeply") from None
-    return _marked_number.sub(r"\1", text).encode("utf-8", "backslashreplace")
+def _placed(fault, index):
+    context = f"[{index}].{fault.context}" if fault.context else f"[{index}]"
+    return Fault(context, fault.message)
+
+
+def _read_all(parts, now_ms, max_bytes):
+    events, faults = [], []
+    for index, (part, sent_bytes) in enumerate(parts):
+        try:
+            value = json_value(part, _decode_event) if sent_bytes else part
+            events.append(_read_event(value, sent_bytes, now_ms, max_bytes))
+        except (Invalid, TooLarge) as error:
+            place = [_placed(fault, index) for fault in error.faults]
+            if isinstance(error, TooLarge):
+                raise TooLarge(*place) from None
+            faults += place
+    if faults:
+        raise Invalid(*faults)
+    return events
+
+
+def read_events(
+    body: bytes, lines: bool, now_ms: int, max_bytes: int
+) -> NewEvent | list[NewEvent]:
+    """The event of a JSON object; a list of those of an array, or of NDJSON lines.
+
+    Raises Invalid with the faults of all of them, TooLarge for one over max_bytes."""
+    if lines:
+        parts = [(line, len(line)) for line in body.split(b"\n") if line.strip()]
+    else:
+        value = json_value(body, _decode_event)
+        if not isinstance(value, list):
+            return _read_event(value, len(body), now_ms, max_bytes)
+        parts = [(item, 0) for item in value]
+    if not 1 <= len(parts) <= MAX_EVENTS_PER_REQUEST:
+        raise Invalid(
+            f"1 to {MAX_EVENTS_PER_REQUEST} events are allowed, not {len(parts)}"
+        )
+    return _read_all(parts, now_ms, max_bytes)
 
 
 # ======================================================================================
@@ -1282,6 +1282,55 @@ def embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | Non
     return address.ipv4_mapped or address.sixtofour
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Endpoint:
+    """The parts of a URL that sending needs."""
+
+    tls: bool
+    host: str  # as it is looked up
+    port: int
+    host_header: str
+    target: str  # path and query
+
+
+@functools.lru_cache(4096)
+def endpoint(url: str) -> Endpoint:
+    """The parts of a webhook's URL."""
+    parts = urllib.parse.urlsplit(url)
+    tls, host = parts.scheme == "https", ascii_host(parts.hostname)
+    default = 443 if tls else 80
+    port = parts.port or default
+    name = f"[{host}]" if ":" in host else host
+    target = urllib.parse.quote(
+        (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
+        safe="!#$%&'()*+,/:;=?@[]~",
+    )
+    return Endpoint(
+        tls, host, port, name if port == default else f"{name}:{port}", target
+    )
+
+
+def _is_ip(host):
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
+
+
+class UnknownHost(OSError):
+    """A name that has no address."""
+
+
+def _is_local(address):
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((str(address), 0))  # works for this machine's addresses only
+        except OSError:
+            return False
+    return True
+
+
 class Destinations:
     """Judges where deliveries may go, and looks names up in threads of its own."""
 
@@ -1365,55 +1414,6 @@ class Destinations:
             future.set_result(answer)
 
 
-class UnknownHost(OSError):
-    """A name that has no address."""
-
-
-def _is_ip(host):
-    try:
-        return bool(ipaddress.ip_address(host))
-    except ValueError:
-        return False
-
-
-def _is_local(address):
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((str(address), 0))  # works for this machine's addresses only
-        except OSError:
-            return False
-    return True
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Endpoint:
-    """The parts of a URL that sending needs."""
-
-    tls: bool
-    host: str  # as it is looked up
-    port: int
-    host_header: str
-    target: str  # path and query
-
-
-@functools.lru_cache(4096)
-def endpoint(url: str) -> Endpoint:
-    """The parts of a webhook's URL."""
-    parts = urllib.parse.urlsplit(url)
-    tls, host = parts.scheme == "https", ascii_host(parts.hostname)
-    default = 443 if tls else 80
-    port = parts.port or default
-    name = f"[{host}]" if ":" in host else host
-    target = urllib.parse.quote(
-        (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
-        safe="!#$%&'()*+,/:;=?@[]~",
-    )
-    return Endpoint(
-        tls, host, port, name if port == default else f"{name}:{port}", target
-    )
-
-
 # ---- requests and responses ----
 
 
@@ -1427,6 +1427,15 @@ def request_bytes(place: Endpoint, headers: dict[str, str], body: bytes) -> byte
     lines += [f"{name}: {value}" for name, value in headers.items()]
     lines += [f"Content-Length: {len(body)}", "", ""]
     return "\r\n".join(lines).encode("latin-1") + body
+
+
+def _header_line(line):
+    match = re.fullmatch(
+        rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*", line
+    )
+    if not match:
+        raise ProtocolError("the answer has a malformed header")
+    return match[1].decode("latin-1"), match[2].decode("latin-1")
 
 
 class Response:
@@ -1568,22 +1577,14 @@ class Response:
         return line is not None
 
 
-def _header_line(line):
-    match = re.fullmatch(
-        rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*", line
-    )
-    if not match:
-        raise ProtocolError("the answer has a malformed header")
-    return match[1].decode("latin-1"), match[2].decode("latin-1")
-
-
 def kept_text(body: bytes, content_type: str | None) -> str:
     """What is kept of a response's body: 16 KiB of text, else `<binary data>`."""
     charset = re.search(r"charset=\"?([\w-]+)", content_type or "")
     known = charset and charset[1].lower() in ("iso-8859-1", "us-ascii", "windows-1252")
     try:
         decoder = codecs.getincrementaldecoder(charset[1] if known else "utf-8")()
-        text = decoder.decode(bytes(body[:MAX_KEPT_BODY_BYTES]))
+        whole = len(body) <= MAX_KEPT_BODY_BYTES  # else the last character may be cut
+        text = decoder.decode(bytes(body[:MAX_KEPT_BODY_BYTES]), whole)
     except UnicodeError:
         return "<binary data>"
     return (
@@ -1755,30 +1756,6 @@ class Client:
 # ---- one attempt ----
 
 
-async def make_attempt(
-    client: Client,
-    webhook: Webhook,
-    headers: dict[str, str],
-    body: bytes,
-    start_ms: int,
-) -> Attempt:
-    """POST to a webhook and say what came of it, with every secret masked."""
-    begun = time.monotonic()
-    outcome = {"outcome": ERROR}
-    try:
-        response = await client.send(webhook.url, headers, body, webhook.verify_tls)
-        outcome = _answered(response, secret_texts(webhook))
-    except (AddressRefused, ProtocolError, OSError) as error:
-        outcome["description"] = described(error)
-    return Attempt(
-        start=start_ms,
-        duration=round((time.monotonic() - begun) * 1000),
-        url=masked_url(webhook.url),
-        request_headers=masked_headers(webhook, headers),
-        **outcome,
-    )
-
-
 def _answered(response, secrets_to_mask):
     masked = functools.partial(without_secrets, texts=secrets_to_mask)
     names = dict.fromkeys(name for name, _ in response.headers)
@@ -1814,6 +1791,30 @@ def described(error: Exception) -> str:
     if isinstance(error, UnknownHost) or not isinstance(error, OSError):
         return str(error)
     return (os.strerror(error.errno) if error.errno else str(error)).lower()
+
+
+async def make_attempt(
+    client: Client,
+    webhook: Webhook,
+    headers: dict[str, str],
+    body: bytes,
+    start_ms: int,
+) -> Attempt:
+    """POST to a webhook and say what came of it, with every secret masked."""
+    begun = time.monotonic()
+    outcome = {"outcome": ERROR}
+    try:
+        response = await client.send(webhook.url, headers, body, webhook.verify_tls)
+        outcome = _answered(response, secret_texts(webhook))
+    except (AddressRefused, ProtocolError, OSError) as error:
+        outcome["description"] = described(error)
+    return Attempt(
+        start=start_ms,
+        duration=round((time.monotonic() - begun) * 1000),
+        url=masked_url(webhook.url),
+        request_headers=masked_headers(webhook, headers),
+        **outcome,
+    )
 
 
 # ======================================================================================
@@ -1991,6 +1992,12 @@ def insert(connection: sqlite3.Connection, table: str, rows: list[tuple]) -> Non
         connection.execute(f"INSERT INTO {table} {clause}", values)
 
 
+def stored_webhook(id: int, definition: str) -> Webhook:
+    """The webhook of a row."""
+    fields = json.loads(definition)
+    return Webhook(**fields | {"id": id, "events": tuple(fields["events"])})
+
+
 class Webhooks:
     """All webhooks at one moment; never changed, only replaced."""
 
@@ -2016,12 +2023,6 @@ class Webhooks:
             if webhook.subscribed(event.name):
                 wanted[id] = webhook
         return sorted(id for id, webhook in wanted.items() if wants(webhook, event))
-
-
-def stored_webhook(id: int, definition: str) -> Webhook:
-    """The webhook of a row."""
-    fields = json.loads(definition)
-    return Webhook(**fields | {"id": id, "events": tuple(fields["events"])})
 
 
 def definition_of(webhook: Webhook) -> str:
@@ -3138,6 +3139,13 @@ MAX_TESTS = 4  # at one moment: each holds one of the server's threads
 PING = b'{"test": true}'
 
 
+def _site(origin):
+    """Scheme, host and port of an origin, also where the port is left out."""
+    scheme, _, authority = origin.lower().partition("://")
+    default = {"http": ":80", "https": ":443"}.get(scheme, "")
+    return scheme, authority.removesuffix(default)
+
+
 def _published_one(events):
     return json_bytes(events[0].shown())
 
@@ -3167,10 +3175,11 @@ class Api:
         self._tests = threading.Semaphore(MAX_TESTS)
         self.app = bottle.Bottle()
         self.app.default_error_handler = self._render_bottle_error
+        self.app.router.add_filter("id", lambda _: (r"\d{1,15}", int, str))
         self.app.add_hook("before_request", self._ignore_trailing_slash)
         for plugin in (self._render_errors, self._refuse_other_sites, self._log_in):
             self.app.install(plugin)
-        hooks, hook = "/rest/api/webhooks", "/rest/api/webhooks/<id:int>"
+        hooks, hook = "/rest/api/webhooks", "/rest/api/webhooks/<id:id>"
         events, deliveries = "/rest/api/events", "/rest/api/deliveries"
         for method, path, handler, roles in (
             ("GET", hooks, self.list_webhooks, READERS),
@@ -3184,7 +3193,7 @@ class Api:
             ("POST", hooks + "/test", self.test_webhook, ADMINS),
             ("POST", events, self.publish_events, PUBLISHERS),
             ("GET", events, self.list_events, READERS),
-            ("GET", events + "/<id:int>", self.get_event, READERS),
+            ("GET", events + "/<id:id>", self.get_event, READERS),
             ("GET", hook + "/deliveries", self.list_deliveries, READERS),
             ("GET", deliveries + "/<uuid>", self.get_delivery, READERS),
         ):
@@ -3223,10 +3232,10 @@ class Api:
         def refusing(*args, **kwargs):
             request = bottle.request
             if request.method not in ("GET", "HEAD"):
-                site = request.get_header("Sec-Fetch-Site", "none")
-                origin = request.get_header("Origin")
+                site = self._header("Sec-Fetch-Site") or "none"
                 own = f"{request.environ['wsgi.url_scheme']}://{self._host()}"
-                if site not in ("none", "same-origin") or origin not in (None, own):
+                origin = self._header("Origin") or own
+                if site not in ("none", "same-origin") or _site(origin) != _site(own):
                     raise Forbidden("requests from other sites are refused")
             return handler(*args, **kwargs)
 
@@ -3237,7 +3246,7 @@ class Api:
             request = bottle.request
             address = request.environ.get("REMOTE_ADDR", "")
             try:
-                user = self._logins.user(request.get_header("Authorization"), address)
+                user = self._logins.user(self._header("Authorization"), address)
             except Unauthorized as error:
                 error.headers["WWW-Authenticate"] = 'Basic realm="webhookd"'
                 raise
@@ -3262,6 +3271,11 @@ class Api:
         return document if isinstance(document, bytes) else json_bytes(document)
 
     @staticmethod
+    def _header(name):
+        # not bottle's get_header(), which fails on what is not UTF-8
+        return bottle.request.environ.get("HTTP_" + name.upper().replace("-", "_"))
+
+    @staticmethod
     def _host():
         environ = bottle.request.environ
         return (
@@ -3279,12 +3293,8 @@ class Api:
 
     def _body(self, *types, limit=MAX_WEBHOOK_BYTES):
         """The request's body, and whether it is NDJSON; raises WrongMediaType, TooLarge."""
-        sent = (
-            bottle.request.get_header("Content-Type", "")
-            .partition(";")[0]
-            .strip()
-            .lower()
-        )
+        sent = bottle.request.environ.get("CONTENT_TYPE", "")
+        sent = sent.partition(";")[0].strip().lower()
         if sent not in types and not re.fullmatch(
             r"application/(json|[\w.-]+\+json)", sent
         ):
@@ -3373,7 +3383,7 @@ class Api:
         return self._json(self._shown([webhook])[0])
 
     def delete_webhook(self, id):
-        self._store.delete_webhook(self._store.webhook(id).id)
+        self._store.delete_webhook(id)
         self._dispatcher.reconsider(id)
         self._log_change("webhook deleted", id=id)
         bottle.response.status = 204
@@ -3495,7 +3505,7 @@ class Api:
         return self._json(answer, 200 if repeated else 202)
 
     def _idempotency(self, body):
-        key = bottle.request.get_header("Idempotency-Key")
+        key = self._header("Idempotency-Key")
         if key is None:
             return None
         if not 1 <= len(key) <= 255:
@@ -3589,6 +3599,12 @@ class LineFormatter(logging.Formatter):
         return f"<{PRIORITIES.get(record.levelno, 3)}>{text}" if self._journal else text
 
 
+def writes_to_journal(environ: collections.abc.Mapping) -> bool:
+    """Whether stderr is the journal (systemd.exec(5), JOURNAL_STREAM)."""
+    status = os.fstat(sys.stderr.fileno())
+    return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
 def start_logging() -> None:
     """Send the log to stderr."""
     handler = logging.StreamHandler()
@@ -3596,12 +3612,6 @@ def start_logging() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # warns of plain load
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-
-
-def writes_to_journal(environ: collections.abc.Mapping) -> bool:
-    """Whether stderr is the journal (systemd.exec(5), JOURNAL_STREAM)."""
-    status = os.fstat(sys.stderr.fileno())
-    return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 # ======================================================================================
@@ -3651,6 +3661,16 @@ def make_server(app, listener: socket.socket, settings: Settings):
     )
 
 
+def _stop(number, frame):
+    signal.signal(number, signal.SIG_IGN)  # once is enough
+    raise SystemExit(0)
+
+
+def _beat(store):
+    if not store.stands_still():
+        notify("WATCHDOG=1")
+
+
 def serve(settings: Settings) -> None:
     """The life of the process: returns after SIGTERM or SIGINT, with everything settled."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -3673,16 +3693,6 @@ def serve(settings: Settings) -> None:
         fact("ready", listen=printable_address(*address))
         server.run()  # until the signal's SystemExit, then what it has in hand
         fact("stopping")
-
-
-def _stop(number, frame):
-    signal.signal(number, signal.SIG_IGN)  # once is enough
-    raise SystemExit(0)
-
-
-def _beat(store):
-    if not store.stands_still():
-        notify("WATCHDOG=1")
 
 
 # ---- subcommands ----
@@ -3710,6 +3720,16 @@ def database_beside_service(path: str):
         raise DatabaseError(f"{path}: {error}") from error
 
 
+def read_password() -> str:
+    """A password from the terminal, or the first line of standard input."""
+    password = (
+        getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+    )
+    if not password:
+        raise CommandError("the password is empty")
+    return password
+
+
 def add_user(path: str, name: str, role: str, with_password: bool) -> None:
     """Add a user with a password from the terminal or stdin, or with a new secret."""
     secret = read_password() if with_password else secrets.token_urlsafe(32)
@@ -3720,16 +3740,6 @@ def add_user(path: str, name: str, role: str, with_password: bool) -> None:
         save_user(connection, User(name, role, record))
     if not with_password:
         print(secret)
-
-
-def read_password() -> str:
-    """A password from the terminal, or the first line of standard input."""
-    password = (
-        getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
-    )
-    if not password:
-        raise CommandError("the password is empty")
-    return password
 
 
 def list_users(path: str) -> None:
@@ -3744,6 +3754,27 @@ def remove_user(path: str, name: str) -> None:
     with database_beside_service(path) as connection:
         if not connection.execute("DELETE FROM users WHERE name = ?", [name]).rowcount:
             raise CommandError(f"there is no user {name}")
+
+
+def _add_user_commands(parser):
+    commands = parser.add_subparsers(required=True, metavar="add|list|remove")
+    add = commands.add_parser(
+        "add", help="add a user, and print the secret made for it"
+    )
+    add.add_argument("name", type=user_name)
+    add.add_argument("--role", choices=ROLES, required=True)
+    add.add_argument("--password", action="store_true", help="read a password instead")
+    add.set_defaults(
+        run=lambda given, path: add_user(path, given.name, given.role, given.password)
+    )
+    commands.add_parser("list", help="print names and roles").set_defaults(
+        run=lambda given, path: list_users(path)
+    )
+    remove = commands.add_parser("remove", help="remove a user")
+    remove.add_argument("name")
+    remove.set_defaults(run=lambda given, path: remove_user(path, given.name))
+    for command in commands.choices.values():
+        command.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -3768,27 +3799,6 @@ def argument_parser() -> argparse.ArgumentParser:
         subcommands.add_parser("user", help="who may log in: add, list, remove")
     )
     return parser
-
-
-def _add_user_commands(parser):
-    commands = parser.add_subparsers(required=True, metavar="add|list|remove")
-    add = commands.add_parser(
-        "add", help="add a user, and print the secret made for it"
-    )
-    add.add_argument("name", type=user_name)
-    add.add_argument("--role", choices=ROLES, required=True)
-    add.add_argument("--password", action="store_true", help="read a password instead")
-    add.set_defaults(
-        run=lambda given, path: add_user(path, given.name, given.role, given.password)
-    )
-    commands.add_parser("list", help="print names and roles").set_defaults(
-        run=lambda given, path: list_users(path)
-    )
-    remove = commands.add_parser("remove", help="remove a user")
-    remove.add_argument("name")
-    remove.set_defaults(run=lambda given, path: remove_user(path, given.name))
-    for command in commands.choices.values():
-        command.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
 
 
 def main(arguments: list[str] | None = None) -> int:

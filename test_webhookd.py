@@ -1,0 +1,2994 @@
+"""Tests of webhookd, section by section as the module; run by pytest.
+
+Run as a program (`python3 test_webhookd.py`) it is the benchmark, its last section."""
+
+import ast
+import base64
+import concurrent.futures
+import contextlib
+import dataclasses
+import http.client
+import http.server
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import webtest
+
+import webhookd
+
+HERE = pathlib.Path(__file__).parent
+WEBHOOKS, EVENTS = "/rest/api/webhooks", "/rest/api/events"
+LOOPBACK = webhookd.networks("127.0.0.0/8")
+
+# ======================================================================================
+# Fixtures: real parts, built for each test
+# ======================================================================================
+
+
+class Clock:
+    """Time that passes when a test says so; seconds."""
+
+    def __init__(self):
+        self.now = 1_700_000_000.0
+
+    def __call__(self):
+        return self.now
+
+    def advance(self, seconds):
+        self.now += seconds
+
+    @property
+    def ms(self):
+        return int(self.now * 1000)
+
+
+@dataclasses.dataclass
+class Received:
+    """A request as it reached the receiver."""
+
+    path: str
+    headers: dict
+    body: bytes
+    connection: tuple
+
+
+class Receiver(http.server.ThreadingHTTPServer):
+    """A real HTTP server that answers from a script and records what came."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), ReceiverHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}/hook"
+        self.received = []
+        self.script = []
+        self.default = (200, {}, b"ok")
+        self.raw = None
+        self.hold = threading.Event()
+        self.hold.set()
+
+    def answers(self, status, headers=None, body=b"ok", times=None):
+        answer = (status, headers or {}, body)
+        if times is None:
+            self.default = answer
+        else:
+            self.script += [answer] * times
+
+    def bodies(self):
+        return [json.loads(request.body) for request in self.received]
+
+    def handle_error(self, request, client_address):
+        pass  # a client that goes away is part of many tests
+
+
+class ReceiverHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.received.append(
+            Received(self.path, dict(self.headers), body, self.client_address)
+        )
+        self.server.hold.wait(30)
+        if self.server.raw is not None:
+            self.wfile.write(self.server.raw)
+            self.close_connection = True
+            return
+        script = self.server.script
+        status, headers, body = script.pop(0) if script else self.server.default
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def running(server):
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.hold.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def receiver():
+    with running(Receiver()) as server:
+        yield server
+
+
+@pytest.fixture
+def settings():
+    return webhookd.Settings(
+        allow_networks=LOOPBACK, delivery_timeout=5.0, retry_schedule=(10.0, 100.0)
+    )
+
+
+@pytest.fixture
+def store(tmp_path):
+    with webhookd.Store(str(tmp_path / "test.db")) as store:
+        yield store
+
+
+@pytest.fixture
+def destinations():
+    return webhookd.Destinations(LOOPBACK, ("127.0.0.1", 2))
+
+
+@pytest.fixture
+def dispatcher(store, destinations, settings, clock):
+    client = webhookd.Client(destinations, settings.delivery_timeout)
+    return webhookd.Dispatcher(store, client, settings, clock, jitter=lambda: 1.0)
+
+
+SECRETS = {role: f"secret-of-{role}" for role in webhookd.ROLES}
+
+
+class App(webtest.TestApp):
+    """The API as one of its users sees it; answers of any status are returned."""
+
+    def log_in(self, role):
+        self.authorization = ("Bearer", SECRETS[role])
+        return self
+
+    def do_request(self, req, status=None, expect_errors=None):
+        return super().do_request(req, status or "*", expect_errors)
+
+    def create(self, url, *events, **fields):
+        fields = {"url": url, "events": list(events) or ["e"]} | fields
+        answer = self.post_json(WEBHOOKS, fields)
+        assert answer.status_int == 201, answer.text
+        return answer.json
+
+    def publish(self, event="e", **fields):
+        answer = self.post_json(EVENTS, {"event": event} | fields)
+        assert answer.status_int == 202, answer.text
+        return answer.json
+
+    def get_webhook(self, webhook):
+        return self.get(f"{WEBHOOKS}/{webhook['id']}").json
+
+    def deliveries(self, webhook, query=""):
+        answer = self.get(f"{WEBHOOKS}/{webhook['id']}/deliveries{query}")
+        return answer.json["results"]
+
+
+@pytest.fixture
+def wsgi(store, dispatcher, destinations, settings, clock):
+    for role in webhookd.ROLES:
+        user = webhookd.User(role, role, webhookd.secret_record(SECRETS[role]))
+        store.write(lambda connection, user=user: webhookd.save_user(connection, user))
+    return webhookd.Api(store, dispatcher, destinations, settings, clock).app
+
+
+@pytest.fixture
+def api(wsgi):
+    return App(wsgi).log_in("admin")
+
+
+def contexts(answer):
+    """The fields at fault, of an answer that refuses."""
+    assert answer.json["statusCode"] == answer.status_int
+    return [error["context"] for error in answer.json["errors"]]
+
+
+class Daemon:
+    """The program itself, in a process of its own, with a real file."""
+
+    def __init__(self, folder):
+        self.database = str(folder / "daemon.db")
+        self.process = None
+        self.log = []
+
+    def start(self, *flags, **variables):
+        command = [sys.executable, str(HERE / "webhookd.py"), "--listen", "127.0.0.1:0"]
+        command += [
+            "--database",
+            self.database,
+            "--allow-networks",
+            "127.0.0.0/8",
+            *flags,
+        ]
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | {"WEBHOOKD_ADMIN_PASSWORD": "pw"} | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for line in self.process.stderr:
+            self.log.append(line)
+            if ready := re.search(r"ready listen=127\.0\.0\.1:(\d+)", line):
+                self.port = int(ready[1])
+                return self
+        raise AssertionError("".join(self.log))
+
+    def call(self, method, path, body=None, **headers):
+        """Status and parsed answer of one request on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with contextlib.closing(connection):
+            headers = {
+                "Authorization": BASIC,
+                "Content-Type": "application/json",
+            } | headers
+            content = None if body is None else json.dumps(body)
+            connection.request(method, path, content, headers)
+            answer = connection.getresponse()
+            text = answer.read()
+            return answer.status, json.loads(text) if text else None
+
+    def end(self, number):
+        """Send a signal; the exit status and what else was logged."""
+        self.process.send_signal(number)
+        self.output, rest = self.process.communicate(timeout=30)
+        self.log.append(rest)
+        return self.process.returncode
+
+
+BASIC = "Basic " + base64.b64encode(b"admin:pw").decode()
+
+
+@pytest.fixture
+def daemon(tmp_path):
+    daemon = Daemon(tmp_path)
+    yield daemon
+    if daemon.process and daemon.process.poll() is None:
+        daemon.end(signal.SIGKILL)
+
+
+def wait_until(condition, seconds=20):
+    """Poll for what another process or thread does in its own time."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen"
+        time.sleep(0.01)
+
+
+# ======================================================================================
+# Module
+# ======================================================================================
+
+
+def top_level_definitions(tree):
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names = [node.name]
+        yield node, names
+
+
+def test_the_file_uses_only_what_is_above():
+    tree = ast.parse((HERE / "webhookd.py").read_text())
+    all_names = {name for _, names in top_level_definitions(tree) for name in names}
+
+    defined, too_early = set(), []
+    for node, names in top_level_definitions(tree):
+        defined |= set(names)
+        found = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+        used = {n.id for n in found if isinstance(n.ctx, ast.Load)}
+        local = {n.id for n in found if isinstance(n.ctx, ast.Store)}
+        local |= {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+        too_early += [(names, name) for name in (used & all_names) - defined - local]
+
+    assert too_early == []
+
+
+def test_the_docstring_lists_the_sections_in_their_order():
+    text = (HERE / "webhookd.py").read_text()
+    banners = re.findall(r"# =+\n# ([^:\n]+).*\n# =+\n", text)
+    listed = webhookd.__doc__.partition("finds them):")[2]
+
+    assert re.split(r"\s{2,}", listed.strip()) == [
+        name if name in ("REST API",) else name[0].lower() + name[1:]
+        for name in banners
+    ]
+
+
+def test_readme_names_every_route_setting_and_subcommand_and_no_other(wsgi):
+    readme = (HERE / "README.md").read_text()
+    routes = {
+        (route.method, re.sub(r"<(\w+)(:id)?>", r"{\1}", route.rule))
+        for route in wsgi.routes
+    }
+    variables = {webhookd.variable(f) for f in dataclasses.fields(webhookd.Settings)}
+    flags = {webhookd.flag(f) for f in dataclasses.fields(webhookd.Settings)}
+
+    named = set(re.findall(r"`(GET|POST|PUT|DELETE) ([^`?\s]+)[^`]*`", readme))
+
+    assert named == routes
+    assert set(re.findall(r"`(WEBHOOKD_[A-Z_]+)`", readme)) == variables
+    assert flags <= set(re.findall(r"`(--[a-z-]+)`", readme))
+    commands = set(re.findall(r"webhookd(?:\.py)? (user (?:add|list|remove))", readme))
+    assert commands == {"user add", "user list", "user remove"}
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_the_unit_passes_systemd_analyze_verify(tmp_path):
+    unit = tmp_path / "webhookd.service"
+    text = (HERE / "webhookd.service").read_text()
+    unit.write_text(text.replace("/usr/local/bin/webhookd", str(HERE / "webhookd.py")))
+
+    result = subprocess.run(
+        ["systemd-analyze", "verify", str(unit)], capture_output=True, text=True
+    )
+
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+# ======================================================================================
+# Constants and logging
+# ======================================================================================
+
+
+def test_a_fact_is_one_line_of_words_and_values(caplog):
+    with caplog.at_level("INFO"):
+        webhookd.fact("webhook created", id=3, name='a "b"\nc', url="http://x/")
+
+    assert caplog.messages == [r'webhook created id=3 name="a \"b\"\nc" url=http://x/']
+
+
+# ======================================================================================
+# Settings
+# ======================================================================================
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("500ms", 0.5), ("5s", 5), ("5m", 300), ("2h", 7200), ("30d", 2592000)],
+)
+def test_durations_have_units(text, seconds):
+    assert webhookd.duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text, size", [("64K", 65536), ("1M", 1 << 20), ("2G", 2 << 30)]
+)
+def test_sizes_have_units(text, size):
+    assert webhookd.size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text, address",
+    [
+        ("127.0.0.1:8090", ("127.0.0.1", 8090)),
+        ("[::1]:0", ("::1", 0)),
+        ("a:1", ("a", 1)),
+    ],
+)
+def test_listen_addresses(text, address):
+    assert webhookd.listen_address(text) == address
+
+
+def test_a_flag_wins_over_its_variable_and_a_variable_over_the_default():
+    environ = {"WEBHOOKD_MAX_IN_FLIGHT": "3", "WEBHOOKD_WEBHOOK_CONCURRENCY": "2"}
+
+    settings = webhookd.read_settings({"max_in_flight": "4"}, environ)
+
+    assert (settings.max_in_flight, settings.webhook_concurrency) == (4, 2)
+    assert settings.delivery_timeout == 20
+
+
+def test_the_default_schedule_makes_ten_attempts_over_about_three_days():
+    schedule = webhookd.Settings().retry_schedule
+
+    assert len(schedule) == 9
+    assert 3 < sum(schedule) / 86400 < 3.5
+
+
+def test_a_blank_variable_is_as_good_as_none():
+    assert webhookd.read_settings({}, {"WEBHOOKD_LISTEN": ""}).listen[1] == 8090
+
+
+def test_a_systemd_credential_is_the_admin_password(tmp_path):
+    (tmp_path / "admin-password").write_text("pass word\n")
+
+    settings = webhookd.read_settings({}, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+
+    assert settings.admin_password == "pass word"
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("LISTEN", "8090"),
+        ("LISTEN", "::1:8090"),
+        ("LISTEN", "127.0.0.1:65536"),
+        ("ALLOW_NETWORKS", "127.0.0.0/33"),
+        ("RETRY_SCHEDULE", "5s,5"),
+        ("RETRY_SCHEDULE", "0s"),
+        ("DELIVERY_TIMEOUT", "-1s"),
+        ("MAX_IN_FLIGHT", "0"),
+        ("WEBHOOK_CONCURRENCY", "many"),
+        ("MAX_EVENT_SIZE", "1T"),
+        ("TRUSTED_PROXY", "proxy"),
+    ],
+)
+def test_a_bad_value_is_refused_by_the_name_of_its_setting(name, text):
+    with pytest.raises(webhookd.SettingError, match=f"WEBHOOKD_{name}"):
+        webhookd.read_settings({}, {f"WEBHOOKD_{name}": text})
+
+
+# ======================================================================================
+# Errors
+# ======================================================================================
+
+
+def test_an_error_lists_every_fault():
+    error = webhookd.Invalid(webhookd.Fault("url", "is needed"), "something else")
+
+    assert webhookd.error_document(error.status, error.faults) == {
+        "statusCode": 400,
+        "reason": "Bad Request",
+        "message": "url: is needed; something else",
+        "errors": [
+            {"context": "url", "message": "is needed", "exceptionName": None},
+            {"context": None, "message": "something else", "exceptionName": None},
+        ],
+    }
+
+
+# ======================================================================================
+# Model
+# ======================================================================================
+
+
+@pytest.mark.parametrize(
+    "url, shown",
+    [
+        ("https://u:p@host/p@th", "https://u:********@host/p@th"),
+        ("https://u:p:q@host/", "https://u:********@host/"),
+        ("https://u@host/", "https://u@host/"),
+        ("https://host/?a:b@c", "https://host/?a:b@c"),
+    ],
+)
+def test_the_password_in_a_url_is_masked(url, shown):
+    assert webhookd.masked_url(url) == shown
+
+
+@pytest.mark.parametrize(
+    "names, event, expected",
+    [
+        (("page_created",), "page_created", True),
+        (("page_created",), "page_created2", False),
+        (("page_*",), "page_created", True),
+        (("page_*",), "blog_created", False),
+        (("*",), "anything", True),
+    ],
+)
+def test_names_and_wildcards_take_events(names, event, expected):
+    assert webhookd.Webhook(events=names).subscribed(event) is expected
+
+
+@pytest.mark.parametrize(
+    "body, payload",
+    [
+        (b'{"timestamp":1,"event":"e"}', b"{}"),
+        (
+            b'{"timestamp":1.5,"event":"e","event2":"\\"event\\":\\"e\\""}',
+            b'{"event2":"\\"event\\":\\"e\\""}',
+        ),
+    ],
+)
+def test_the_payload_is_the_body_without_what_leads_it(body, payload):
+    assert webhookd.payload_of(body, "e") == payload
+
+
+# ======================================================================================
+# Reading input
+# ======================================================================================
+
+
+def read_event(text, **options):
+    options = {"lines": False, "now_ms": 7, "max_bytes": 1000} | options
+    return webhookd.read_events(text.encode("utf-8", "surrogatepass"), **options)
+
+
+@pytest.mark.parametrize(
+    "sent, delivered",
+    [
+        ('{"event": "e"}', '{"timestamp":7,"event":"e"}'),
+        ('{"a":1,"event":"e","timestamp":3}', '{"timestamp":3,"event":"e","a":1}'),
+        (
+            '{"event":"e","n":[1.10, -0, -0.0, 1E5, 1e400, 123456789012345678901234567890]}',
+            '{"timestamp":7,"event":"e","n":[1.10,-0,-0.0,1E5,1e400,123456789012345678901234567890]}',
+        ),
+        (
+            '{"event":"e","n":%s}' % ("9" * 900),
+            '{"timestamp":7,"event":"e","n":%s}' % ("9" * 900),
+        ),
+        (
+            '{"event":"e","s":"\\u00e4\\n\\ud800"}',
+            '{"timestamp":7,"event":"e","s":"ä\\n\\ud800"}',
+        ),
+        (
+            '{"event":"e","o":{"b": null, "a": [true, {}]}}',
+            '{"timestamp":7,"event":"e","o":{"b":null,"a":[true,{}]}}',
+        ),
+    ],
+)
+def test_an_event_is_delivered_as_it_was_sent(sent, delivered):
+    assert read_event(sent).body.decode() == delivered
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ('{"event":"e","x":NaN}', "NaN is not JSON"),
+        ('{"event":"e","x":-Infinity}', "-Infinity is not JSON"),
+        ('{"event":"e","x":%s}' % ("[" * 100_000), "nested too deeply"),
+        ('"text"', "must be a JSON object"),
+        ("[]", "1 to 1000 events"),
+        ("{}", "event: is needed"),
+        ('{"event":null}', "event: must be a string"),
+        ('{"event":"page_*"}', "event: must be 1 to 64"),
+        ('{"event":"%s"}' % ("e" * 65), "event: must be 1 to 64"),
+        ('{"event":"e\\n"}', "event: must be 1 to 64"),
+        ('{"event":7}', "event: must be"),
+        ('{"event":"e","timestamp":"7"}', "timestamp: must be a number"),
+        ('{"event":"e","timestamp":true}', "timestamp: must be a number"),
+        ('{"event":"e","timestamp":null}', "timestamp: must be a number"),
+        ('{"event":"e","timestamp":1e400}', "timestamp: is out of range"),
+        (
+            '[{"event":"e"},{"event":""},7]',
+            r"\[1\]\.event: must be.*\[2\]: an event must be",
+        ),
+    ],
+)
+def test_what_is_not_an_event_is_refused(text, fault):
+    with pytest.raises(webhookd.Invalid, match=fault):
+        read_event(text)
+
+
+def test_what_is_not_utf_8_is_refused():
+    with pytest.raises(webhookd.Invalid, match="not UTF-8"):
+        webhookd.read_events(b'{"event":"\xff"}', False, 7, 1000)
+
+
+def test_lines_are_events_and_blank_ones_are_passed_over():
+    events = read_event('{"event":"a"}\n\n{"event":"b"}\r\n', lines=True)
+
+    assert [event.name for event in events] == ["a", "b"]
+
+
+def test_a_bad_line_is_named_by_its_place():
+    with pytest.raises(webhookd.Invalid, match=r"\[1\]: the body is not valid JSON"):
+        read_event('{"event":"a"}\n{', lines=True)
+
+
+def test_at_most_1000_events_come_at_once():
+    assert len(read_event("[%s]" % ",".join(['{"event":"e"}'] * 1000))) == 1000
+    with pytest.raises(webhookd.Invalid, match="not 1001"):
+        read_event("[%s]" % ",".join(['{"event":"e"}'] * 1001))
+
+
+@pytest.mark.parametrize("shape", ["%s", "[%s]"])
+def test_an_event_of_exactly_the_largest_size_is_taken_and_one_more_byte_is_not(shape):
+    event = '{"event":"e","x":"%s"}'
+    fits = event % ("x" * (1000 - len(event % "")))
+
+    read_event(shape % fits)
+    with pytest.raises(webhookd.TooLarge, match="at most 1000 bytes"):
+        read_event(shape % fits.replace("xx", "xxx", 1))
+
+
+def read_webhook(old=webhookd.Webhook(), **fields):
+    fields = ({"url": "http://x/", "events": ["e"]} if not old.url else {}) | fields
+    return webhookd.read_webhook(json.dumps(fields).encode(), old)
+
+
+def test_what_is_left_out_has_defaults():
+    webhook = read_webhook()
+
+    assert (webhook.name, webhook.active, webhook.verify_tls) == (
+        "http://x/",
+        True,
+        True,
+    )
+
+
+@pytest.mark.parametrize("value", [True, "true", "True"])
+def test_booleans_may_be_strings(value):
+    assert read_webhook(active=value).active is True
+    assert read_webhook(active=str(value is None).lower()).active is False
+
+
+def test_events_are_a_set():
+    assert read_webhook(events=["b", "a", "b", "page_*", "*"]).events == (
+        "b",
+        "a",
+        "page_*",
+        "*",
+    )
+
+
+@pytest.mark.parametrize(
+    "fields, context",
+    [
+        ({"url": None}, "url"),
+        ({"url": 7}, "url"),
+        ({"url": "ftp://x/"}, "url"),
+        ({"url": "http:///path"}, "url"),
+        ({"url": "http://x/#top"}, "url"),
+        ({"url": "http://x/#"}, "url"),
+        ({"url": "http://x:0/"}, "url"),
+        ({"url": "http://x:65536/"}, "url"),
+        ({"url": "http://x/a b"}, "url"),
+        ({"url": "http://x/\n"}, "url"),
+        ({"url": "http://a\\@b/"}, "url"),
+        ({"url": "http://[::1/"}, "url"),
+        ({"url": "http://[fe80::1%25eth0]/"}, "url"),
+        ({"url": "http://x/" + "x" * 1992}, "url"),
+        ({"url": "http://u:********@x/"}, "url"),
+        ({"url": "http://%s.x/" % ("ä" * 64)}, "url"),
+        ({"name": " "}, "name"),
+        ({"name": "n" * 256}, "name"),
+        ({"name": 7}, "name"),
+        ({"events": []}, "events"),
+        ({"events": "page_created"}, "events"),
+        ({"events": ["e"] * 101}, "events"),
+        ({"events": ["a b"]}, "events[0]"),
+        ({"events": ["e", "**"]}, "events[1]"),
+        ({"events": ["e" * 65]}, "events[0]"),
+        ({"active": "yes"}, "active"),
+        ({"active": 1}, "active"),
+        ({"sslVerificationRequired": "no"}, "sslVerificationRequired"),
+        ({"configuration": []}, "configuration"),
+        ({"configuration": {"a": 1}}, "configuration.a"),
+        ({"configuration": {"secret": "s" * 256}}, "configuration.secret"),
+        ({"credentials": "u:p"}, "credentials"),
+        ({"credentials": {"username": "u"}}, "credentials.password"),
+        ({"credentials": {"username": "u:v", "password": "p"}}, "credentials.username"),
+        ({"headers": {"Host": "x"}}, "headers.Host"),
+        ({"headers": {"content-length": "1"}}, "headers.content-length"),
+        ({"headers": {"Transfer-Encoding": "chunked"}}, "headers.Transfer-Encoding"),
+        ({"headers": {"X-Hub-Signature": "x"}}, "headers.X-Hub-Signature"),
+        ({"headers": {"webhook-id": "x"}}, "headers.webhook-id"),
+        ({"headers": {"a b": "x"}}, "headers.a b"),
+        ({"headers": {"A": "x\r\nB: y"}}, "headers.A"),
+        ({"headers": {"A": "€"}}, "headers.A"),
+        ({"headers": {"A": "1", "a": "2"}}, "headers.a"),
+        ({"headers": {"A": "********"}}, "headers.A"),
+        ({"headers": {f"h{n}": "x" for n in range(21)}}, "headers"),
+        ({"filters": []}, "filters"),
+        ({"filters": {"a": {}}}, "filters.a"),
+        ({"filters": {"a": []}}, "filters.a"),
+        ({"filters": {"a": [[1]]}}, "filters.a"),
+    ],
+)
+def test_a_field_at_fault_is_named(fields, context):
+    with pytest.raises(webhookd.Invalid) as refused:
+        read_webhook(**fields)
+
+    assert [fault.context for fault in refused.value.faults] == [context]
+
+
+def test_all_fields_at_fault_are_named_at_once():
+    with pytest.raises(webhookd.Invalid) as refused:
+        read_webhook(
+            url="x", name="", events=["", "e", "a b"], headers={"Te": "x", "b": 1}
+        )
+
+    assert [fault.context for fault in refused.value.faults] == [
+        *("name", "url", "events[0]", "events[2]", "headers.Te", "headers.b")
+    ]
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(webhookd.Invalid, match="surrogate"):
+        read_webhook(name="\ud800")
+
+
+FULL = webhookd.Webhook(
+    id=3,
+    name="n",
+    url="http://u:p@x/",
+    events=("e",),
+    active=False,
+    configuration={"a": "1"},
+    secret="s",
+    credentials={"username": "u", "password": "p"},
+    headers={"A": "1"},
+    filters={"f": 1},
+    verify_tls=False,
+)
+
+
+def test_fields_left_out_or_null_keep_their_values():
+    assert read_webhook(FULL) == FULL
+    assert read_webhook(FULL, name=None, url=None, events=None, active=None) == FULL
+
+
+def test_null_takes_credentials_headers_and_filters_away():
+    webhook = read_webhook(FULL, credentials=None, headers=None, filters=None)
+
+    assert (webhook.credentials, webhook.headers, webhook.filters) == (None, {}, {})
+
+
+def test_what_is_shown_can_be_sent_back_and_changes_nothing():
+    assert read_webhook(FULL, **FULL.shown()) == FULL
+
+
+def test_configuration_is_merged_and_null_removes_a_key():
+    webhook = read_webhook(FULL, configuration={"a": None, "b": "2"})
+
+    assert (webhook.configuration, webhook.secret) == ({"b": "2"}, "s")
+    assert read_webhook(FULL, configuration={"secret": None}).secret is None
+    assert read_webhook(FULL, configuration={"secret": "********"}).secret == "s"
+
+
+def test_nothing_that_is_shown_holds_a_secret():
+    webhook = dataclasses.replace(
+        FULL,
+        url="http://u:url-secret@x/",
+        secret="the-secret",
+        credentials={"username": "u", "password": "pass-secret"},
+        headers={"A": "header-secret"},
+    )
+
+    assert "secret" not in json.dumps(webhook.shown()).replace("secretSet", "")
+
+
+@pytest.mark.parametrize(
+    "filters, expected",
+    [
+        ({"space.key": "DEV"}, True),
+        ({"space.key": "OPS"}, False),
+        ({"space.key": ["OPS", "DEV"]}, True),
+        ({"space": "DEV"}, False),
+        ({"space.key.x": "DEV"}, False),
+        ({"none": None}, True),
+        ({"missing": None}, False),
+        ({"id": 1}, True),
+        ({"id": 1.0}, True),
+        ({"id": "1"}, False),
+        ({"id": True}, False),
+        ({"yes": True}, True),
+        ({"yes": 1}, False),
+        ({"half": 0.5, "event": "e"}, True),
+        ({"half": 0.5, "event": "f"}, False),
+    ],
+)
+def test_filters_compare_the_values_at_their_paths(filters, expected):
+    event = read_event(
+        '{"event":"e","space":{"key":"DEV"},"none":null,"id":1,"yes":true,"half":5e-1}'
+    )
+
+    assert webhookd.wants(webhookd.Webhook(filters=filters), event) is expected
+
+
+@pytest.mark.parametrize(
+    "text, ms",
+    [
+        ("1700000000000", 1700000000000),
+        ("2023-11-14T22:13:20Z", 1700000000000),
+        ("2023-11-14T22:13:20", 1700000000000),
+        ("2023-11-15T00:13:20+02:00", 1700000000000),
+        ("2023-11-14", 1699920000000),
+    ],
+)
+def test_times_are_epoch_milliseconds_or_iso_8601(text, ms):
+    assert webhookd.epoch_ms(text) == ms
+
+
+# ======================================================================================
+# Signatures
+# ======================================================================================
+
+
+def test_the_hub_signature_is_that_of_the_test_vector():
+    assert webhookd.hub_signature("secret", b'{"test": true}') == (
+        "sha256=52a5fe6cfb59da86e9efe5d555c8567f8de17cd01922519e8a8d8e6fd270c954"
+    )
+
+
+def test_the_standard_signature_is_that_of_its_specification():
+    assert webhookd.standard_signature(
+        "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+        "msg_p5jXN8AQM9LWM0D4loKWxJek",
+        1614265330,
+        b'{"test": 2432232314}',
+    ) == ("v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=")
+
+
+@pytest.mark.parametrize("secret", ["plain", "whsec_%%%", "ä"])
+def test_any_other_secret_is_a_key_as_it_is(secret):
+    assert webhookd.standard_key(secret) == secret.encode()
+
+
+def test_ids_are_uuids_that_sort_by_time():
+    ids = [webhookd.uuid7(ms) for ms in (1, 2, 1_700_000_000_000)]
+
+    assert ids == sorted(ids)
+    assert all(
+        re.fullmatch(
+            r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", i
+        )
+        for i in ids
+    )
+
+
+def headers_of(**fields):
+    webhook = webhookd.Webhook(url="http://x/", **fields)
+    return webhookd.request_headers(webhook, "e", "the-id", 2, b"{}", 1_700_000_000_999)
+
+
+def test_without_a_secret_nothing_is_signed():
+    assert headers_of() == {
+        "Content-Type": "application/json; charset=utf-8",
+        "User-Agent": f"webhookd/{webhookd.VERSION}",
+        "X-Event-Key": "e",
+        "X-Request-Id": "the-id",
+        "X-Attempt": "2",
+        "webhook-id": "the-id",
+        "webhook-timestamp": "1700000000",
+    }
+
+
+def test_with_a_secret_both_schemes_sign():
+    headers = headers_of(secret="s")
+
+    assert headers["X-Hub-Signature"] == webhookd.hub_signature("s", b"{}")
+    assert headers["X-Hub-Signature-256"] == headers["X-Hub-Signature"]
+    assert headers["webhook-signature"] == webhookd.standard_signature(
+        "s", "the-id", 1700000000, b"{}"
+    )
+
+
+def test_a_webhooks_own_headers_replace_those_of_webhookd():
+    assert headers_of(headers={"user-agent": "mine", "X-More": "1"}).items() >= {
+        ("user-agent", "mine"),
+        ("X-More", "1"),
+    }
+    assert "User-Agent" not in headers_of(headers={"user-agent": "mine"})
+
+
+def test_credentials_are_basic_authentication():
+    login = {"username": "u", "password": "p:ä"}
+
+    pair = headers_of(credentials=login)["Authorization"].removeprefix("Basic ")
+
+    assert base64.b64decode(pair).decode() == "u:p:ä"
+
+
+# ======================================================================================
+# Policy
+# ======================================================================================
+
+
+@pytest.mark.parametrize(
+    "status, outcome",
+    [
+        (200, "SUCCESS"),
+        (299, "SUCCESS"),
+        (199, "FAILURE"),
+        (300, "FAILURE"),
+        (410, "FAILURE"),
+    ],
+)
+def test_any_2xx_is_a_success_and_nothing_else(status, outcome):
+    assert webhookd.outcome_of(status) == outcome
+
+
+@pytest.mark.parametrize(
+    "attempts, retry_after, jitter, wait",
+    [
+        (1, 0, 1.0, 5),
+        (2, 0, 1.1, 330),
+        (2, 0, 0.9, 270),
+        (1, 60, 1.0, 60),
+        (2, 60, 1.0, 300),
+        (1, 10**9, 1.0, 86400),
+        (1, -7, 1.0, 5),
+        (3, 0, 1.0, None),
+        (3, 60, 1.0, None),
+    ],
+)
+def test_waits_follow_the_schedule_and_never_fall_below_it(
+    attempts, retry_after, jitter, wait
+):
+    found = webhookd.next_wait(attempts, (5, 300), retry_after, jitter)
+
+    assert found == (wait and pytest.approx(wait))
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [
+        ("120", 120),
+        ("Tue, 14 Nov 2023 22:14:20 GMT", 60),
+        ("soon", 0),
+        ("-5", 0),
+        (None, 0),
+        ("Tue, 99 Nov 2023 22:14:20 GMT", 0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(text, seconds):
+    assert webhookd.retry_after_seconds(text, 1_700_000_000_000) == seconds
+
+
+# ======================================================================================
+# Outbound HTTP
+# ======================================================================================
+
+
+@pytest.mark.parametrize(
+    "address",
+    """0.0.0.0 10.0.0.1 100.64.0.1 127.0.0.1 127.255.255.255 168.63.129.16 169.254.169.254
+    172.16.0.1 172.31.255.255 192.0.0.1 192.0.2.1 192.88.99.1 192.168.1.1 198.18.0.1
+    198.19.255.255 198.51.100.1 203.0.113.1 224.0.0.1 240.0.0.1 255.255.255.255
+    :: ::1 ::7f00:1 ::ffff:127.0.0.1 ::ffff:0:7f00:1 64:ff9b::7f00:1 64:ff9b::a9fe:a9fe
+    64:ff9b:1::1 100::1 2001::1 2001:db8::1 2002:7f00:1::1 2002:c0a8:101::1 3fff::1 5f00::1
+    fc00::1 fd00::1 fe80::1 fec0::1 ff02::1 fe80::1%eth0
+    2001:0:4136:e378:8000:63bf:80ff:fffe""".split(),
+)
+def test_addresses_that_are_not_public_are_refused(address):
+    with pytest.raises(webhookd.AddressRefused, match=re.escape(address)):
+        webhookd.Destinations(()).check(address, 80)
+
+
+@pytest.mark.parametrize(
+    "address",
+    """1.1.1.1 172.15.255.255 172.32.0.1 100.63.255.255 198.20.0.1 2606:4700::1111
+    ::ffff:1.1.1.1 64:ff9b::101:101 2002:101:101::1 2001:0:4136:e378:8000:63bf:fefe:fefe
+    """.split(),
+)
+def test_public_addresses_are_allowed(address):
+    webhookd.Destinations(()).check(address, 80)
+
+
+def test_a_refusal_names_the_address_and_the_setting():
+    with pytest.raises(webhookd.AddressRefused) as refused:
+        webhookd.Destinations(()).check("127.0.0.1", 80)
+
+    assert str(refused.value) == (
+        "127.0.0.1 is not a public address;"
+        " to deliver there start with --allow-networks 127.0.0.0/8"
+    )
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "::ffff:127.0.0.1", "64:ff9b::7f00:1"]
+)
+def test_allowed_networks_hold_for_the_ipv4_address_inside_too(address):
+    webhookd.Destinations(LOOPBACK).check(address, 80)
+
+
+@pytest.mark.parametrize(
+    "own, address",
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.0.0.1", "::ffff:127.0.0.1"),
+        ("127.0.0.1", "0.0.0.0"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.9"),
+    ],
+)
+def test_webhookd_itself_is_refused_even_in_an_allowed_network(own, address):
+    destinations = webhookd.Destinations(webhookd.networks("0.0.0.0/0"), (own, 8090))
+
+    destinations.check(address, 8091)
+    with pytest.raises(webhookd.AddressRefused, match="webhookd itself"):
+        destinations.check(address, 8090)
+
+
+@pytest.mark.parametrize("host", ["127.1", "0x7f000001", "2130706433", "localhost"])
+def test_names_and_odd_spellings_are_judged_by_what_they_resolve_to(host):
+    with pytest.raises(webhookd.AddressRefused, match="is not a public address"):
+        webhookd.Destinations(()).check_url(f"http://{host}/")
+
+
+def test_a_name_that_does_not_resolve_passes_the_check_of_its_url():
+    webhookd.Destinations(()).check_url("http://name.invalid/")
+
+
+@pytest.mark.parametrize(
+    "url, expected",
+    [
+        ("http://x", (False, "x", 80, "x", "/")),
+        ("https://x:8443/a?b=c", (True, "x", 8443, "x:8443", "/a?b=c")),
+        ("https://X.example:443/?", (True, "x.example", 443, "x.example", "/")),
+        ("http://u:p@[::1]:81/ä%20", (False, "::1", 81, "[::1]:81", "/%C3%A4%20")),
+        (
+            "http://bücher.example/",
+            (False, "xn--bcher-kva.example", 80, "xn--bcher-kva.example", "/"),
+        ),
+    ],
+)
+def test_the_parts_of_a_url(url, expected):
+    assert dataclasses.astuple(webhookd.endpoint(url)) == expected
+
+
+def parse(*pieces, closed=False):
+    response = webhookd.Response()
+    for piece in pieces:
+        response.feed(piece)
+    if closed:
+        response.end()
+    assert response.complete
+    return response
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+GOOD_RESPONSES = [
+    (OK + b"Content-Length: 2\r\n\r\nok", False, b"ok", True),
+    (OK + b"content-length:\t2 \r\n\r\nok", False, b"ok", True),
+    (OK + b"Content-Length: 2, 2\r\n\r\nok", False, b"ok", True),
+    (OK + b"Content-Length: 2\r\nConnection: close\r\n\r\nok", False, b"ok", False),
+    (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", False, b"ok", False),
+    (b"HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n", False, b"", True),
+    (b"HTTP/1.1 204 No Content\r\n\r\n", False, b"", True),
+    (OK + b"\r\nuntil the end", True, b"until the end", False),
+    (
+        OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        False,
+        b"ok",
+        True,
+    ),
+    (
+        OK
+        + b"Transfer-Encoding: Chunked\r\n\r\n1;x=y\r\no\r\n1 \r\nk\r\n000\r\nT: 1\r\n\r\n",
+        False,
+        b"ok",
+        True,
+    ),
+    (
+        b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+        + OK
+        + b"Content-Length: 2\r\n\r\nok",
+        False,
+        b"ok",
+        True,
+    ),
+    (OK + b"Content-Length: 2\r\n\r\nok and more", False, b"ok", False),
+]
+
+
+@pytest.mark.parametrize("raw, closed, body, reusable", GOOD_RESPONSES)
+def test_a_response_is_read_whole_or_byte_by_byte(raw, closed, body, reusable):
+    whole = parse(raw, closed=closed)
+
+    assert (bytes(whole.body), whole.reusable) == (body, reusable)
+    end = len(raw) - len(b" and more") if raw.endswith(b" and more") else len(raw)
+    slow = parse(*(raw[i : i + 1] for i in range(end)), closed=closed)
+    assert bytes(slow.body) == body
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"SSH-2.0-OpenSSH\r\n\r\n",
+        b"HTTP/2 200\r\n\r\n",
+        b"HTTP/1.1 20 OK\r\n\r\n",
+        b"HTTP/1.1 +20 OK\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+        OK + b"no colon\r\n\r\n",
+        OK + b"A : b\r\n\r\n",
+        OK + b"A: b\r\n folded\r\n\r\n",
+        OK + b"A: b\nB: c\r\n\r\n",
+        OK + b"Content-Length: two\r\n\r\n",
+        OK + b"Content-Length: -1\r\n\r\n",
+        OK + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        OK + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n",
+        OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+        OK + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        OK + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n",
+        OK + b"Transfer-Encoding: chunked\r\n\r\n1\r\nxx\r\n",
+        OK + b"A: " + b"x" * 70_000,
+    ],
+)
+def test_what_is_not_one_response_is_refused(raw):
+    with pytest.raises(webhookd.ProtocolError):
+        parse(raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"HTTP/1.1 200",
+        OK + b"Content-Length: 3\r\n\r\nok",
+        OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n",
+    ],
+)
+def test_a_response_cut_short_is_refused(raw):
+    with pytest.raises(webhookd.ProtocolError, match="closed the connection"):
+        parse(raw, closed=True)
+
+
+def test_a_response_is_read_to_64_kib():
+    response = parse(OK + b"Content-Length: 9999999\r\n\r\n", *[b"x" * 9000] * 8)
+
+    assert (response.status, response.reusable) == (200, False)
+
+
+@pytest.mark.parametrize(
+    "body, content_type, kept",
+    [
+        (b"ok", None, "ok"),
+        ("ä".encode(), "text/plain", "ä"),
+        (b"\xe4", "text/html; charset=iso-8859-1", "ä"),
+        (b"\xe4", "text/html", "<binary data>"),
+        (b"a\0b", "text/plain", "<binary data>"),
+        (b"\xe4", "text/plain; charset=utf-7", "<binary data>"),
+        (b"x" * 20_000, None, "x" * 16_384),
+        (b"x" * 16_383 + "ä".encode(), None, "x" * 16_383),
+    ],
+)
+def test_of_a_body_16_kib_of_text_are_kept(body, content_type, kept):
+    assert webhookd.kept_text(body, content_type) == kept
+
+
+# ---- attempts over real sockets ----
+
+
+@pytest.fixture
+def attempt(destinations, clock):
+    """Makes one attempt to a URL, by a client of its own."""
+
+    def make(url, timeout_seconds=5.0, **fields):
+        webhook = webhookd.Webhook(url=url, **fields)
+        client = webhookd.Client(destinations, timeout_seconds)
+        headers = webhookd.request_headers(webhook, "e", "the-id", 1, b"{}", clock.ms)
+
+        async def run():
+            try:
+                return await webhookd.make_attempt(
+                    client, webhook, headers, b"{}", clock.ms
+                )
+            finally:
+                client.close_idle()
+
+        return webhookd.asyncio.run(run())
+
+    return make
+
+
+def test_an_attempt_records_what_was_sent_and_what_came_back(attempt, receiver, clock):
+    receiver.answers(201, {"Content-Type": "text/plain"}, b"made")
+
+    made = attempt(receiver.url)
+
+    assert (made.outcome, made.description, made.status) == ("SUCCESS", "201", 201)
+    assert (made.start, made.url, made.response_body) == (
+        clock.ms,
+        receiver.url,
+        "made",
+    )
+    assert made.response_headers["Content-Type"] == "text/plain"
+    [request] = receiver.received
+    assert request.body == b"{}"
+    assert made.request_headers.items() <= request.headers.items()
+
+
+def test_a_redirect_is_a_failure_that_names_its_target(attempt, receiver):
+    receiver.answers(302, {"Location": receiver.url})
+
+    made = attempt(receiver.url)
+
+    assert made.outcome == "FAILURE"
+    assert receiver.url in made.description
+    assert len(receiver.received) == 1
+
+
+def test_a_password_in_the_url_is_used_and_masked(attempt, receiver):
+    made = attempt(receiver.url.replace("//", "//us%20er:pass%3Aword@"))
+
+    sent = receiver.received[0].headers["Authorization"]
+    assert base64.b64decode(sent.removeprefix("Basic ")) == b"us er:pass:word"
+    assert "pass" not in str(made)
+    assert made.request_headers["Authorization"] == webhookd.MASK
+
+
+def test_secrets_that_a_receiver_sends_back_are_masked(attempt, receiver):
+    receiver.answers(
+        302, {"Location": "/?key=own-value"}, b"own-value pass-word the-secret"
+    )
+
+    made = attempt(
+        receiver.url,
+        headers={"X-Own": "own-value"},
+        secret="the-secret",
+        credentials={"username": "u", "password": "pass-word"},
+    )
+
+    assert receiver.received[0].headers["X-Own"] == "own-value"
+    assert not any(
+        text in str(made) for text in ("own-value", "pass-word", "the-secret")
+    )
+
+
+@pytest.mark.parametrize(
+    "raw, description",
+    [
+        (b"", "the receiver closed the connection without an answer"),
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort",
+            "the receiver closed the connection in the middle of its answer",
+        ),
+        (b"nonsense\r\n\r\n", "the answer is not HTTP/1.1"),
+    ],
+)
+def test_a_broken_answer_is_an_error_in_words(attempt, receiver, raw, description):
+    receiver.raw = raw
+
+    made = attempt(receiver.url)
+
+    assert (made.outcome, made.description, made.status) == ("ERROR", description, None)
+
+
+@pytest.fixture
+def closed_url():
+    """A URL where nobody listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/"
+
+
+def test_a_refused_connection_is_an_error_in_words(attempt, closed_url):
+    assert attempt(closed_url).description == "connection refused"
+
+
+def test_an_unknown_host_is_an_error_in_words(attempt):
+    assert attempt("http://name.invalid/").description == "unknown host name.invalid"
+
+
+def test_a_refused_address_is_an_error_in_words(attempt):
+    made = attempt("http://10.0.0.1/")
+
+    assert (made.outcome, made.duration < 1000) == ("ERROR", True)
+    assert "--allow-networks 10.0.0.0/8" in made.description
+
+
+def test_a_receiver_that_never_answers_is_given_up_in_time(attempt, receiver):
+    receiver.hold.clear()
+
+    made = attempt(receiver.url, timeout_seconds=0.2)
+
+    assert (made.outcome, made.description) == ("ERROR", "timed out")
+
+
+def test_the_time_limit_holds_for_a_receiver_that_drips(attempt):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        dripping = threading.Thread(target=drip, args=(server,))
+        dripping.start()
+
+        made = attempt(
+            f"http://127.0.0.1:{server.getsockname()[1]}/", timeout_seconds=0.3
+        )
+
+        assert made.description == "timed out"
+        dripping.join()
+
+
+def drip(server):
+    """Answer a byte now and then, until the client has had enough."""
+    connection, _ = server.accept()
+    with connection, contextlib.suppress(OSError):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n")
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.02)
+
+
+def test_proxy_variables_are_ignored(attempt, receiver, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+
+    assert attempt(receiver.url).outcome == "SUCCESS"
+
+
+# ---- TLS ----
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """A self-signed certificate for localhost, in one file with its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+    command += " -addext subjectAltName=DNS:localhost -keyout key.pem -out cert.pem"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def tls_receiver(certificate):
+    server = Receiver()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.url = f"https://localhost:{server.server_port}/hook"
+    with running(server):
+        yield server
+
+
+def trusting(certificate, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
+    webhookd.tls_context.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh_tls_contexts():
+    yield
+    webhookd.tls_context.cache_clear()
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(attempt, tls_receiver):
+    made = attempt(tls_receiver.url)
+
+    assert (made.outcome, made.description) == ("ERROR", "TLS: self-signed certificate")
+
+
+def test_it_is_accepted_when_verification_is_switched_off(attempt, tls_receiver):
+    assert attempt(tls_receiver.url, verify_tls=False).outcome == "SUCCESS"
+
+
+def test_ssl_cert_file_names_whom_to_trust(
+    attempt, tls_receiver, certificate, monkeypatch
+):
+    trusting(certificate, monkeypatch)
+
+    assert attempt(tls_receiver.url).outcome == "SUCCESS"
+
+
+def test_the_name_is_verified_too(attempt, tls_receiver, certificate, monkeypatch):
+    trusting(certificate, monkeypatch)
+
+    made = attempt(tls_receiver.url.replace("localhost", "127.0.0.1"))
+
+    assert made.description.startswith("TLS: IP address mismatch")
+
+
+# ======================================================================================
+# Store
+# ======================================================================================
+
+
+def new_event(name="e", body=b'{"timestamp":1,"event":"e"}', **fields):
+    return webhookd.NewEvent(name, 1, body, fields)
+
+
+def publish(store, *events, now_ms=1000, **options):
+    return store.publish(
+        list(events) or [new_event()], now_ms, lambda stored: stored, **options
+    )[0]
+
+
+def add_webhook(store, *events, **fields):
+    fields = {"url": "http://127.0.0.1:1/", "events": events or ("e",)} | fields
+    return store.add_webhook(webhookd.Webhook(**fields))
+
+
+def settle(store, due, outcome="SUCCESS", **fields):
+    attempt = webhookd.Attempt(1000, 5, "http://x/", {}, outcome, "200", 200, {}, "ok")
+    fields = {"state": "succeeded", "next_attempt": None, "failures": 0} | fields
+    store.settle(webhookd.Settlement(due, attempt, **fields))
+    store.flush()
+
+
+def due_deliveries(store, webhook, now_ms=1000):
+    return store.due(webhook.id, now_ms, set(), 1000)[0]
+
+
+def test_an_event_makes_a_delivery_for_each_active_webhook_that_wants_it(store):
+    wanted = [add_webhook(store, "e"), add_webhook(store, "x", "e*")]
+    add_webhook(store, "x")
+    add_webhook(store, "e", active=False)
+    add_webhook(store, "e", filters={"a": 1})
+
+    [event] = publish(store)
+
+    assert event.delivery_count == 2
+    assert [d.webhook_id for d in store.event(event.id)[2]] == [w.id for w in wanted]
+
+
+def test_a_webhook_with_several_names_that_match_gets_one_delivery(store):
+    webhook = add_webhook(store, "e", "*", "e*")
+
+    publish(store)
+
+    assert len(due_deliveries(store, webhook)) == 1
+
+
+def test_many_events_and_deliveries_are_more_than_one_statement_takes(store):
+    webhook = add_webhook(store)
+
+    publish(store, *[new_event()] * (3 * webhookd.ROWS_PER_STATEMENT + 1))
+
+    numbers = [due.number for due in store.due(webhook.id, 1000, set(), 10_000)[0]]
+    assert numbers == list(range(1, 3 * webhookd.ROWS_PER_STATEMENT + 2))
+
+
+def test_what_is_due_is_read_up_to_a_number_and_to_a_size(store):
+    webhook = add_webhook(store)
+    publish(store, *[new_event(body=b"x" * 600_000)] * 3)
+
+    assert [
+        len(store.due(webhook.id, 1000, held, 10)[0]) for held in (set(), {1, 2})
+    ] == [2, 1]
+    assert store.due(webhook.id, 1000, set(), 1)[1] is True
+    assert store.due(webhook.id, 1000, {1, 2}, 10)[1] is False
+
+
+def test_a_delivery_is_due_at_its_time(store):
+    webhook = add_webhook(store)
+    publish(store)
+    [due] = due_deliveries(store, webhook)
+
+    settle(store, due, "FAILURE", state="pending", next_attempt=9000, failures=1)
+
+    assert due_deliveries(store, webhook, 8999) == []
+    assert store.next_due(webhook.id, 1000) == 9000
+    assert [d.attempt_count for d in due_deliveries(store, webhook, 9000)] == [1]
+
+
+def test_an_attempt_to_a_webhook_deleted_meanwhile_leaves_nothing_behind(store):
+    webhook = add_webhook(store)
+    publish(store)
+    [due] = due_deliveries(store, webhook)
+
+    store.delete_webhook(webhook.id)
+    settle(store, due)
+
+    tables = ("deliveries", "attempts", "statistics")
+    assert [store._row(f"SELECT count(*) FROM {table}")[0] for table in tables] == [
+        0,
+        0,
+        0,
+    ]
+
+
+def test_one_write_that_fails_does_not_take_the_others_with_it(store):
+    def fail(connection):
+        connection.execute("INSERT INTO users VALUES ('half', 'done', 'x')")
+        raise ValueError("no")
+
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        failed = [pool.submit(store.write, fail) for _ in range(50)]
+        published = [pool.submit(publish, store) for _ in range(50)]
+
+    assert all(isinstance(future.exception(), ValueError) for future in failed)
+    ids = [future.result()[0].id for future in published]
+    assert sorted(ids) == sorted(set(ids))
+    assert store.events(webhookd.Filter(), webhookd.Page())[1] == 50
+    assert webhookd.load_users(store.reader()) == []
+
+
+def test_nothing_is_published_by_a_commit_that_fails(store):
+    store.write(lambda connection: connection.execute("DROP TABLE payloads"))
+
+    with pytest.raises(webhookd.Unavailable, match="no such table: payloads"):
+        publish(store)
+
+    assert store.events(webhookd.Filter(), webhookd.Page())[1] == 0
+    assert "no such table" in store.problem
+
+
+def test_a_settlement_that_cannot_be_written_waits_until_it_can(store, monkeypatch):
+    monkeypatch.setattr(webhookd, "RETRY_SECONDS", 0.01)
+    webhook = add_webhook(store)
+    publish(store)
+    [due] = due_deliveries(store, webhook)
+
+    store.write(
+        lambda connection: connection.execute("ALTER TABLE attempts RENAME TO gone")
+    )
+    with pytest.raises(webhookd.Unavailable):
+        settle(store, due)
+    with sqlite3.connect(store._path, isolation_level=None) as other:
+        other.execute("ALTER TABLE gone RENAME TO attempts")
+
+    wait_until(lambda: store.problem is None)
+    assert store.delivery(due.id)[0].state == "succeeded"
+
+
+def test_a_full_disk_is_told_from_other_errors(store):
+    pages = "PRAGMA max_page_count = {}"
+    store.write(lambda connection: connection.execute(pages.format(1)))
+    with pytest.raises(webhookd.StorageFull):
+        for _ in range(100):
+            publish(store, new_event(body=b"x" * 100_000))
+
+    store.write(lambda connection: connection.execute(pages.format(1 << 30)))
+    assert publish(store)
+
+
+def test_a_key_used_twice_at_the_same_moment_publishes_once(store):
+    key = webhookd.IdempotencyKey("user", "key", b"fingerprint")
+
+    def publish_with_key(_):
+        return store.publish([new_event()], 1000, lambda e: str(e[0].id).encode(), key)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(publish_with_key, range(16)))
+
+    assert len({answer for answer, _ in answers}) == 1
+    assert [repeated for _, repeated in answers].count(False) == 1
+    assert store.events(webhookd.Filter(), webhookd.Page())[1] == 1
+
+
+def test_ids_are_never_used_again(tmp_path):
+    path = str(tmp_path / "again.db")
+    with webhookd.Store(path) as store:
+        webhook = add_webhook(store)
+        publish(store)
+        store.delete_webhook(webhook.id)
+
+    with webhookd.Store(path) as store:
+        second = add_webhook(store)
+        [event] = publish(store)
+
+        assert (second.id, event.id) == (2, 2)
+        assert [due.number for due in due_deliveries(store, second)] == [2]
+
+
+def test_a_second_store_on_the_same_file_is_refused(store):
+    with (
+        pytest.raises(webhookd.DatabaseError, match="in use"),
+        webhookd.Store(store._path),
+    ):
+        pass
+
+
+def test_a_database_of_a_newer_version_is_refused_and_left_alone(tmp_path):
+    path = str(tmp_path / "newer.db")
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+
+    with (
+        pytest.raises(webhookd.DatabaseError, match="version 99"),
+        webhookd.Store(path),
+    ):
+        pass
+
+    assert (
+        sqlite3.connect(path).execute("SELECT name FROM sqlite_schema").fetchall() == []
+    )
+
+
+def test_a_migration_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    path = str(tmp_path / "failed.db")
+    broken = (*webhookd.MIGRATIONS, "CREATE TABLE more (a);\nCREATE TABLE users (a);\n")
+    monkeypatch.setattr(webhookd, "MIGRATIONS", broken)
+
+    with (
+        pytest.raises(webhookd.DatabaseError, match="already exists"),
+        webhookd.Store(path),
+    ):
+        pass
+
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA user_version").fetchone() == (0,)
+    assert connection.execute("SELECT name FROM sqlite_schema").fetchall() == []
+
+
+def test_what_is_not_a_database_is_refused(tmp_path):
+    (tmp_path / "text.db").write_text(
+        "not a database, but long enough to look at " * 20
+    )
+
+    with (
+        pytest.raises(webhookd.DatabaseError),
+        webhookd.Store(str(tmp_path / "text.db")),
+    ):
+        pass
+
+
+def test_the_file_is_for_its_owner_only(store):
+    assert os.stat(store._path).st_mode & 0o077 == 0
+
+
+# ======================================================================================
+# Dispatcher
+# ======================================================================================
+
+
+def test_a_delivery_is_attempted_and_recorded(api, receiver, dispatcher):
+    webhook = api.create(receiver.url)
+    api.publish(page={"id": 1})
+
+    dispatcher.run_until_idle()
+
+    [request] = receiver.received
+    assert json.loads(request.body)["page"] == {"id": 1}
+    [delivery] = api.deliveries(webhook)
+    assert request.headers["X-Request-Id"] == delivery["id"]
+    assert (delivery["state"], delivery["attemptCount"]) == ("succeeded", 1)
+
+
+def test_deliveries_to_one_webhook_start_in_publish_order(api, receiver, dispatcher):
+    api.create(receiver.url)
+    api.post_json(EVENTS, [{"event": "e", "n": n} for n in range(250)])
+
+    dispatcher.run_until_idle()
+
+    # the attempts in flight at one moment may overtake each other on their way
+    arrived = [body["n"] for body in receiver.bodies()]
+    assert sorted(arrived) == list(range(250))
+    assert all(abs(n - place) <= 8 for place, n in enumerate(arrived))
+
+
+def test_a_delivery_is_retried_on_schedule_and_then_given_up(
+    api, receiver, dispatcher, clock
+):
+    receiver.answers(500)
+    webhook = api.create(receiver.url)
+    api.publish()
+
+    def states_after(seconds):
+        clock.advance(seconds)
+        dispatcher.run_until_idle()
+        [delivery] = api.deliveries(webhook)
+        return delivery["state"], delivery["attemptCount"]
+
+    assert states_after(0) == ("pending", 1)
+    assert states_after(9.9) == ("pending", 1)
+    assert states_after(0.2) == ("pending", 2)
+    assert states_after(99) == ("pending", 2)
+    assert states_after(2) == ("failed", 3)
+    assert states_after(10**6) == ("failed", 3)
+    assert [r.headers["X-Attempt"] for r in receiver.received] == ["1", "2", "3"]
+    assert len({r.headers["X-Request-Id"] for r in receiver.received}) == 1
+
+
+def test_every_attempt_is_signed_at_its_own_time(api, receiver, dispatcher, clock):
+    receiver.answers(500, times=1)
+    api.create(receiver.url, configuration={"secret": "s"})
+    api.publish()
+    dispatcher.run_until_idle()
+    clock.advance(10.1)
+    dispatcher.run_until_idle()
+
+    for request in receiver.received:
+        seconds = int(request.headers["webhook-timestamp"])
+        assert request.headers["webhook-signature"] == webhookd.standard_signature(
+            "s", request.headers["X-Request-Id"], seconds, request.body
+        )
+        assert request.headers["X-Hub-Signature"] == webhookd.hub_signature(
+            "s", request.body
+        )
+    first, second = (int(r.headers["webhook-timestamp"]) for r in receiver.received)
+    assert second - first == 10
+
+
+@pytest.mark.parametrize("status, seconds", [(429, 60), (503, 60), (500, 10)])
+def test_retry_after_counts_on_429_and_503(
+    api, receiver, dispatcher, clock, status, seconds
+):
+    receiver.answers(status, {"Retry-After": "60"})
+    webhook = api.create(receiver.url)
+    api.publish()
+
+    dispatcher.run_until_idle()
+
+    wait = api.deliveries(webhook)[0]["nextAttempt"] - clock.ms
+    assert seconds * 1000 <= wait < seconds * 1000 + 1000
+
+
+def test_every_wait_varies_by_a_tenth(store, destinations, settings):
+    client = webhookd.Client(destinations, 1.0)
+    jitters = [
+        webhookd.Dispatcher(store, client, settings)._jitter() for _ in range(1000)
+    ]
+
+    assert 0.9 <= min(jitters) < 0.92
+    assert 1.08 < max(jitters) <= 1.1
+
+
+def test_connections_are_kept_alive_and_few(api, receiver, dispatcher):
+    api.create(receiver.url)
+    api.post_json(EVENTS, [{"event": "e"}] * 200)
+
+    dispatcher.run_until_idle()
+
+    assert len(receiver.received) == 200
+    assert len({request.connection for request in receiver.received}) <= 8
+
+
+def test_a_connection_that_the_receiver_closed_is_replaced(api, dispatcher):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answering = threading.Thread(target=answer_and_close_silently, args=(server, 3))
+        answering.start()
+        webhook = api.create(f"http://127.0.0.1:{server.getsockname()[1]}/")
+        api.post_json(EVENTS, [{"event": "e"}] * 3)
+
+        dispatcher.run_until_idle()
+
+        answering.join()
+    assert {(d["state"], d["attemptCount"]) for d in api.deliveries(webhook)} == {
+        ("succeeded", 1)
+    }
+
+
+def answer_and_close_silently(server, times):
+    """Answer as if the connection stayed open, and close it."""
+    for _ in range(times):
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+
+def test_an_inactive_webhook_gets_nothing_new_and_what_it_has_waits(
+    api, receiver, dispatcher
+):
+    webhook = api.create(receiver.url)
+    api.publish(n=1)
+    path = f"{WEBHOOKS}/{webhook['id']}"
+    api.put_json(path, {"active": False})
+    api.publish(n=2)
+    dispatcher.run_until_idle()
+    assert receiver.received == []
+
+    api.put_json(path, {"active": True})
+    dispatcher.run_until_idle()
+
+    assert [body["n"] for body in receiver.bodies()] == [1]
+
+
+def test_an_attempt_goes_by_the_webhook_as_it_is_then(api, receiver, dispatcher, clock):
+    receiver.answers(500, times=1)
+    webhook = api.create(receiver.url)
+    api.publish()
+    dispatcher.run_until_idle()
+    api.put_json(f"{WEBHOOKS}/{webhook['id']}", {"url": receiver.url + "/new"})
+    clock.advance(11)
+
+    dispatcher.run_until_idle()
+
+    assert [request.path for request in receiver.received] == ["/hook", "/hook/new"]
+
+
+def test_a_deleted_webhook_is_not_attempted(api, receiver, dispatcher):
+    webhook = api.create(receiver.url)
+    api.publish()
+    api.delete(f"{WEBHOOKS}/{webhook['id']}")
+
+    dispatcher.run_until_idle()
+
+    assert receiver.received == []
+
+
+def test_what_waits_in_the_database_is_found_at_start(
+    api, store, destinations, settings, clock, receiver
+):
+    api.create(receiver.url)
+    api.post_json(EVENTS, [{"event": "e"}] * (webhookd.WINDOW * 2 + 5))
+    client = webhookd.Client(destinations, 5.0)
+
+    webhookd.Dispatcher(store, client, settings, clock).run_until_idle()
+
+    ids = [request.headers["X-Request-Id"] for request in receiver.received]
+    assert len(ids) == len(set(ids)) == webhookd.WINDOW * 2 + 5
+
+
+def test_memory_holds_a_window_of_what_is_due(api, dispatcher, receiver):
+    webhook = api.create(receiver.url)
+    api.post_json(EVENTS, [{"event": "e"}] * (webhookd.WINDOW * 3))
+    lane = dispatcher._lane(webhook["id"])
+    dispatcher._refill(lane)
+
+    assert (len(lane.ready), lane.backlog) == (webhookd.WINDOW, True)
+
+
+def test_a_webhook_that_fails_is_tried_one_at_a_time(api, receiver, dispatcher):
+    """A failure brings the width to one; each success after it adds one."""
+    webhook = api.create(receiver.url)
+    lane = dispatcher._lane(webhook["id"])
+    api.post_json(EVENTS, [{"event": "e"}] * 20)
+    dispatcher.run_until_idle()
+    assert lane.width == 8
+
+    receiver.answers(500, times=1)
+    api.publish()
+    dispatcher.run_until_idle()
+
+    assert lane.width == 1
+
+
+def test_receivers_that_hang_leave_room_for_the_others(
+    api, store, receiver, destinations, settings, clock
+):
+    hanging = socket.create_server(("127.0.0.1", 0), backlog=100)
+    url = f"http://127.0.0.1:{hanging.getsockname()[1]}/"
+    for _ in range(3):
+        api.create(url)
+    api.create(receiver.url)
+    api.post_json(EVENTS, [{"event": "e"}] * 30)
+    small = dataclasses.replace(settings, max_in_flight=4, delivery_timeout=60.0)
+    client = webhookd.Client(destinations, 60.0)
+
+    with contextlib.closing(hanging), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(webhookd, "STOP_SECONDS", 0)
+        with webhookd.Dispatcher(store, client, small, clock):
+            wait_until(lambda: len(receiver.received) == 30)
+
+
+def test_first_attempts_come_before_retries(
+    api, receiver, store, destinations, settings, clock
+):
+    receiver.answers(500, times=1)
+    api.create(receiver.url + "/late", "late")
+    api.publish("late")
+    one_at_a_time = dataclasses.replace(settings, max_in_flight=1)
+    client = webhookd.Client(destinations, 5.0)
+    dispatcher = webhookd.Dispatcher(store, client, one_at_a_time, clock, lambda: 1.0)
+    dispatcher.run_until_idle()
+    for number in range(3):
+        api.create(f"{receiver.url}/{number}", "new")
+    clock.advance(11)
+    for lane in list(dispatcher._lanes.values()):
+        dispatcher._refill(lane)
+    api.publish("new")
+    dispatcher._loop = None
+
+    dispatcher.run_until_idle()
+
+    assert [r.path for r in receiver.received][-1] == "/hook/late"
+
+
+def test_a_crash_in_flight_repeats_the_attempt_and_loses_nothing(
+    api, receiver, store, destinations, settings, clock
+):
+    """What is in flight is known to memory only, so a new dispatcher begins again."""
+    webhook = api.create(receiver.url)
+    api.publish()
+    receiver.hold.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(webhookd, "STOP_SECONDS", 0)
+        with webhookd.Dispatcher(
+            store, webhookd.Client(destinations, 5.0), settings, clock
+        ):
+            wait_until(lambda: receiver.received)
+    receiver.hold.set()
+    assert api.deliveries(webhook)[0]["state"] == "pending"
+
+    webhookd.Dispatcher(
+        store, webhookd.Client(destinations, 5.0), settings, clock
+    ).run_until_idle()
+
+    assert [r.headers["X-Attempt"] for r in receiver.received] == ["1", "1"]
+    assert api.deliveries(webhook)[0]["state"] == "succeeded"
+
+
+def test_attempts_in_flight_may_end_before_the_loop_does(
+    api, receiver, store, destinations, settings, clock
+):
+    webhook = api.create(receiver.url)
+    api.publish()
+    receiver.hold.clear()
+    with webhookd.Dispatcher(
+        store, webhookd.Client(destinations, 5.0), settings, clock
+    ):
+        wait_until(lambda: receiver.received)
+        threading.Timer(0.2, receiver.hold.set).start()
+    store.flush()
+
+    assert api.deliveries(webhook)[0]["state"] == "succeeded"
+
+
+# ======================================================================================
+# Users
+# ======================================================================================
+
+
+def test_passwords_are_kept_as_salted_hashes():
+    first, second = webhookd.password_record("pw"), webhookd.password_record("pw")
+
+    assert first != second
+    assert webhookd.matches("pw", first) and webhookd.matches("pw", second)
+    assert not webhookd.matches("PW", first)
+    assert "pw" not in first
+
+
+def test_the_first_start_makes_an_admin_with_a_secret(store):
+    secret = webhookd.ensure_admin(store, "")
+
+    [admin] = webhookd.load_users(store.reader())
+    assert (admin.name, admin.role) == ("admin", "admin")
+    assert webhookd.matches(secret, admin.record)
+    assert webhookd.ensure_admin(store, "") is None
+
+
+def test_the_admins_password_is_set_at_every_start(store):
+    webhookd.ensure_admin(store, "first")
+    webhookd.ensure_admin(store, "second")
+
+    [admin] = webhookd.load_users(store.reader())
+    assert webhookd.matches("second", admin.record)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a:b", "a\nb", "n" * 101])
+def test_names_that_cannot_log_in_are_refused(name):
+    with pytest.raises(ValueError):
+        webhookd.user_name(name)
+
+
+# ======================================================================================
+# REST API
+# ======================================================================================
+
+# ---- common rules ----
+
+
+def test_without_a_login_the_answer_says_how_to_log_in(api):
+    api.authorization = None
+
+    answer = api.get(WEBHOOKS)
+
+    assert answer.status_int == 401
+    assert answer.headers["WWW-Authenticate"] == 'Basic realm="webhookd"'
+    assert contexts(answer) == [None]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Basic",
+        "Basic !!!",
+        "Basic YQ==",
+        "Basic /////w==",
+        "Bearer",
+        "Bearer x",
+        "Digest x",
+        "ä",
+    ],
+)
+def test_a_login_that_makes_no_sense_is_a_wrong_one(api, header):
+    api.authorization = None
+
+    assert api.get(WEBHOOKS, headers={"Authorization": header}).status_int == 401
+
+
+def test_a_secret_works_as_basic_password_and_as_bearer_token(api):
+    for authorization in (
+        ("Basic", ("viewer", SECRETS["viewer"])),
+        ("Bearer", SECRETS["viewer"]),
+    ):
+        api.authorization = authorization
+        assert api.get(WEBHOOKS).status_int == 200
+
+
+def test_a_password_is_no_bearer_token(api, store):
+    user = webhookd.User("u", "admin", webhookd.password_record("pw"))
+    store.write(lambda connection: webhookd.save_user(connection, user))
+
+    api.authorization = ("Basic", ("u", "pw"))
+    assert [api.get(WEBHOOKS).status_int for _ in range(2)] == [200, 200]
+    api.authorization = ("Bearer", "pw")
+    assert api.get(WEBHOOKS).status_int == 401
+
+
+def test_a_user_removed_or_changed_is_out_at_once(api, store):
+    api.log_in("viewer")
+    assert api.get(WEBHOOKS).status_int == 200
+
+    store.write(
+        lambda connection: connection.execute("DELETE FROM users WHERE name = 'viewer'")
+    )
+
+    assert api.get(WEBHOOKS).status_int == 401
+
+
+ROUTES = [
+    ("GET", WEBHOOKS, "admin viewer"),
+    ("POST", WEBHOOKS, "admin"),
+    ("GET", WEBHOOKS + "/1", "admin viewer"),
+    ("PUT", WEBHOOKS + "/1", "admin"),
+    ("DELETE", WEBHOOKS + "/1", "admin"),
+    ("GET", WEBHOOKS + "/1/latest", "admin viewer"),
+    ("GET", WEBHOOKS + "/1/statistics", "admin viewer"),
+    ("GET", WEBHOOKS + "/1/statistics/summary", "admin viewer"),
+    ("POST", WEBHOOKS + "/test", "admin"),
+    ("GET", WEBHOOKS + "/1/deliveries", "admin viewer"),
+    ("POST", EVENTS, "admin publisher"),
+    ("GET", EVENTS, "admin viewer"),
+    ("GET", EVENTS + "/1", "admin viewer"),
+    ("GET", "/rest/api/deliveries/1", "admin viewer"),
+]
+
+
+@pytest.mark.parametrize("method, path, allowed", ROUTES)
+def test_roles_may_do_what_they_are_for(api, method, path, allowed):
+    for role in webhookd.ROLES:
+        answer = api.log_in(role).request(path, method=method)
+        assert (answer.status_int != 403) == (role in allowed.split()), role
+
+
+def test_every_route_asks_for_a_login_but_health(wsgi):
+    listed = {(method, path) for method, path, _ in ROUTES}
+    api = App(wsgi)
+    for method, path in listed:
+        assert api.request(path, method=method).status_int == 401
+    assert api.get("/health").status_int == 200
+    assert len(wsgi.routes) == len(listed) + 1
+
+
+def test_ten_wrong_passwords_shut_an_address_out_for_the_rest_of_the_minute(api, clock):
+    right, api.authorization = api.authorization, ("Basic", ("admin", "wrong"))
+    assert [api.get(WEBHOOKS).status_int for _ in range(9)] == [401] * 9
+    clock.advance(20)
+    assert api.get(WEBHOOKS).status_int == 401
+
+    api.authorization = right
+    answer = api.get(WEBHOOKS)
+
+    assert (answer.status_int, answer.headers["Retry-After"]) == (429, "41")
+    other = {"REMOTE_ADDR": "192.0.2.7"}
+    assert api.get(WEBHOOKS, extra_environ=other).status_int == 200
+    clock.advance(41)
+    assert api.get(WEBHOOKS).status_int == 200
+
+
+def test_requests_without_a_login_are_not_wrong_passwords(api):
+    right, api.authorization = api.authorization, None
+    for _ in range(11):
+        api.get(WEBHOOKS)
+
+    api.authorization = right
+    assert api.get(WEBHOOKS).status_int == 200
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({}, 202),
+        ({"Origin": "http://localhost:80"}, 202),
+        ({"Origin": "http://localhost"}, 202),
+        ({"Sec-Fetch-Site": "same-origin"}, 202),
+        ({"Sec-Fetch-Site": "none"}, 202),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://localhost:81"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+    ],
+)
+def test_requests_that_another_site_makes_are_refused(api, headers, status):
+    assert api.post_json(EVENTS, {"event": "e"}, headers=headers).status_int == status
+
+
+def test_other_sites_may_read_what_a_login_allows(api):
+    assert api.get(WEBHOOKS, headers={"Sec-Fetch-Site": "cross-site"}).status_int == 200
+
+
+@pytest.mark.parametrize(
+    "method, path, status",
+    [
+        ("GET", "/nothing", 404),
+        ("GET", WEBHOOKS + "/x", 404),
+        ("GET", WEBHOOKS + "/99999999999999999999", 404),
+        ("GET", WEBHOOKS + "/" + "9" * 5000, 404),
+        ("DELETE", WEBHOOKS + "/99999999999999999999", 404),
+        ("GET", EVENTS + "/99999999999999999999", 404),
+        ("GET", EVENTS + "/-1", 404),
+        ("GET", "/rest/api/deliveries/%00", 404),
+        ("GET", WEBHOOKS + "/1/latest", 404),
+        ("GET", WEBHOOKS + "/1/statistics", 404),
+        ("GET", WEBHOOKS + "/1/statistics/summary", 404),
+        ("GET", WEBHOOKS + "/1/deliveries", 404),
+        ("PATCH", WEBHOOKS, 405),
+        ("BREW", WEBHOOKS, 405),
+    ],
+)
+def test_what_is_not_there_is_an_error_in_json(api, method, path, status):
+    answer = api.request(path, method=method)
+
+    assert (answer.status_int, answer.content_type) == (status, "application/json")
+    assert contexts(answer) == [None]
+
+
+def test_405_names_what_is_allowed(api):
+    assert set(api.delete(WEBHOOKS).headers["Allow"].split(",")) == {"GET", "POST"}
+
+
+def test_a_bug_is_an_error_in_json_too(api, store, caplog):
+    store.write(lambda connection: connection.execute("DROP TABLE events"))
+
+    answer = api.get(EVENTS)
+
+    assert (answer.status_int, contexts(answer)) == (500, [None])
+    assert "events" not in answer.text
+    assert "no such table: events" in caplog.text
+
+
+def test_a_trailing_slash_and_head_are_the_same_resource(api):
+    plain, slash, head = api.get(WEBHOOKS), api.get(WEBHOOKS + "/"), api.head(WEBHOOKS)
+
+    assert plain.json["results"] == slash.json["results"] == []
+    assert (head.status_int, head.body) == (200, b"")
+    assert head.headers["Content-Length"] == plain.headers["Content-Length"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "text/plain", "application/x-www-form-urlencoded", "x"]
+)
+@pytest.mark.parametrize("path", [WEBHOOKS, EVENTS])
+def test_a_body_that_is_not_sent_as_json_is_refused(api, path, kind):
+    answer = api.request(path, method="POST", body=b'{"event": "e"}', content_type=kind)
+
+    assert answer.status_int == 415
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "application/json",
+        "application/json; charset=utf-8",
+        "application/vnd.x+json",
+        "Application/JSON",
+    ],
+)
+def test_json_has_several_names(api, kind):
+    answer = api.request(
+        EVENTS, method="POST", body=b'{"event": "e"}', content_type=kind
+    )
+
+    assert answer.status_int == 202
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b'{"url": NaN}',
+        b'{"url": 1e999}',
+        b"[" * 100_000,
+        b"[]",
+        b"7",
+    ],
+)
+def test_bad_json_is_refused(api, body):
+    for method, path in (("POST", WEBHOOKS), ("PUT", f"{WEBHOOKS}/1")):
+        api.create("http://127.0.0.1:1/")
+        answer = api.request(
+            path, method=method, body=body, content_type="application/json"
+        )
+        assert (answer.status_int, contexts(answer)) == (400, [None])
+
+
+@pytest.mark.parametrize(
+    "query, field",
+    [
+        ("start=-1", "start"),
+        ("start=x", "start"),
+        ("limit=0", "limit"),
+        ("since=yesterday", "since"),
+        ("until=1e3", "until"),
+    ],
+)
+def test_a_query_at_fault_is_named(api, query, field):
+    webhook = api.create("http://127.0.0.1:1/")
+    answer = api.get(f"{WEBHOOKS}/{webhook['id']}/deliveries?{query}")
+
+    assert (answer.status_int, contexts(answer)) == (400, [field])
+
+
+def test_pages_link_to_their_neighbours(api):
+    for _ in range(5):
+        api.create("http://127.0.0.1:1/")
+
+    first = api.get(f"{WEBHOOKS}?limit=2&event=e").json
+    second = api.get(first["_links"]["next"]).json
+    last = api.get(second["_links"]["next"]).json
+
+    assert [w["id"] for page in (first, second, last) for w in page["results"]] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert (first["start"], first["limit"], first["size"], first["totalCount"]) == (
+        0,
+        2,
+        2,
+        5,
+    )
+    assert (last["start"], last["size"]) == (4, 1)
+    assert [set(p["_links"]) for p in (first, second, last)] == [
+        {"self", "next"},
+        {"self", "next", "prev"},
+        {"self", "prev"},
+    ]
+    assert api.get(last["_links"]["prev"]).json["results"] == second["results"]
+    assert api.get(f"{WEBHOOKS}?limit=5000").json["limit"] == 1000
+    assert api.get(f"{WEBHOOKS}?start=999999999999999").json["results"] == []
+
+
+# ---- webhooks ----
+
+
+def test_confluences_own_example_registers_a_webhook(api, clock):
+    answer = api.post_json(
+        WEBHOOKS,
+        {
+            "name": "webhook-name",
+            "events": ["page_created", "page_removed"],
+            "configuration": {"secret": "your-secret"},
+            "url": "http://127.0.0.1:9000/webhook-receiver",
+            "active": "true",
+        },
+    )
+
+    assert answer.status_int == 201
+    assert answer.headers["Location"] == f"http://localhost:80{WEBHOOKS}/1"
+    assert answer.json == {
+        "id": 1,
+        "name": "webhook-name",
+        "createdDate": clock.ms,
+        "updatedDate": clock.ms,
+        "events": ["page_created", "page_removed"],
+        "configuration": {},
+        "url": "http://127.0.0.1:9000/webhook-receiver",
+        "active": True,
+        "scopeType": "global",
+        "sslVerificationRequired": True,
+        "secretSet": True,
+        "health": {
+            "state": "healthy",
+            "consecutiveFailures": 0,
+            "pausedUntil": None,
+            "reason": None,
+            "pending": 0,
+        },
+    }
+    assert api.get(f"{WEBHOOKS}/1").json == answer.json
+
+
+def test_a_put_changes_what_it_names(api, clock):
+    webhook = api.create("http://127.0.0.1:1/", configuration={"secret": "s"})
+    clock.advance(5)
+
+    answer = api.put_json(f"{WEBHOOKS}/1", {"name": "new", "events": ["x"]})
+
+    changed = {"name": "new", "events": ["x"], "updatedDate": clock.ms}
+    assert answer.json == webhook | changed
+    assert api.get(f"{WEBHOOKS}/1").json == answer.json
+    assert api.put_json(f"{WEBHOOKS}/2", {}).status_int == 404
+
+
+def test_two_puts_at_once_do_not_undo_each_other(api, store):
+    webhook = api.create("http://127.0.0.1:1/")
+
+    def change(n):
+        def work(old):
+            return webhookd.read_webhook(
+                json.dumps({"configuration": {str(n): "x"}}).encode(), old
+            )
+
+        store.change_webhook(webhook["id"], work)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(change, range(20)))
+
+    assert len(api.get_webhook(webhook)["configuration"]) == 20
+
+
+def test_a_deleted_webhook_is_gone_with_its_deliveries(api, receiver, dispatcher):
+    webhook = api.create(receiver.url)
+    api.publish()
+    dispatcher.run_until_idle()
+    [delivery] = api.deliveries(webhook)
+
+    answer = api.delete(f"{WEBHOOKS}/1")
+
+    assert (answer.status_int, answer.body) == (204, b"")
+    assert api.get(f"{WEBHOOKS}/1").status_int == 404
+    assert api.delete(f"{WEBHOOKS}/1").status_int == 404
+    assert api.get(f"/rest/api/deliveries/{delivery['id']}").status_int == 404
+    assert api.get(f"{EVENTS}/1").json["deliveries"] == []
+
+
+def test_a_fault_changes_nothing(api):
+    before = api.create("http://127.0.0.1:1/")
+
+    answer = api.put_json(
+        f"{WEBHOOKS}/1", {"name": "new", "url": "http://10.0.0.1/", "events": []}
+    )
+
+    assert (answer.status_int, contexts(answer)) == (400, ["url", "events"])
+    assert "--allow-networks 10.0.0.0/8" in answer.json["message"]
+    assert api.get(f"{WEBHOOKS}/1").json == before
+
+
+def test_a_url_no_longer_allowed_does_not_stop_other_changes(api, store):
+    store.add_webhook(webhookd.Webhook(url="http://10.0.0.1/", events=("e",), name="n"))
+
+    shown = api.get(f"{WEBHOOKS}/1").json
+    answer = api.put_json(f"{WEBHOOKS}/1", shown | {"active": False})
+
+    assert (answer.status_int, answer.json["active"]) == (200, False)
+
+
+def test_webhooks_are_listed_by_the_events_they_take(api):
+    for events in (["a"], ["b"], ["a*"], ["*"]):
+        api.create("http://127.0.0.1:1/", *events)
+
+    def listed(query):
+        return [
+            webhook["id"] for webhook in api.get(f"{WEBHOOKS}{query}").json["results"]
+        ]
+
+    assert listed("") == listed("?event=") == [1, 2, 3, 4]
+    assert listed("?event=a") == [1, 3, 4]
+    assert listed("?event=a&event=b") == [1, 2, 3, 4]
+    assert listed("?event=c") == [4]
+
+
+def test_secrets_never_come_out(api, receiver, dispatcher, caplog):
+    caplog.set_level("DEBUG")
+    receiver.answers(500, {"X-Echo": "HEADER-SECRET"}, b"PASS-SECRET HMAC-SECRET")
+    fields = {
+        "configuration": {"secret": "HMAC-SECRET"},
+        "credentials": {"username": "u", "password": "PASS-SECRET"},
+        "headers": {"X-Token": "HEADER-SECRET"},
+    }
+    webhook = api.create(receiver.url.replace("//", "//u:URL-SECRET@"), **fields)
+    api.publish()
+    dispatcher.run_until_idle()
+
+    [delivery] = api.deliveries(webhook)
+    pages = [
+        api.get(path).text
+        for path in (
+            f"{WEBHOOKS}?statistics=true",
+            f"{WEBHOOKS}/1",
+            f"{WEBHOOKS}/1/latest",
+            f"{WEBHOOKS}/1/statistics",
+            f"{EVENTS}/1",
+            f"/rest/api/deliveries/{delivery['id']}",
+        )
+    ]
+    pages += [
+        api.put_json(f"{WEBHOOKS}/1", {}).text,
+        api.post(f"{WEBHOOKS}/test?webhookId=1").text,
+    ]
+
+    assert receiver.received[0].headers["X-Token"] == "HEADER-SECRET"
+    for text in [*pages, caplog.text]:
+        assert "SECRET" not in text
+        assert base64.b64encode(b"u:PASS-SECRET").decode() not in text
+    assert api.get(f"{WEBHOOKS}/1").json["credentials"] == {"username": "u"}
+    assert api.get(f"{WEBHOOKS}/1").json["headers"] == {"X-Token": "********"}
+
+
+def test_latest_is_the_last_invocation_that_matches(api, receiver, dispatcher, clock):
+    webhook = api.create(receiver.url, "a", "b")
+    path = f"{WEBHOOKS}/{webhook['id']}/latest"
+    assert (api.get(path).status_int, api.get(path).body) == (204, b"")
+
+    for event, status in (("a", 200), ("a", 500), ("b", 200)):
+        receiver.answers(status, {"Content-Type": "text/plain"}, times=1)
+        api.publish(event)
+        dispatcher.run_until_idle()
+        clock.advance(1)
+
+    latest = api.get(path).json
+    assert (latest["event"], latest["result"]["outcome"]) == ("b", "SUCCESS")
+    assert latest["id"] == receiver.received[-1].headers["X-Request-Id"]
+    assert latest["finish"] - latest["start"] == latest["duration"]
+    assert latest["request"]["body"] == receiver.received[-1].body.decode()
+    assert latest["request"]["headers"]["X-Event-Key"] == "b"
+    assert latest["request"] | {"headers": 0, "body": 0} == {
+        "method": "POST",
+        "url": receiver.url,
+        "headers": 0,
+        "body": 0,
+    }
+    assert latest["result"]["statusCode"] == 200
+    assert latest["result"]["headers"]["Content-Type"] == "text/plain"
+    assert latest["result"]["body"] == "ok"
+    assert api.get(path + "?event=a").json["result"]["statusCode"] == 500
+    assert (
+        api.get(path + "?event=a&outcome=SUCCESS").json["result"]["statusCode"] == 200
+    )
+    assert api.get(path + "?outcome=FAILURE&outcome=ERROR").json["event"] == "a"
+    assert api.get(path + "?event=b&outcome=FAILURE").status_int == 204
+    assert contexts(api.get(path + "?outcome=GOOD")) == ["outcome"]
+
+
+def test_statistics_count_attempts_of_30_days(api, receiver, dispatcher, clock):
+    webhook = api.create(receiver.url, "a", "b")
+    path = f"{WEBHOOKS}/{webhook['id']}/statistics"
+    receiver.answers(500, times=1)
+    api.publish("a")
+    dispatcher.run_until_idle()
+    clock.advance(11)
+    dispatcher.run_until_idle()
+    api.publish("b")
+    dispatcher.run_until_idle()
+
+    found = api.get(path).json
+    window = {"start": clock.ms - 2592000000, "duration": 2592000000}
+    assert found["counts"] == {
+        "successes": 2,
+        "failures": 1,
+        "errors": 0,
+        "window": window,
+    }
+    assert (found["lastSuccess"]["event"], found["lastFailure"]["event"]) == ("b", "a")
+    assert "lastError" not in found
+    assert set(found["lastSuccess"]["request"]) == {"method", "url"}
+    assert set(found["lastSuccess"]["result"]) == {
+        "description",
+        "outcome",
+        "statusCode",
+    }
+    assert api.get(path + "?event=a").json["counts"]["successes"] == 1
+    summary = api.get(path + "/summary").json
+    assert {event: s["counts"]["failures"] for event, s in summary.items()} == {
+        "a": 1,
+        "b": 0,
+    }
+    assert (
+        api.get(f"{WEBHOOKS}?statistics=true").json["results"][0]["statistics"] == found
+    )
+    assert "statistics" not in api.get(f"{WEBHOOKS}/1?statistics=false").json
+
+    clock.advance(32 * 86400)
+    assert api.get(path).json["counts"]["successes"] == 0
+    assert api.get(path).json["lastSuccess"]["event"] == "b"
+
+
+def test_a_test_of_a_url_sends_an_unsigned_ping(api, receiver):
+    answer = api.post(f"{WEBHOOKS}/test?url={receiver.url}")
+
+    assert answer.status_int == 200
+    [request] = receiver.received
+    assert request.body == b'{"test": true}'
+    assert request.headers["X-Event-Key"] == "diagnostics:ping"
+    assert not [name for name in request.headers if "signature" in name.lower()]
+    sent = answer.json["request"]
+    assert (sent["method"], sent["url"], sent["body"]) == (
+        "POST",
+        receiver.url,
+        '{"test": true}',
+    )
+    assert sent["headers"]["X-Event-Key"] == "diagnostics:ping"
+    assert (answer.json["response"]["status"], answer.json["response"]["body"]) == (
+        200,
+        "ok",
+    )
+    assert "error" not in answer.json
+
+
+def test_a_test_of_a_webhook_is_signed_and_leaves_no_trace(api, receiver):
+    webhook = api.create(
+        receiver.url, configuration={"secret": "secret"}, headers={"X-A": "abcd"}
+    )
+
+    answer = api.post(
+        f"{WEBHOOKS}/test?webhookId={webhook['id']}", content_type="application/json"
+    )
+
+    [request] = receiver.received
+    assert request.headers["X-Hub-Signature"].endswith("c954")
+    assert request.headers["X-A"] == "abcd"
+    assert answer.json["request"]["headers"]["X-A"] == "********"
+    assert api.get(f"{WEBHOOKS}/1/latest").status_int == 204
+    assert api.get_webhook(webhook) == webhook
+
+
+def test_a_test_without_an_answer_says_why(api, closed_url):
+    answer = api.post(f"{WEBHOOKS}/test?url={closed_url}")
+
+    assert (answer.status_int, answer.json["response"]) == (200, None)
+    assert answer.json["error"] == "connection refused"
+
+
+@pytest.mark.parametrize(
+    "query, status, field",
+    [
+        ("", 400, "url"),
+        ("?url=ftp://x", 400, "url"),
+        ("?url=http://10.0.0.1/", 400, "url"),
+        ("?webhookId=x", 400, "webhookId"),
+        ("?webhookId=9", 404, None),
+    ],
+)
+def test_a_test_of_nothing_is_refused(api, query, status, field):
+    answer = api.post(f"{WEBHOOKS}/test{query}")
+
+    assert (answer.status_int, contexts(answer)) == (status, [field])
+
+
+# ---- events and deliveries ----
+
+
+def test_publishing_answers_what_was_published(api, clock):
+    api.create("http://127.0.0.1:1/")
+    api.create("http://127.0.0.1:1/", "*")
+
+    answer = api.post_json(EVENTS, {"event": "e"})
+
+    assert answer.status_int == 202
+    assert answer.json == {
+        "id": 1,
+        "event": "e",
+        "timestamp": clock.ms,
+        "deliveries": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    "body, kind",
+    [
+        (b'[{"event":"a","timestamp":5},{"event":"b"}]', "application/json"),
+        (b'{"event":"a","timestamp":5}\n{"event":"b"}\n', "application/x-ndjson"),
+    ],
+)
+def test_an_array_and_lines_publish_many(api, clock, body, kind):
+    answer = api.request(EVENTS, method="POST", body=body, content_type=kind)
+
+    assert answer.status_int == 202
+    assert answer.json == {
+        "results": [
+            {"id": 1, "event": "a", "timestamp": 5, "deliveries": 0},
+            {"id": 2, "event": "b", "timestamp": clock.ms, "deliveries": 0},
+        ]
+    }
+
+
+def test_one_bad_event_and_none_is_taken(api):
+    answer = api.post_json(
+        EVENTS, [{"event": "a"}, {"event": "b"}, {}, {"event": "a b"}]
+    )
+
+    assert (answer.status_int, contexts(answer)) == (400, ["[2].event", "[3].event"])
+    assert api.get(EVENTS).json["totalCount"] == 0
+
+
+def test_an_event_that_is_too_large_gets_413(api, settings):
+    answer = api.post_json(EVENTS, {"event": "e", "x": "x" * settings.max_event_size})
+
+    assert (answer.status_int, contexts(answer)) == (413, [None])
+    answer = api.post_json(
+        EVENTS, [{"event": "e"}, {"event": "e", "x": "x" * (1 << 20)}]
+    )
+    assert (answer.status_int, contexts(answer)) == (413, ["[1]"])
+    assert api.get(EVENTS).json["totalCount"] == 0
+
+
+def test_a_key_repeats_the_first_answer(api, store):
+    def publish(key, user="publisher", **event):
+        headers = {"Idempotency-Key": key}
+        return api.log_in(user).post_json(
+            EVENTS, {"event": "e"} | event, headers=headers
+        )
+
+    first, again = publish("k"), publish("k")
+
+    assert (first.status_int, again.status_int) == (202, 200)
+    assert first.json == again.json
+    assert publish("k", a=1).status_int == 422
+    assert publish("other").json["id"] == 2
+    assert publish("k", "admin").json["id"] == 3
+    assert publish("k" * 255).status_int == 202
+    assert publish("k" * 256).status_int == publish("").status_int == 400
+    assert api.log_in("admin").get(EVENTS).json["totalCount"] == 4
+
+
+def test_events_are_listed_newest_first(api, clock):
+    for event in ("a", "b", "a"):
+        api.publish(event)
+        clock.advance(10)
+    api.publish("c", timestamp=5)
+
+    def listed(query=""):
+        return [event["id"] for event in api.get(EVENTS + query).json["results"]]
+
+    assert listed() == [4, 3, 2, 1]
+    assert listed("?event=a") == [3, 1]
+    assert listed("?event=a&event=b&limit=2") == [3, 2]
+    assert listed(f"?since={clock.ms - 20_000}") == [3, 2]
+    assert listed("?since=2023-11-14T22:13:30Z&until=2023-11-14T22:13:39Z") == [2]
+    assert listed("?until=5") == [4]
+
+
+def test_an_event_is_shown_with_its_payload_and_its_deliveries(api, clock):
+    api.create("http://127.0.0.1:1/")
+    api.request(
+        EVENTS,
+        method="POST",
+        body=b'{"event":"e","price":1.10,"s":"\\ud800"}',
+        content_type="application/json",
+    )
+
+    answer = api.get(f"{EVENTS}/1")
+
+    assert b'"payload":{"price":1.10,"s":"\\ud800"}' in answer.body
+    [delivery] = answer.json["deliveries"]
+    assert delivery == {
+        "id": delivery["id"],
+        "webhookId": 1,
+        "eventId": 1,
+        "event": "e",
+        "state": "pending",
+        "attemptCount": 0,
+        "nextAttempt": clock.ms,
+        "createdDate": clock.ms,
+        "outcome": None,
+        "description": None,
+        "duration": None,
+    }
+
+
+def test_deliveries_are_listed_by_what_became_of_them(api, receiver, dispatcher, clock):
+    webhook = api.create(receiver.url, "a", "b")
+    for event, status in (("a", 200), ("b", 404), ("a", 200)):
+        receiver.answers(status, times=1)
+        api.publish(event, n=status)
+        dispatcher.run_until_idle()
+        clock.advance(1)
+
+    def listed(query):
+        return [d["eventId"] for d in api.deliveries(webhook, query)]
+
+    assert listed("") == [3, 2, 1]
+    assert listed("?state=succeeded") == [3, 1]
+    assert listed("?state=succeeded&state=pending&event=b") == [2]
+    assert listed("?outcome=FAILURE") == [2]
+    assert listed("?outcome=ERROR&state=failed") == []
+    assert listed(f"?since={clock.ms - 2000}&limit=1") == [3]
+    assert listed(f"?until={clock.ms - 2000}") == [2, 1]
+
+
+def test_a_delivery_is_shown_with_its_attempts(api, receiver, dispatcher, clock):
+    receiver.answers(503, {}, b"not now", times=1)
+    webhook = api.create(receiver.url)
+    api.publish()
+    dispatcher.run_until_idle()
+    clock.advance(11)
+    dispatcher.run_until_idle()
+
+    [listed] = api.deliveries(webhook)
+    shown = api.get(f"/rest/api/deliveries/{listed['id']}").json
+
+    attempts = shown.pop("attempts")
+    assert shown == listed
+    assert (shown["outcome"], shown["description"]) == ("SUCCESS", "200")
+    assert [a["result"]["body"] for a in attempts] == ["not now", "ok"]
+    assert [a["request"]["headers"]["X-Attempt"] for a in attempts] == ["1", "2"]
+    assert attempts[1] == api.get(f"{WEBHOOKS}/1/latest").json
+
+
+def test_health_counts_failures_and_what_waits(api, receiver, dispatcher, clock):
+    receiver.answers(500, times=2)
+    webhook = api.create(receiver.url)
+    api.publish()
+
+    def health():
+        found = api.get_webhook(webhook)["health"]
+        return found["state"], found["consecutiveFailures"], found["pending"]
+
+    assert health() == ("healthy", 0, 1)
+    dispatcher.run_until_idle()
+    assert health() == ("failing", 1, 1)
+    clock.advance(11)
+    dispatcher.run_until_idle()
+    assert health() == ("failing", 2, 1)
+    clock.advance(101)
+    dispatcher.run_until_idle()
+    assert health() == ("healthy", 0, 0)
+    api.put_json(f"{WEBHOOKS}/1", {"active": "false"})
+    assert health() == ("inactive", 0, 0)
+
+
+def test_health_names_what_stands_still(api, store, dispatcher, monkeypatch):
+    assert api.get("/health").json == {"status": "ok"}
+
+    store.problem = "the disk is full"
+    dispatcher._ticked -= 1000
+    answer = api.get("/health")
+
+    assert answer.status_int == 503
+    assert answer.json["problems"] == [
+        "the disk is full",
+        "the delivery loop stands still",
+    ]
+
+
+def test_changes_are_logged_with_who_and_what(api, caplog):
+    caplog.set_level("INFO")
+    api.create("http://u:p@127.0.0.1:1/")
+    api.put_json(f"{WEBHOOKS}/1", {"name": "x"})
+    api.delete(f"{WEBHOOKS}/1")
+
+    lines = [line for line in caplog.messages if line.startswith("webhook ")]
+    assert [line.split(" id=")[0] for line in lines] == [
+        "webhook created",
+        "webhook changed",
+        "webhook deleted",
+    ]
+    assert all("id=1" in line and "by=admin" in line for line in lines)
+
+
+# ======================================================================================
+# systemd
+# ======================================================================================
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_notified_where_it_asks(tmp_path, monkeypatch, abstract):
+    name = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind("\0" + name if abstract else name)
+        monkeypatch.setenv("NOTIFY_SOCKET", "@" + name if abstract else name)
+
+        webhookd.notify("READY=1")
+
+        assert listener.recv(100) == b"READY=1"
+
+
+@pytest.mark.parametrize(
+    "journal, line", [(True, r"<4>a\nb"), (False, r"\d{4}-.* a\\nb")]
+)
+def test_a_log_line_is_one_line_with_a_priority_or_a_time(journal, line):
+    record = webhookd.logging.makeLogRecord({"levelno": 30, "msg": "a\nb"})
+
+    formatted = webhookd.LineFormatter(journal).format(record)
+
+    assert formatted == line if journal else re.fullmatch(line, formatted)
+
+
+# ======================================================================================
+# Command line: the program itself, with real signals
+# ======================================================================================
+
+
+def run(*arguments, **options):
+    command = [sys.executable, str(HERE / "webhookd.py"), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, **options
+    )
+
+
+def test_version_and_help():
+    assert run("--version").stdout == f"webhookd {webhookd.VERSION}\n"
+    lines = run("--help").stdout.splitlines()
+    for field in dataclasses.fields(webhookd.Settings):
+        [line] = [line for line in lines if f" {webhookd.flag(field)} " in line]
+        assert webhookd.variable(field) in line
+
+
+def test_a_bad_setting_stops_the_start_with_one_line_and_status_2():
+    result = run("--retry-schedule", "soon")
+
+    assert (result.returncode, result.stdout) == (2, "")
+    [line] = result.stderr.splitlines()
+    assert "--retry-schedule" in line and "WEBHOOKD_RETRY_SCHEDULE" in line
+
+
+def test_an_address_in_use_stops_the_start_with_one_line(receiver, tmp_path):
+    result = run("--listen", f"127.0.0.1:{receiver.server_port}", cwd=tmp_path)
+
+    assert result.returncode == 2
+    assert "--listen" in result.stderr.splitlines()[-1]
+
+
+def test_the_main_job_end_to_end(daemon, receiver):
+    daemon.start()
+    status, _ = daemon.call("POST", WEBHOOKS, {"url": receiver.url, "events": ["e"]})
+    assert status == 201
+    status, event = daemon.call("POST", EVENTS, {"event": "e", "n": 1})
+    assert (status, event["deliveries"]) == (202, 1)
+
+    def delivered():
+        [delivery] = daemon.call("GET", f"{WEBHOOKS}/1/deliveries")[1]["results"]
+        return delivery["state"] == "succeeded"
+
+    wait_until(delivered)
+    assert [body["n"] for body in receiver.bodies()] == [1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_attempts_end_and_stops_with_status_0(daemon, receiver, number):
+    daemon.start()
+    daemon.call("POST", WEBHOOKS, {"url": receiver.url, "events": ["e"]})
+    receiver.hold.clear()
+    daemon.call("POST", EVENTS, {"event": "e"})
+    wait_until(lambda: receiver.received)
+    threading.Timer(0.3, receiver.hold.set).start()
+
+    assert daemon.end(number) == 0
+
+    with webhookd.Store(daemon.database) as store:
+        [delivery] = store.deliveries(1, webhookd.Filter(), webhookd.Page())[0]
+    assert (delivery.state, delivery.attempt_count) == ("succeeded", 1)
+    assert "Traceback" not in "".join(daemon.log)
+
+
+def test_a_second_process_on_the_same_database_is_refused(daemon):
+    daemon.start()
+
+    result = run("--listen", "127.0.0.1:0", "--database", daemon.database)
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert "in use" in result.stderr
+
+
+def test_the_first_start_prints_a_secret_once(daemon):
+    daemon.start(WEBHOOKD_ADMIN_PASSWORD="")
+    daemon.end(signal.SIGTERM)
+    secret = re.search(r"secret is: (\S+)", daemon.output)[1]
+    daemon.start(WEBHOOKD_ADMIN_PASSWORD="")
+
+    assert daemon.call("GET", WEBHOOKS, Authorization=f"Bearer {secret}")[0] == 200
+    daemon.end(signal.SIGTERM)
+    assert daemon.output == ""
+    assert secret not in "".join(daemon.log)
+
+
+def test_users_come_and_go_beside_the_running_service(daemon):
+    daemon.start()
+    on_it = ["--database", daemon.database]
+
+    secret = run("user", "add", "app", "--role", "publisher", *on_it).stdout.strip()
+    viewer = run(
+        "user", "add", "eve", "--role", "viewer", "--password", *on_it, input="pa:ss\n"
+    )
+    assert (viewer.returncode, viewer.stdout) == (0, "")
+    assert (
+        run("user", "list", *on_it).stdout == "admin admin\napp publisher\neve viewer\n"
+    )
+
+    bearer = {"Authorization": f"Bearer {secret}"}
+    assert daemon.call("POST", EVENTS, {"event": "e"}, **bearer)[0] == 202
+    basic = {"Authorization": "Basic " + base64.b64encode(b"eve:pa:ss").decode()}
+    assert daemon.call("GET", WEBHOOKS, **basic)[0] == 200
+    assert run("user", "add", "app", "--role", "viewer", *on_it).returncode == 1
+    assert run("user", "remove", "app", *on_it).returncode == 0
+    assert daemon.call("POST", EVENTS, {"event": "e"}, **bearer)[0] == 401
+    assert run("user", "remove", "app", *on_it).returncode == 1
+
+
+def raw_request(port, request):
+    """The status and the JSON of what comes back for some bytes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(request)
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert b"Content-Type: application/json" in head
+    return int(head.split()[1]), json.loads(body)
+
+
+@pytest.mark.parametrize(
+    "request_bytes, status",
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nBad Header: x\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nA: " + b"x" * 262_200 + b"\r\n\r\n", 431),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
+        (b"POST /rest/api/events HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", 413),
+    ],
+)
+def test_the_servers_own_errors_have_the_same_shape(
+    shared_daemon, request_bytes, status
+):
+    found, document = raw_request(shared_daemon.port, request_bytes)
+
+    assert (found, document["statusCode"]) == (status, status)
+    assert document["errors"][0].keys() == {"context", "message", "exceptionName"}
+
+
+@pytest.fixture(scope="module")
+def shared_daemon(tmp_path_factory):
+    daemon = Daemon(tmp_path_factory.mktemp("shared"))
+    yield daemon.start("--trusted-proxy", "127.0.0.1")
+    daemon.end(signal.SIGTERM)
+
+
+def test_a_chunked_body_is_read_as_any_other(shared_daemon):
+    request = (
+        f"POST {EVENTS} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: {BASIC}\r\n"
+        "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        '5\r\n{"eve\r\na\r\nnt": "e"} \r\n0\r\n\r\n'
+    )
+
+    status, answer = raw_request(shared_daemon.port, request.encode())
+
+    assert (status, answer["event"]) == (202, "e")
+
+
+def test_the_trusted_proxy_says_where_a_request_came_from(shared_daemon):
+    headers = {"X-Forwarded-For": "192.0.2.1", "X-Forwarded-Proto": "https"}
+    headers["X-Forwarded-Host"] = "hooks.example"
+
+    _, page = shared_daemon.call("GET", WEBHOOKS, **headers)
+
+    assert page["_links"]["self"].startswith(f"https://hooks.example{WEBHOOKS}")
+    origin = {"Origin": "https://hooks.example"}
+    assert (
+        shared_daemon.call("POST", EVENTS, {"event": "e"}, **headers, **origin)[0]
+        == 202
+    )
+
+
+def test_nobody_else_is_believed(daemon):
+    daemon.start()
+
+    _, page = daemon.call("GET", WEBHOOKS, **{"X-Forwarded-Host": "evil.example"})
+
+    assert "evil.example" not in page["_links"]["self"]
+
+
+def test_kill_9_at_any_moment_loses_nothing_that_was_acknowledged(daemon, receiver):
+    """Publishers go on while the process is killed again and again."""
+    acknowledged, ended = [], threading.Event()
+
+    def publisher(name):
+        for number in range(100_000):
+            if ended.is_set():
+                return
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                key = f"{name}-{number}"
+                if daemon.call("POST", EVENTS, {"event": "e", "key": key})[0] == 202:
+                    acknowledged.append(key)
+
+    daemon.start()
+    daemon.call("POST", WEBHOOKS, {"url": receiver.url, "events": ["e"]})
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        publishers = [pool.submit(publisher, name) for name in range(4)]
+        for round in range(4):
+            enough = len(acknowledged) + 40
+            wait_until(lambda: len(acknowledged) >= enough)
+            daemon.end(signal.SIGKILL)
+            daemon.start()
+        ended.set()
+    assert all(future.exception() is None for future in publishers)
+
+    wait_until(lambda: daemon.call("GET", f"{WEBHOOKS}/1")[1]["health"]["pending"] == 0)
+    arrived = {body["key"] for body in receiver.bodies()}
+    assert set(acknowledged) <= arrived
+    assert len(acknowledged) >= 160
