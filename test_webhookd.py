@@ -577,6 +577,7 @@ def test_an_event_is_delivered_as_it_was_sent(sent, delivered):
         ('{"event":"e","timestamp":true}', "timestamp: must be a number"),
         ('{"event":"e","timestamp":null}', "timestamp: must be a number"),
         ('{"event":"e","timestamp":1e400}', "timestamp: is out of range"),
+        ('{"event":"e","timestamp":%s}' % ("9" * 5000), "timestamp: is out of range"),
         (
             '[{"event":"e"},{"event":""},7]',
             r"\[1\]\.event: must be.*\[2\]: an event must be",
@@ -2905,7 +2906,6 @@ def raw_request(port, request):
 @pytest.mark.parametrize(
     "request_bytes, status",
     [
-        (b"nonsense\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nBad Header: x\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nA: " + b"x" * 262_200 + b"\r\n\r\n", 431),

@@ -85,18 +85,14 @@ import waitress.utilities
 VERSION = "0.1.0"
 USER_AGENT = f"webhookd/{VERSION}"
 
-MAX_REQUEST_BYTES = (
-    32 << 20
-)  # a batch of events; one event is bounded by MAX_EVENT_SIZE
+MAX_REQUEST_BYTES = 32 << 20  # many events; one is bounded by MAX_EVENT_SIZE
 MAX_WEBHOOK_BYTES = 1 << 20  # the JSON of one webhook
 MAX_EVENTS_PER_REQUEST = 1000
 MAX_RESPONSE_BYTES = 64 << 10  # read from a receiver, headers and body together
 MAX_KEPT_BODY_BYTES = 16 << 10  # of a response, kept with the attempt
 MAX_PAGE = 1000
 DEFAULT_PAGE = 250
-MASK = (
-    "********"  # stands for every secret value in answers, and keeps it when sent back
-)
+MASK = "********"  # stands for a secret value; sent back, it keeps the value
 DAY_MS = 86_400_000
 STATISTICS_DAYS = 30
 
@@ -106,16 +102,14 @@ log = logging.getLogger("webhookd")
 def _printable(values):
     for key, value in values.items():
         text = str(value)
-        plain = text and text.isprintable() and not set(text) & set(' "=')
-        yield (
-            key,
-            text if plain else json.dumps(text, ensure_ascii=not text.isprintable()),
-        )
+        if not text or not text.isprintable() or set(text) & set(' "='):
+            text = json.dumps(text, ensure_ascii=not text.isprintable())
+        yield f"{key}={text}"
 
 
 def fact(words: str, *, level: int = logging.INFO, **values: object) -> None:
     """Log one fact on one line: a few words, then key=value."""
-    log.log(level, "%s", " ".join([words, *map("=".join, _printable(values))]))
+    log.log(level, "%s", " ".join([words, *_printable(values)]))
 
 
 # ======================================================================================
@@ -304,10 +298,6 @@ class Forbidden(WebhookdError):
 
 class NotFound(WebhookdError):
     status = 404
-
-
-class Conflict(WebhookdError):
-    status = 409
 
 
 class TooLarge(WebhookdError):
@@ -576,7 +566,9 @@ class JsonNumber(str):
 
     @property
     def value(self) -> int | float:
-        return json.loads(self.removeprefix(NUMBER_MARK))
+        digits = self.removeprefix(NUMBER_MARK)
+        # int() refuses thousands of digits, which are beyond any float
+        return json.loads(digits) if len(digits) < 1000 else float(digits)
 
 
 def _json_number(digits):
@@ -629,13 +621,12 @@ class Reader:
         if self.faults:
             raise Invalid(*self.faults)
 
-    def given(self, name: str) -> bool:
-        return name in self.fields
-
-    def read(self, name: str, parse: collections.abc.Callable, default):
+    def read(
+        self, name: str, parse: collections.abc.Callable, default, takes_null=False
+    ):
         """The field as `parse` reads it; left out, null or at fault: the default."""
         value = self.fields.get(name)
-        if value is None:
+        if name not in self.fields or value is None and not takes_null:
             return default
         try:
             return parse(value)
@@ -671,6 +662,15 @@ def boolean(value: object) -> bool:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     raise ValueError("must be true or false")
+
+
+def object_of(limit: int, value: object) -> dict:
+    """An object with at most so many members; null is an empty one."""
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("must be an object")
+    if value and len(value) > limit:
+        raise ValueError(f"at most {limit} are allowed, these are {len(value)}")
+    return value or {}
 
 
 def event_name(value: object) -> str:
@@ -781,6 +781,8 @@ def credentials_of(previous: dict | None) -> collections.abc.Callable:
     """A reader of credentials; a password left out or masked keeps the previous one."""
 
     def parse(value):
+        if value is None:
+            return None
         if not isinstance(value, dict):
             raise ValueError("must be an object with username and password")
         kept = previous["password"] if previous else None
@@ -829,10 +831,7 @@ def headers_of(previous: dict) -> collections.abc.Callable:
     """A reader of extra request headers; a masked value keeps the previous one."""
 
     def parse(value):
-        if not isinstance(value, dict):
-            raise ValueError("must be an object of strings")
-        if len(value) > 20:
-            raise ValueError(f"at most 20 are allowed, these are {len(value)}")
+        value = object_of(20, value)
         headers = {k: previous.get(k) if v == MASK else v for k, v in value.items()}
         faults = list(_header_faults(headers))
         if faults:
@@ -844,10 +843,7 @@ def headers_of(previous: dict) -> collections.abc.Callable:
 
 def filters(value: object) -> dict:
     """Dotted paths and the value, or list of values, that the event must have there."""
-    if not isinstance(value, dict):
-        raise ValueError("must be an object of dotted paths and values")
-    if len(value) > 20:
-        raise ValueError(f"at most 20 are allowed, these are {len(value)}")
+    value = object_of(20, value)
     reader = Reader(value)
     for path, accepted in value.items():
         accepted = accepted if isinstance(accepted, list) else [accepted]
@@ -941,12 +937,6 @@ def _read_fields(reader, old, check_url):
         configuration_of(_full_configuration(old)),
         _full_configuration(old),
     )
-    cleared = {
-        "credentials": None,
-        "headers": {},
-        "filters": {},
-    }  # what null makes of it
-    unless = lambda name, kept: cleared[name] if reader.given(name) else kept  # noqa: E731
     return dataclasses.replace(
         old,
         name=reader.read("name", text_of(255), old.name),
@@ -957,14 +947,10 @@ def _read_fields(reader, old, check_url):
         secret=configuration.get("secret") or None,
         configuration={k: v for k, v in configuration.items() if k != "secret"},
         credentials=reader.read(
-            "credentials",
-            credentials_of(old.credentials),
-            unless("credentials", old.credentials),
+            "credentials", credentials_of(old.credentials), old.credentials, True
         ),
-        headers=reader.read(
-            "headers", headers_of(old.headers), unless("headers", old.headers)
-        ),
-        filters=reader.read("filters", filters, unless("filters", old.filters)),
+        headers=reader.read("headers", headers_of(old.headers), old.headers, True),
+        filters=reader.read("filters", filters, old.filters, True),
     )
 
 
@@ -1878,9 +1864,7 @@ MIGRATIONS = (  # their count is the version of the database; only ever append
     ) WITHOUT ROWID;
     """,
 )
-BUSY_SECONDS = (
-    10  # how long to wait for another process that writes, such as `user add`
-)
+BUSY_SECONDS = 10  # wait so long for another process that writes, as `user add`
 SETTLE_SECONDS = 0.01  # settlements wait so long for a publication to share its commit
 RETRY_SECONDS = 1  # after a commit of settlements failed
 ROWS_PER_STATEMENT = 500
@@ -1962,13 +1946,13 @@ def process_lock(path: str):
         raise DatabaseError(f"{path}: {error.strerror}") from None
     # flock() does not meet SQLite's own locks, which are fcntl()'s; the file is closed
     # after SQLite's connections, because closing any handle drops a process's fcntl locks
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DatabaseError(f"{path} is in use by another webhookd") from None
         yield
-    except BlockingIOError:
-        raise DatabaseError(f"{path} is in use by another webhookd") from None
-    finally:
-        os.close(handle)
 
 
 def chunks(rows: list) -> collections.abc.Iterator[list]:
@@ -2683,12 +2667,9 @@ class Lane:
         self.webhook_id = webhook_id
         self.failures = failures  # attempts without success, in a row
         self.ready: collections.deque[DueDelivery] = collections.deque()
-        self.held: set[int] = (
-            set()
-        )  # ready, in flight, or settled but not yet committed
-        self.uncommitted = (
-            collections.deque()
-        )  # (number of the settlement, of the delivery)
+        self.held: set[int] = set()  # ready, in flight, or uncommitted
+        # settled, but not on disk yet: numbers of the settlement and of the delivery
+        self.uncommitted: collections.deque[tuple[int, int]] = collections.deque()
         self.newest = 0  # highest number ever held: what is offered below it is known
         self.backlog = True  # the database may hold more that is due
         self.in_flight = 0
@@ -2740,10 +2721,7 @@ class Dispatcher:
         self._clock, self._jitter, self._heartbeat = clock, jitter, heartbeat
         self._failures = store.failures()
         self._lanes = {id: self._new_lane(id) for id in store.webhooks.by_id}
-        self._turns = (
-            collections.deque(),
-            collections.deque(),
-        )  # first attempts, retries
+        self._first_turns, self._retry_turns = collections.deque(), collections.deque()
         self._busy: set[Lane] = set()
         self._alarms = []  # a heap of (milliseconds, webhook id)
         self._tasks: set[asyncio.Task] = set()
@@ -2786,8 +2764,9 @@ class Dispatcher:
         return None
 
     def _wake(self):
-        if self._loop:
-            self._loop.call_soon_threadsafe(self.step)
+        with contextlib.suppress(RuntimeError):  # the loop has ended: the next start
+            if self._loop:
+                self._loop.call_soon_threadsafe(self.step)
 
     # ---- the loop ----
 
@@ -2895,17 +2874,19 @@ class Dispatcher:
         self._busy.add(lane)
         if not lane.waiting and lane.in_flight < self._allowed(lane):
             lane.waiting = True
-            is_retry = bool(lane.ready and lane.ready[0].attempt_count)
-            self._turns[is_retry].append(lane)
+            is_retry = lane.ready and lane.ready[0].attempt_count
+            (self._retry_turns if is_retry else self._first_turns).append(lane)
 
     def _allowed(self, lane):
         share = self._settings.max_in_flight // len(self._busy)
         return min(lane.width, max(1, share))
 
     def _start_attempts(self):
-        first, retries = self._turns
-        while (first or retries) and len(self._tasks) < self._settings.max_in_flight:
-            lane = (first or retries).popleft()
+        while len(self._tasks) < self._settings.max_in_flight:
+            turns = self._first_turns or self._retry_turns
+            if not turns or self._stop.is_set():
+                return
+            lane = turns.popleft()
             lane.waiting = False
             webhook = self._store.webhooks.by_id.get(lane.webhook_id)
             due = self._next(lane, webhook)
@@ -2917,13 +2898,12 @@ class Dispatcher:
             self._queue(lane)
 
     def _next(self, lane, webhook):
-        if self._stop.is_set():
-            return None
+        if webhook is None:
+            self._lanes.pop(lane.webhook_id, None)
         if webhook is None or not webhook.active:
             lane.reread()
             lane.backlog = False  # until it is active again
-            return None
-        if not lane.ready and lane.backlog:
+        elif not lane.ready and lane.backlog:
             self._refill(lane)
         return lane.ready.popleft() if lane.ready else None
 
@@ -3369,14 +3349,11 @@ class Api:
     def update_webhook(self, id):
         old = self._store.webhook(id)
         body, _ = self._body(JSON_TYPE)
-        read_webhook(
-            body, old, self._destinations.check_url
-        )  # slow, so not in the writer
+        # looking its host up takes time, so the writer reads it again without that
+        read_webhook(body, old, self._destinations.check_url)
+        now = self._now_ms()
         webhook = self._store.change_webhook(
-            id,
-            lambda current: dataclasses.replace(
-                read_webhook(body, current), updated=self._now_ms()
-            ),
+            id, lambda old: dataclasses.replace(read_webhook(body, old), updated=now)
         )
         self._dispatcher.reconsider(id)
         self._log_change("webhook changed", id=id, url=masked_url(webhook.url))
