@@ -30,7 +30,7 @@ import webhookd
 
 HERE = pathlib.Path(__file__).parent
 WEBHOOKS, EVENTS = "/rest/api/webhooks", "/rest/api/events"
-LOOPBACK = webhookd.networks("127.0.0.0/8")
+LOOPBACK = webhookd.networks("127.0.0.0/8,::1/128")
 
 # ======================================================================================
 # Fixtures: real parts, built for each test
