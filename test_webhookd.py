@@ -95,6 +95,7 @@ class Receiver(http.server.ThreadingHTTPServer):
 
 class ReceiverHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -426,10 +427,17 @@ def test_a_blank_variable_is_as_good_as_none():
     assert webhookd.read_settings({}, {"WEBHOOKD_LISTEN": ""}).listen[1] == 8090
 
 
+def test_a_blank_flag_wins_too():
+    environ = {"WEBHOOKD_ALLOW_NETWORKS": "127.0.0.0/8"}
+
+    assert webhookd.read_settings({"allow_networks": ""}, environ).allow_networks == ()
+
+
 def test_a_systemd_credential_is_the_admin_password(tmp_path):
     (tmp_path / "admin-password").write_text("pass word\n")
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path), "WEBHOOKD_ADMIN_PASSWORD": ""}
 
-    settings = webhookd.read_settings({}, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    settings = webhookd.read_settings({}, environ)
 
     assert settings.admin_password == "pass word"
 
@@ -440,6 +448,8 @@ def test_a_systemd_credential_is_the_admin_password(tmp_path):
         ("LISTEN", "8090"),
         ("LISTEN", "::1:8090"),
         ("LISTEN", "127.0.0.1:65536"),
+        ("LISTEN", "127.0.0.1:\u0663"),
+        ("ADMIN_PASSWORD", "\udcff"),
         ("ALLOW_NETWORKS", "127.0.0.0/33"),
         ("RETRY_SCHEDULE", "5s,5"),
         ("RETRY_SCHEDULE", "0s"),
@@ -484,7 +494,7 @@ def test_an_error_lists_every_fault():
     [
         ("https://u:p@host/p@th", "https://u:********@host/p@th"),
         ("https://u:p:q@host/", "https://u:********@host/"),
-        ("https://u@host/", "https://u@host/"),
+        ("https://token@host/", "https://********@host/"),
         ("https://host/?a:b@c", "https://host/?a:b@c"),
     ],
 )
@@ -723,6 +733,14 @@ def test_all_fields_at_fault_are_named_at_once():
     ]
 
 
+def test_a_masked_password_stays_when_the_rest_of_the_url_changes():
+    assert read_webhook(FULL, url="http://u:********@y/z").url == "http://u:p@y/z"
+
+
+def test_what_looks_like_an_escape_is_none():
+    assert read_webhook(name="C:\\udo").name == "C:\\udo"
+
+
 def test_half_a_surrogate_pair_is_refused():
     with pytest.raises(webhookd.Invalid, match="surrogate"):
         read_webhook(name="\ud800")
@@ -813,6 +831,7 @@ def test_filters_compare_the_values_at_their_paths(filters, expected):
         ("2023-11-14T22:13:20Z", 1700000000000),
         ("2023-11-14T22:13:20", 1700000000000),
         ("2023-11-15T00:13:20+02:00", 1700000000000),
+        ("2023-11-15T00:13:20 02:00", 1700000000000),
         ("2023-11-14", 1699920000000),
     ],
 )
@@ -945,6 +964,7 @@ def test_waits_follow_the_schedule_and_never_fall_below_it(
     "text, seconds",
     [
         ("120", 120),
+        ("99999999999", 99999999999),
         ("Tue, 14 Nov 2023 22:14:20 GMT", 60),
         ("soon", 0),
         ("-5", 0),
@@ -954,6 +974,67 @@ def test_waits_follow_the_schedule_and_never_fall_below_it(
 )
 def test_retry_after_is_seconds_or_a_date(text, seconds):
     assert webhookd.retry_after_seconds(text, 1_700_000_000_000) == seconds
+
+
+@pytest.mark.parametrize(
+    "failures, seconds",
+    [(0, None), (4, None), (5, 10), (6, 12), (7, 14.4), (50, 7200), (10**6, 7200)],
+)
+def test_a_pause_grows_with_the_failures_up_to_its_maximum(failures, seconds):
+    found = webhookd.pause_seconds(failures, 10, 7200)
+
+    assert found == (seconds and pytest.approx(seconds))
+
+
+def failed_attempt(**fields):
+    fields = {"outcome": "FAILURE", "description": "500", "status": 500} | fields
+    return webhookd.Attempt(1_000_000, 0, "http://x/", {}, **fields)
+
+
+def due_delivery(**fields):
+    fields = {"attempt_count": 1, "step": 1, "next_attempt": 1_000_000} | fields
+    return webhookd.DueDelivery(1, "id", 1, "e", b"{}", **fields)
+
+
+def test_a_probe_ahead_of_its_time_does_not_use_the_schedule_up():
+    settings = webhookd.Settings()
+
+    early = webhookd.settlement(
+        due_delivery(next_attempt=9_000_000),
+        failed_attempt(),
+        webhookd.Health(5),
+        settings,
+        1.0,
+    )
+    in_time = webhookd.settlement(
+        due_delivery(), failed_attempt(), webhookd.Health(5), settings, 1.0
+    )
+
+    assert (early.step, early.next_attempt) == (1, 9_000_000)
+    assert (in_time.step, in_time.next_attempt) == (2, 1_000_000 + 300_000)
+
+
+def test_failing_for_too_long_disables():
+    since = 1_000_000 - int(webhookd.Settings().disable_after * 1000)
+
+    def state(since):
+        health = webhookd.Health(9, since)
+        settled = webhookd.settlement(
+            due_delivery(), failed_attempt(), health, webhookd.Settings(), 1.0
+        )
+        return settled.health.disabled, settled.state
+
+    assert state(since + 1) == (False, "pending")
+    assert state(since) == (True, "failed")
+
+
+def test_what_was_in_flight_does_not_enable_a_disabled_webhook():
+    disabled = webhookd.Health(9, 1, None, "gone", disabled=True)
+    success = failed_attempt(outcome="SUCCESS", status=200)
+
+    assert (
+        webhookd.health_after(disabled, success, webhookd.Settings(), 1.0) == disabled
+    )
 
 
 # ======================================================================================
@@ -1210,8 +1291,9 @@ def test_an_attempt_records_what_was_sent_and_what_came_back(attempt, receiver, 
     assert made.request_headers.items() <= request.headers.items()
 
 
-def test_a_redirect_is_a_failure_that_names_its_target(attempt, receiver):
-    receiver.answers(302, {"Location": receiver.url})
+@pytest.mark.parametrize("name", ["Location", "LOCATION"])
+def test_a_redirect_is_a_failure_that_names_its_target(attempt, receiver, name):
+    receiver.answers(302, {name: receiver.url})
 
     made = attempt(receiver.url)
 
@@ -1227,6 +1309,27 @@ def test_a_password_in_the_url_is_used_and_masked(attempt, receiver):
     assert base64.b64decode(sent.removeprefix("Basic ")) == b"us er:pass:word"
     assert "pass" not in str(made)
     assert made.request_headers["Authorization"] == webhookd.MASK
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        b'a/b"c d\xc3\xa4',
+        b'a\\/b\\"c d\\u00e4',
+        b"a%2Fb%22c%20d%C3%A4",
+        b"a%2Fb%22c+d%C3%A4",
+        b"a/b&quot;c d\xc3\xa4",
+        base64.b64encode('a/b"c dä'.encode()),
+        b"x" * 16_370 + b'a/b"c d\xc3\xa4',
+    ],
+)
+def test_however_a_receiver_spells_a_secret_it_is_masked(attempt, receiver, echo):
+    receiver.answers(200, {}, b"you sent " + echo)
+
+    made = attempt(receiver.url, secret='a/b"c dä')
+
+    assert "********"[:4] in made.response_body
+    assert not re.search(r"a.{1,3}b|YS9i", made.response_body)
 
 
 def test_secrets_that_a_receiver_sends_back_are_masked(attempt, receiver):
@@ -1410,13 +1513,14 @@ def add_webhook(store, *events, **fields):
 
 def settle(store, due, outcome="SUCCESS", **fields):
     attempt = webhookd.Attempt(1000, 5, "http://x/", {}, outcome, "200", 200, {}, "ok")
-    fields = {"state": "succeeded", "next_attempt": None, "failures": 0} | fields
+    fields = {"state": "succeeded", "next_attempt": None, "step": 0} | fields
+    fields = {"health": webhookd.Health()} | fields
     store.settle(webhookd.Settlement(due, attempt, **fields))
     store.flush()
 
 
 def due_deliveries(store, webhook, now_ms=1000):
-    return store.due(webhook.id, now_ms, set(), 1000)[0]
+    return store.due(webhook, now_ms, set(), 1000)[0]
 
 
 def test_an_event_makes_a_delivery_for_each_active_webhook_that_wants_it(store):
@@ -1444,7 +1548,7 @@ def test_many_events_and_deliveries_are_more_than_one_statement_takes(store):
 
     publish(store, *[new_event()] * (3 * webhookd.ROWS_PER_STATEMENT + 1))
 
-    numbers = [due.number for due in store.due(webhook.id, 1000, set(), 10_000)[0]]
+    numbers = [due.number for due in store.due(webhook, 1000, set(), 10_000)[0]]
     assert numbers == list(range(1, 3 * webhookd.ROWS_PER_STATEMENT + 2))
 
 
@@ -1452,11 +1556,12 @@ def test_what_is_due_is_read_up_to_a_number_and_to_a_size(store):
     webhook = add_webhook(store)
     publish(store, *[new_event(body=b"x" * 600_000)] * 3)
 
-    assert [
-        len(store.due(webhook.id, 1000, held, 10)[0]) for held in (set(), {1, 2})
-    ] == [2, 1]
-    assert store.due(webhook.id, 1000, set(), 1)[1] is True
-    assert store.due(webhook.id, 1000, {1, 2}, 10)[1] is False
+    assert [len(store.due(webhook, 1000, held, 10)[0]) for held in (set(), {1, 2})] == [
+        2,
+        1,
+    ]
+    assert store.due(webhook, 1000, set(), 1)[1] is True
+    assert store.due(webhook, 1000, {1, 2}, 10)[1] is False
 
 
 def test_a_delivery_is_due_at_its_time(store):
@@ -1464,7 +1569,7 @@ def test_a_delivery_is_due_at_its_time(store):
     publish(store)
     [due] = due_deliveries(store, webhook)
 
-    settle(store, due, "FAILURE", state="pending", next_attempt=9000, failures=1)
+    settle(store, due, "FAILURE", state="pending", next_attempt=9000)
 
     assert due_deliveries(store, webhook, 8999) == []
     assert store.next_due(webhook.id, 1000) == 9000
@@ -1601,7 +1706,7 @@ def test_a_migration_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(webhookd, "MIGRATIONS", broken)
 
     with (
-        pytest.raises(webhookd.DatabaseError, match="already exists"),
+        pytest.raises(webhookd.SettingError, match="already exists"),
         webhookd.Store(path),
     ):
         pass
@@ -1617,7 +1722,7 @@ def test_what_is_not_a_database_is_refused(tmp_path):
     )
 
     with (
-        pytest.raises(webhookd.DatabaseError),
+        pytest.raises(webhookd.SettingError),
         webhookd.Store(str(tmp_path / "text.db")),
     ):
         pass
@@ -1625,6 +1730,180 @@ def test_what_is_not_a_database_is_refused(tmp_path):
 
 def test_the_file_is_for_its_owner_only(store):
     assert os.stat(store._path).st_mode & 0o077 == 0
+
+
+# ---- upkeep ----
+
+
+@pytest.fixture
+def upkeep(store, dispatcher, settings, clock):
+    steady = Clock()
+    upkeep = webhookd.Upkeep(store, dispatcher, settings, clock, steady)
+    upkeep.steady = steady
+    return upkeep
+
+
+def count(store, table):
+    return store._row(f"SELECT count(*) FROM {table}")[0]
+
+
+def settled(due, clock):
+    attempt = webhookd.Attempt(clock.ms, 5, "http://x/", {}, "SUCCESS", "200", 200)
+    return webhookd.Settlement(due, attempt, "succeeded", None, 0, webhookd.Health())
+
+
+def test_finished_deliveries_are_kept_as_long_as_is_set(
+    store, dispatcher, settings, clock
+):
+    ten_days = dataclasses.replace(settings, retention=10 * 86400.0)
+    upkeep = webhookd.Upkeep(store, dispatcher, ten_days, clock, clock)
+    webhook = add_webhook(store)
+    publish(store, *[new_event()] * 1200, now_ms=clock.ms)
+    for due in due_deliveries(store, webhook, clock.ms)[:700]:
+        store.settle(settled(due, clock))
+    store.flush()
+
+    upkeep.run_once()
+    assert count(store, "deliveries") == 1200
+    clock.advance(10 * 86400 + 1)
+    upkeep.run_once()
+
+    assert [count(store, t) for t in ("deliveries", "events", "payloads")] == [500] * 3
+    assert count(store, "attempts") == 0
+    counts = store.statistics(webhook.id, (), clock.ms)["counts"]
+    assert counts["successes"] == 700
+
+
+def pass_time(upkeep, clock, seconds):
+    clock.advance(seconds)
+    upkeep.steady.advance(seconds)
+    upkeep.run_once()
+
+
+def test_events_without_deliveries_and_old_keys_go_too(store, upkeep, clock):
+    key = webhookd.IdempotencyKey("u", "k", b"f")
+    store.publish([new_event()], clock.ms, lambda events: b"answer", key)
+
+    pass_time(upkeep, clock, 29 * 86400)
+    assert (count(store, "events"), count(store, "answers")) == (1, 1)
+    pass_time(upkeep, clock, 2 * 86400)
+
+    assert [count(store, t) for t in ("events", "payloads", "answers")] == [0, 0, 0]
+
+
+def test_past_its_size_the_database_lets_the_oldest_go_and_then_takes_nothing_more(
+    store, dispatcher, settings, clock
+):
+    small = dataclasses.replace(settings, max_database_size=1 << 20)
+    upkeep = webhookd.Upkeep(store, dispatcher, small, clock)
+    webhook = add_webhook(store)
+    publish(store, *[new_event(body=b"x" * 10_000)] * 200, now_ms=clock.ms)
+    for due in store.due(webhook, clock.ms, set(), 1000)[0][:60]:
+        store.settle(settled(due, clock))
+    store.flush()
+
+    upkeep.run_once()
+    assert count(store, "deliveries") == 140
+    with pytest.raises(webhookd.StorageFull, match="--max-database-size"):
+        publish(store)
+
+    while found := store.due(webhook, clock.ms, set(), 1000)[0]:
+        for due in found:
+            store.settle(settled(due, clock))
+        store.flush()
+    upkeep.run_once()
+    assert store.size_bytes() <= 1 << 20
+    assert publish(store)
+
+
+def test_free_space_is_given_back_to_the_file_system(store, upkeep, clock):
+    publish(store, *[new_event(body=b"x" * 100_000)] * 100, now_ms=clock.ms)
+    store._empty_log()
+    before = os.stat(store._path).st_size
+
+    pass_time(upkeep, clock, 31 * 86400)
+    store._empty_log()
+
+    assert os.stat(store._path).st_size < before / 5
+
+
+def test_a_deleted_webhook_with_many_deliveries_is_gone_at_once_and_swept_later(
+    store, upkeep
+):
+    webhook = add_webhook(store)
+    [event, *_] = publish(store, *[new_event()] * 1200)
+    [due, *_] = reversed(due_deliveries(store, webhook))
+
+    store.delete_webhook(webhook.id)
+
+    assert count(store, "deliveries") > 0
+    assert store.event(event.id)[2] == []
+    with pytest.raises(webhookd.NotFound):
+        store.delivery(due.id)
+    upkeep.run_once()
+    assert count(store, "deliveries") == 0
+
+
+@pytest.mark.parametrize("seconds", [3600, -3600])
+def test_a_clock_that_jumps_takes_the_schedule_with_it(store, upkeep, clock, seconds):
+    webhook = add_webhook(store)
+    publish(store, now_ms=clock.ms)
+    [due] = due_deliveries(store, webhook, clock.ms)
+    planned = clock.ms + 60_000
+    health = webhookd.Health(5, clock.ms, planned, "500")
+    settle(store, due, state="pending", next_attempt=planned, health=health)
+
+    clock.advance(seconds)
+    upkeep.run_once()
+
+    assert store.next_due(webhook.id, 0) == planned + seconds * 1000
+    assert store.health[webhook.id].paused_until == planned + seconds * 1000
+
+
+def test_a_clock_that_runs_takes_nothing_with_it(store, upkeep, clock):
+    webhook = add_webhook(store)
+    publish(store, now_ms=clock.ms)
+
+    pass_time(upkeep, clock, 3600)
+
+    assert store.next_due(webhook.id, 0) == clock.ms - 3_600_000
+
+
+def test_a_database_of_the_first_release_opens_migrated(tmp_path):
+    path = str(tmp_path / "first.db")
+    connection = sqlite3.connect(path)
+    connection.executescript(FIRST_RELEASE)
+    connection.close()
+
+    with webhookd.Store(path) as store:
+        webhook = store.webhook(7)
+        [due] = due_deliveries(store, webhook, 5000)
+        delivery, _, [attempt] = store.delivery(due.id)
+
+    assert (webhook.name, webhook.secret, webhook.ordered) == ("old", "s", False)
+    assert (due.attempt_count, due.step) == (1, 1)
+    assert (delivery.state, attempt.description) == ("pending", "500")
+    assert store.health[7].failures == 1
+    assert store.pending == {7: 1}
+
+
+FIRST_RELEASE = (
+    webhookd.MIGRATIONS[0]
+    + """
+    INSERT INTO webhooks VALUES (7, 1, '{"id": 7, "name": "old", "url": "http://x/",
+        "events": ["e"], "active": true, "configuration": {}, "secret": "s",
+        "credentials": null, "headers": {}, "filters": {}, "verify_tls": true,
+        "created": 1, "updated": 1}');
+    INSERT INTO events VALUES (3, 'e', 1000);
+    INSERT INTO payloads VALUES (3, CAST('{"timestamp":1000,"event":"e"}' AS BLOB));
+    INSERT INTO deliveries VALUES (4, '00000000-0000-7000-8000-000000000000', 7, 3, 'e',
+        1000, 'pending', 1, 4000, 'FAILURE', '500', 5);
+    INSERT INTO attempts VALUES (1, 4, 1000, 5, 'http://x/', '{}', 'FAILURE', '500', 500,
+        '{}', 'no');
+    INSERT INTO statistics VALUES (7, 'e', 'FAILURE', 0, 1, 1);
+    PRAGMA user_version = 1;
+    """
+)
 
 
 # ======================================================================================
@@ -1645,16 +1924,24 @@ def test_a_delivery_is_attempted_and_recorded(api, receiver, dispatcher):
     assert (delivery["state"], delivery["attemptCount"]) == ("succeeded", 1)
 
 
-def test_deliveries_to_one_webhook_start_in_publish_order(api, receiver, dispatcher):
+@pytest.fixture
+def one_by_one(settings):
+    """So few attempts at once that the order of arrival is the order of starting."""
+    return dataclasses.replace(settings, webhook_concurrency=1)
+
+
+def test_deliveries_to_one_webhook_start_in_publish_order(
+    api, receiver, store, destinations, one_by_one, clock
+):
+    client = webhookd.Client(destinations, 5.0)
+    dispatcher = webhookd.Dispatcher(store, client, one_by_one, clock)
     api.create(receiver.url)
-    api.post_json(EVENTS, [{"event": "e", "n": n} for n in range(250)])
+    dispatcher.run_until_idle()
+    publish_numbers(api, *range(250))
 
     dispatcher.run_until_idle()
 
-    # the attempts in flight at one moment may overtake each other on their way
-    arrived = [body["n"] for body in receiver.bodies()]
-    assert sorted(arrived) == list(range(250))
-    assert all(abs(n - place) <= 8 for place, n in enumerate(arrived))
+    assert [body["n"] for body in receiver.bodies()] == list(range(250))
 
 
 def test_a_delivery_is_retried_on_schedule_and_then_given_up(
@@ -1815,7 +2102,7 @@ def test_memory_holds_a_window_of_what_is_due(api, dispatcher, receiver):
     webhook = api.create(receiver.url)
     api.post_json(EVENTS, [{"event": "e"}] * (webhookd.WINDOW * 3))
     lane = dispatcher._lane(webhook["id"])
-    dispatcher._refill(lane)
+    dispatcher._refill(lane, dispatcher._store.webhooks.by_id[webhook["id"]])
 
     assert (len(lane.ready), lane.backlog) == (webhookd.WINDOW, True)
 
@@ -1835,22 +2122,24 @@ def test_a_webhook_that_fails_is_tried_one_at_a_time(api, receiver, dispatcher):
     assert lane.width == 1
 
 
-def test_receivers_that_hang_leave_room_for_the_others(
+def test_receivers_that_hang_leave_room_for_those_that_work(
     api, store, receiver, destinations, settings, clock
 ):
-    hanging = socket.create_server(("127.0.0.1", 0), backlog=100)
-    url = f"http://127.0.0.1:{hanging.getsockname()[1]}/"
-    for _ in range(3):
-        api.create(url)
-    api.create(receiver.url)
-    api.post_json(EVENTS, [{"event": "e"}] * 30)
     small = dataclasses.replace(settings, max_in_flight=4, delivery_timeout=60.0)
     client = webhookd.Client(destinations, 60.0)
+    hanging = socket.create_server(("127.0.0.1", 0), backlog=100)
+    api.create(receiver.url)
 
     with contextlib.closing(hanging), pytest.MonkeyPatch.context() as patch:
         patch.setattr(webhookd, "STOP_SECONDS", 0)
         with webhookd.Dispatcher(store, client, small, clock):
-            wait_until(lambda: len(receiver.received) == 30)
+            api.publish()
+            wait_until(lambda: len(receiver.received) == 1)
+            for _ in range(9):
+                api.create(f"http://127.0.0.1:{hanging.getsockname()[1]}/")
+            for _ in range(3):
+                api.post_json(EVENTS, [{"event": "e"}] * 10)
+            wait_until(lambda: len(receiver.received) == 31)
 
 
 def test_first_attempts_come_before_retries(
@@ -1867,9 +2156,8 @@ def test_first_attempts_come_before_retries(
         api.create(f"{receiver.url}/{number}", "new")
     clock.advance(11)
     for lane in list(dispatcher._lanes.values()):
-        dispatcher._refill(lane)
+        dispatcher._refill(lane, store.webhooks.by_id[lane.webhook_id])
     api.publish("new")
-    dispatcher._loop = None
 
     dispatcher.run_until_idle()
 
@@ -1914,6 +2202,265 @@ def test_attempts_in_flight_may_end_before_the_loop_does(
     store.flush()
 
     assert api.deliveries(webhook)[0]["state"] == "succeeded"
+
+
+# ---- the circuit breaker ----
+
+
+@pytest.fixture
+def wall(api, receiver, dispatcher, clock):
+    """Runs the dispatcher after some time; the numbers that arrived since."""
+
+    def after(seconds):
+        clock.advance(seconds)
+        seen = len(receiver.received)
+        dispatcher.run_until_idle()
+        return [body["n"] for body in receiver.bodies()[seen:]]
+
+    return after
+
+
+def publish_numbers(api, *numbers):
+    api.post_json(EVENTS, [{"event": "e", "n": n} for n in numbers])
+
+
+def test_five_failures_in_a_row_pause_a_webhook(api, receiver, wall, clock):
+    receiver.answers(500)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, *range(9))
+
+    assert wall(0) == [0, 1, 2, 3, 4]
+    health = api.get_webhook(webhook)["health"]
+    until = health.pop("pausedUntil")
+    assert health == {
+        "state": "paused",
+        "consecutiveFailures": 5,
+        "reason": "500",
+        "pending": 9,
+    }
+    assert 10_000 <= until - clock.ms < 11_000
+    assert wall(9) == []
+    assert wall(2) == [5]
+    assert wall(11) == []
+    assert wall(2) == [6]
+
+
+def test_a_probe_that_succeeds_makes_everything_due_at_once_oldest_first(
+    api, receiver, store, destinations, one_by_one, clock
+):
+    receiver.answers(500, times=7)
+    client = webhookd.Client(destinations, 5.0)
+    dispatcher = webhookd.Dispatcher(store, client, one_by_one, clock, lambda: 1.0)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, *range(200))
+    for seconds in (0, 11, 13):
+        clock.advance(seconds)
+        dispatcher.run_until_idle()
+    assert [body["n"] for body in receiver.bodies()] == list(range(7))
+    clock.advance(16)
+
+    dispatcher.run_until_idle()
+
+    probe, *rest = [body["n"] for body in receiver.bodies()[7:]]
+    assert probe == 7
+    assert rest == [*range(7), *range(8, 200)]
+    assert api.get_webhook(webhook)["health"]["state"] == "healthy"
+
+
+def test_the_probe_goes_whatever_its_schedule_says(api, receiver, wall):
+    receiver.answers(500, times=9)
+    api.create(receiver.url)
+    publish_numbers(api, *range(5))
+    assert wall(0) == [0, 1, 2, 3, 4]
+    # the second attempts are due after 10 s; the third ones would be 100 s later
+    probes = [wall(seconds) for seconds in (11, 14, 16, 19)]
+    assert [len(probe) for probe in probes] == [1, 1, 1, 1]
+    assert len(wall(22)) == 5
+
+
+def test_a_pause_outlives_a_restart(
+    api, receiver, wall, store, destinations, settings, clock
+):
+    receiver.answers(500)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, *range(9))
+    wall(0)
+
+    restarted = webhookd.Dispatcher(
+        store, webhookd.Client(destinations, 5.0), settings, clock, lambda: 1.0
+    )
+    restarted.run_until_idle()
+    assert len(receiver.received) == 5
+    clock.advance(11)
+    restarted.run_until_idle()
+
+    assert len(receiver.received) == 6
+    assert webhookd.load_health(store.reader())[webhook["id"]].failures == 6
+
+
+def test_nothing_waiting_is_dropped_by_a_pause(api, receiver, wall):
+    receiver.answers(500, times=30)
+    api.create(receiver.url)
+    publish_numbers(api, *range(20))
+
+    for _ in range(40):
+        wall(1000)
+
+    assert {body["n"] for body in receiver.bodies()[30:]} == set(range(20))
+
+
+def test_activating_a_paused_webhook_starts_clean(api, receiver, wall):
+    receiver.answers(500, times=5)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, *range(8))
+    wall(0)
+
+    answer = api.put_json(f"{WEBHOOKS}/1", {"active": True})
+
+    assert answer.json["health"]["consecutiveFailures"] == 0
+    assert wall(0) == [5, 6, 7]
+    assert api.get_webhook(webhook)["health"]["state"] == "healthy"
+
+
+def test_410_disables_a_webhook_and_tells_who_wants_to_know(
+    api, receiver, dispatcher, clock, caplog
+):
+    receiver.answers(410, times=1)
+    webhook = api.create(receiver.url.replace("//", "//u:p@"), name="gone")
+    api.create(receiver.url + "/told", "webhook_disabled")
+    publish_numbers(api, 1, 2)
+
+    dispatcher.run_until_idle()
+    clock.advance(1)
+    dispatcher.run_until_idle()
+
+    shown = api.get_webhook(webhook)
+    assert shown["health"]["state"] == "disabled"
+    assert shown["health"]["reason"] == "the receiver answered 410 Gone"
+    assert [d["state"] for d in api.deliveries(webhook)] == ["pending", "failed"]
+    told = json.loads(receiver.received[-1].body)
+    assert receiver.received[-1].path == "/hook/told"
+    assert told["webhook"] == {"id": 1, "name": "gone", "url": shown["url"]}
+    assert told["reason"] == "the receiver answered 410 Gone"
+    assert list(told) == ["timestamp", "event", "webhook", "reason"]
+    [line] = [r for r in caplog.records if "webhook disabled" in r.getMessage()]
+    assert line.levelname == "WARNING"
+    assert api.publish(n=3)["deliveries"] == 0
+
+    api.put_json(f"{WEBHOOKS}/1", {"active": True})
+    dispatcher.run_until_idle()
+
+    assert api.get_webhook(webhook)["health"]["state"] == "healthy"
+    assert [d["state"] for d in api.deliveries(webhook)] == ["succeeded", "failed"]
+
+
+# ---- ordered, rateLimit, rotation ----
+
+
+def test_an_ordered_webhook_waits_for_the_one_before(api, receiver, wall):
+    receiver.answers(500, times=2)
+    api.create(receiver.url, ordered=True)
+    publish_numbers(api, 0, 1, 2)
+
+    assert wall(0) == [0]
+    publish_numbers(api, 3)
+    assert wall(1) == []
+    assert wall(10) == [0]
+    assert wall(50) == []
+    assert wall(51) == [0, 1, 2, 3]
+
+
+def test_an_ordered_webhook_goes_on_when_the_one_before_is_given_up(
+    api, receiver, wall
+):
+    receiver.answers(500, times=3)
+    api.create(receiver.url, ordered=True)
+    publish_numbers(api, 0, 1)
+
+    assert [wall(0), wall(11), wall(101), wall(1)] == [[0], [0], [0, 1], []]
+
+
+def test_an_ordered_webhook_keeps_its_order_through_a_restart(
+    api, receiver, wall, store, destinations, settings, clock
+):
+    receiver.answers(500, times=1)
+    api.create(receiver.url, ordered=True)
+    publish_numbers(api, *range(150))
+    wall(0)
+    clock.advance(11)
+
+    webhookd.Dispatcher(
+        store, webhookd.Client(destinations, 5.0), settings, clock
+    ).run_until_idle()
+
+    assert [body["n"] for body in receiver.bodies()] == [0, *range(150)]
+
+
+def test_a_rate_limit_spreads_deliveries(api, receiver, wall):
+    api.create(receiver.url, rateLimit=0.5)
+    publish_numbers(api, 0, 1, 2)
+
+    assert [wall(s) for s in (0, 1, 1.1, 1, 1.1)] == [[0], [], [1], [], [2]]
+
+
+@pytest.mark.parametrize("value", [0, -1, "5", True])
+def test_a_rate_limit_is_a_number_above_0(api, value):
+    answer = api.post_json(
+        WEBHOOKS, {"url": "http://127.0.0.1:1/", "events": ["e"], "rateLimit": value}
+    )
+
+    assert contexts(answer) == ["rateLimit"]
+
+
+def test_after_a_change_the_old_secret_signs_for_a_day_too(api, receiver, wall):
+    webhook = api.create(receiver.url, configuration={"secret": "old"})
+    api.put_json(f"{WEBHOOKS}/1", {"configuration": {"secret": "new"}})
+
+    def signatures_after(seconds):
+        publish_numbers(api, 0)
+        wall(seconds)
+        request = receiver.received[-1]
+        id, time = (request.headers[f"webhook-{x}"] for x in ("id", "timestamp"))
+        signed = {
+            webhookd.standard_signature(secret, id, int(time), request.body): secret
+            for secret in ("old", "new")
+        }
+        assert request.headers["X-Hub-Signature"] == webhookd.hub_signature(
+            "new", request.body
+        )
+        return [signed[s] for s in request.headers["webhook-signature"].split(" ")]
+
+    assert signatures_after(0) == ["new", "old"]
+    assert signatures_after(86399) == ["new", "old"]
+    assert signatures_after(1) == ["new"]
+    assert "old" not in api.get_webhook(webhook)["configuration"].values()
+
+
+def test_nothing_is_started_while_the_database_cannot_be_written(
+    api, receiver, dispatcher, store
+):
+    api.create(receiver.url)
+    api.publish()
+    store.problem = "the disk is full"
+
+    dispatcher.run_until_idle()
+    assert receiver.received == []
+
+    dispatcher.run_until_idle()
+    assert len(receiver.received) == 1
+
+
+def test_a_watchdog_that_is_told_of_progress_only(store, destinations, settings, clock):
+    beats = []
+    client = webhookd.Client(destinations, 5.0)
+    with webhookd.Dispatcher(
+        store, client, settings, clock, heartbeat=lambda: beats.append(1)
+    ):
+        wait_until(lambda: beats)
+
+    assert not store.stands_still()
+    store._committing_since = time.monotonic() - webhookd.STANDSTILL_SECONDS - 1
+    assert store.stands_still()
 
 
 # ======================================================================================
@@ -2034,6 +2581,10 @@ ROUTES = [
     ("GET", EVENTS, "admin viewer"),
     ("GET", EVENTS + "/1", "admin viewer"),
     ("GET", "/rest/api/deliveries/1", "admin viewer"),
+    ("POST", "/rest/api/deliveries/1/redeliver", "admin"),
+    ("POST", WEBHOOKS + "/1/redeliver", "admin"),
+    ("POST", WEBHOOKS + "/1/replay", "admin"),
+    ("DELETE", EVENTS + "/1", "admin"),
 ]
 
 
@@ -2067,6 +2618,20 @@ def test_ten_wrong_passwords_shut_an_address_out_for_the_rest_of_the_minute(api,
     assert api.get(WEBHOOKS, extra_environ=other).status_int == 200
     clock.advance(41)
     assert api.get(WEBHOOKS).status_int == 200
+
+
+def test_wrong_passwords_at_the_same_moment_are_counted_too(store):
+    logins = webhookd.Logins(store, time.time)
+
+    def attempt(_):
+        with pytest.raises(webhookd.WebhookdError) as refused:
+            logins.user(BASIC, "192.0.2.1")
+        return refused.value.status
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(attempt, range(14)))
+
+    assert (statuses.count(401), statuses.count(429)) == (10, 4)
 
 
 def test_requests_without_a_login_are_not_wrong_passwords(api):
@@ -2755,6 +3320,157 @@ def test_changes_are_logged_with_who_and_what(api, caplog):
     assert all("id=1" in line and "by=admin" in line for line in lines)
 
 
+# ---- operations ----
+
+
+def test_a_redelivery_starts_at_once_with_a_fresh_schedule(api, receiver, wall):
+    receiver.answers(500, times=3)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, 7)
+    wall(0), wall(11), wall(101)
+    [failed] = api.deliveries(webhook)
+    assert failed["state"] == "failed"
+
+    receiver.answers(500, times=1)
+    answer = api.post(f"/rest/api/deliveries/{failed['id']}/redeliver")
+
+    assert (answer.status_int, answer.json["state"], answer.json["id"]) == (
+        202,
+        "pending",
+        failed["id"],
+    )
+    assert api.get_webhook(webhook)["health"]["pending"] == 1
+    assert [wall(0), wall(9), wall(2)] == [[7], [], [7]]
+    assert [r.headers["X-Attempt"] for r in receiver.received] == list("12345")
+    assert len({r.headers["X-Request-Id"] for r in receiver.received}) == 1
+    assert api.post("/rest/api/deliveries/no-such/redeliver").status_int == 404
+
+
+def test_redelivering_one_ends_the_pause(api, receiver, wall):
+    receiver.answers(500, times=5)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, *range(6))
+    wall(0)
+    delivery = api.deliveries(webhook)[0]
+
+    api.post(f"/rest/api/deliveries/{delivery['id']}/redeliver")
+
+    assert sorted(wall(0)) == [0, 1, 2, 3, 4, 5]
+
+
+def fail_three_and_succeed_once(api, receiver, wall):
+    receiver.answers(500, times=9)
+    webhook = api.create(receiver.url, "a", "b")
+    for event in ("a", "a", "b"):
+        api.publish(event, n=event)
+    for _ in range(12):
+        wall(1000)
+    api.publish("b", n="ok")
+    wall(0)
+    assert [d["state"] for d in api.deliveries(webhook)] == ["succeeded"] + [
+        "failed"
+    ] * 3
+    return webhook
+
+
+@pytest.mark.parametrize(
+    "selection, matched",
+    [
+        (None, 3),
+        ({}, 3),
+        ({"event": "a"}, 2),
+        ({"event": ["a", "b"]}, 3),
+        ({"outcome": "FAILURE", "event": "b"}, 1),
+        ({"outcome": "SUCCESS"}, 1),
+        ({"outcome": ["SUCCESS", "FAILURE"]}, 4),
+        ({"until": 1}, 0),
+        ({"since": "2023-11-14T00:00:00Z", "until": 1_700_000_000_000}, 3),
+    ],
+)
+def test_many_are_redelivered_by_what_became_of_them(
+    api, receiver, wall, selection, matched
+):
+    webhook = fail_three_and_succeed_once(api, receiver, wall)
+    path = f"{WEBHOOKS}/{webhook['id']}/redeliver"
+
+    dry = api.post_json(path, (selection or {}) | {"dryRun": True})
+    assert (dry.status_int, dry.json) == (202, {"matched": matched, "redelivered": 0})
+    assert wall(0) == []
+    answer = api.post(path) if selection is None else api.post_json(path, selection)
+
+    assert (answer.status_int, answer.json) == (
+        202,
+        {"matched": matched, "redelivered": matched},
+    )
+    assert len(wall(0)) == matched
+
+
+@pytest.mark.parametrize(
+    "selection, field",
+    [
+        ({"since": "soon"}, "since"),
+        ({"until": True}, "until"),
+        ({"outcome": "GOOD"}, "outcome"),
+        ({"event": 7}, "event"),
+        ({"dryRun": "maybe"}, "dryRun"),
+        ([], None),
+    ],
+)
+@pytest.mark.parametrize("operation", ["redeliver", "replay"])
+def test_a_selection_at_fault_is_named(api, operation, selection, field):
+    api.create("http://127.0.0.1:1/")
+
+    answer = api.post_json(f"{WEBHOOKS}/1/{operation}", selection)
+
+    assert (answer.status_int, contexts(answer)) == (400, [field])
+
+
+def test_a_replay_brings_what_a_webhook_never_got(api, receiver, wall, clock):
+    for n in range(3):
+        api.publish("a", n=n, kind="x")
+    api.publish("b", n=3, kind="x")
+    api.publish("a", n=4, kind="y")
+    webhook = api.create(receiver.url, "a", filters={"kind": "x"})
+    api.publish("a", n=5, kind="x")
+    assert wall(0) == [5]
+    path = f"{WEBHOOKS}/{webhook['id']}/replay"
+
+    assert api.post_json(path, {"dryRun": "true"}).json == {"matched": 3, "replayed": 0}
+    answer = api.post(path)
+
+    assert (answer.status_int, answer.json) == (202, {"matched": 3, "replayed": 3})
+    assert sorted(wall(0)) == [0, 1, 2]
+    assert api.post_json(path, {}).json["matched"] == 0
+    assert api.get_webhook(webhook)["health"]["pending"] == 0
+
+
+def test_an_event_deleted_leaves_no_trace_in_the_files(api, receiver, wall, store):
+    receiver.answers(500)
+    receiver.answers(500, {}, b"I got PRIVATE-DATA, thank you", times=1)
+    webhook = api.create(receiver.url)
+    api.publish(n=1, secret="PRIVATE-DATA" * 50)
+    api.publish(n=2)
+    wall(0)
+    assert b"PRIVATE-DATA" in files_of(store)
+
+    answer = api.delete(f"{EVENTS}/1")
+
+    assert (answer.status_int, answer.body) == (204, b"")
+    assert b"PRIVATE-DATA" not in files_of(store)
+    assert (
+        api.get(f"{EVENTS}/1").status_int == api.delete(f"{EVENTS}/1").status_int == 404
+    )
+    assert [d["eventId"] for d in api.deliveries(webhook)] == [2]
+    assert api.get_webhook(webhook)["health"]["pending"] == 1
+    assert wall(11) == [2]
+
+
+def files_of(store):
+    store.flush()
+    paths = [store._path + suffix for suffix in ("", "-wal")]
+    return b"".join(pathlib.Path(path).read_bytes() for path in paths)
+
+
 # ======================================================================================
 # systemd
 # ======================================================================================
@@ -2809,6 +3525,20 @@ def test_a_bad_setting_stops_the_start_with_one_line_and_status_2():
     assert (result.returncode, result.stdout) == (2, "")
     [line] = result.stderr.splitlines()
     assert "--retry-schedule" in line and "WEBHOOKD_RETRY_SCHEDULE" in line
+
+
+@pytest.mark.parametrize("path", ["/nonexistent/x.db", "/tmp"])
+def test_a_database_that_cannot_be_opened_is_named_by_its_setting(path):
+    result = run("--listen", "127.0.0.1:0", "--database", path)
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "WEBHOOKD_DATABASE" in result.stderr
+
+
+def test_a_subcommand_makes_no_database_by_a_typing_error(tmp_path):
+    result = run("user", "list", "--database", str(tmp_path / "typo.db"))
+
+    assert (result.returncode, list(tmp_path.iterdir())) == (1, [])
 
 
 def test_an_address_in_use_stops_the_start_with_one_line(receiver, tmp_path):
@@ -2907,6 +3637,7 @@ def raw_request(port, request):
     "request_bytes, status",
     [
         (b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+        (b"GET http://[::1/health HTTP/1.1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nBad Header: x\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nA: " + b"x" * 262_200 + b"\r\n\r\n", 431),
         (b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501),

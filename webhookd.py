@@ -54,6 +54,7 @@ import functools
 import getpass
 import hashlib
 import heapq
+import html
 import hmac
 import http
 import ipaddress
@@ -65,6 +66,7 @@ import pathlib
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
@@ -76,6 +78,8 @@ import urllib.parse
 
 import bottle
 import waitress
+import waitress.channel
+import waitress.parser
 import waitress.utilities
 
 # ======================================================================================
@@ -159,7 +163,7 @@ def listen_address(text: str) -> tuple[str, int]:
     if (
         not bare
         or (":" in bare) != (bare != host)
-        or not re.fullmatch(r"\d{1,5}", port)
+        or not re.fullmatch(r"[0-9]{1,5}", port)
     ):
         raise ValueError(f"{text!r} is not an address and port such as 127.0.0.1:8090")
     if int(port) > 65535:
@@ -171,6 +175,15 @@ def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, 
     """The networks of a comma-separated list of CIDRs."""
     parts = filter(None, map(str.strip, text.split(",")))
     return tuple(ipaddress.ip_network(part, strict=False) for part in parts)
+
+
+def password(text: str) -> str:
+    """A text that UTF-8 can carry."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the password is not UTF-8") from None
+    return text
 
 
 def ip_address(text: str) -> str:
@@ -196,7 +209,7 @@ class Settings:
     )
     database: str = setting("webhookd.db", str, "FILE", "the SQLite file")
     admin_password: str = setting(
-        "", str, "PASSWORD", "password of the user admin, set at every start"
+        "", password, "PASSWORD", "password of the user admin, set at every start"
     )
     allow_networks: tuple = setting(
         "", networks, "CIDR,…", "networks that deliveries may reach although not public"
@@ -211,7 +224,20 @@ class Settings:
     webhook_concurrency: int = setting(
         "8", positive, "N", "most attempts in flight to one webhook"
     )
+    pause_initial: float = setting(
+        "10s", duration, "TIME", "first pause of a webhook after 5 failures in a row"
+    )
+    pause_max: float = setting("2h", duration, "TIME", "longest pause of a webhook")
+    disable_after: float = setting(
+        "5d", duration, "TIME", "a webhook failing without a break so long is disabled"
+    )
     max_event_size: int = setting("1M", size, "SIZE", "a larger event gets 413")
+    retention: float = setting(
+        "30d", duration, "TIME", "how long finished deliveries are kept"
+    )
+    max_database_size: int = setting(
+        "2G", size, "SIZE", "past it the oldest finished deliveries go early"
+    )
     trusted_proxy: str = setting(
         "",
         ip_address,
@@ -233,7 +259,9 @@ def flag(field: dataclasses.Field) -> str:
 def _credential(environ, name):
     """A systemd credential (LoadCredential= and its like), or None."""
     path = pathlib.Path(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)
-    return path.read_text().strip("\r\n") if path.exists() else None
+    if not path.exists():
+        return None
+    return path.read_text(errors="surrogateescape").strip("\r\n")
 
 
 def _parsed(field, text):
@@ -245,10 +273,12 @@ def _parsed(field, text):
 
 def _given_settings(flags, environ):
     for field in dataclasses.fields(Settings):
-        text = flags.get(field.name) or environ.get(variable(field))
+        text = flags.get(field.name)
+        if text is None:
+            text = environ.get(variable(field)) or None  # a blank one is none
         if text is None and field.name == "admin_password":
             text = _credential(environ, "admin-password")
-        if text:
+        if text is not None:
             yield field.name, _parsed(field, text)
 
 
@@ -341,7 +371,7 @@ def error_document(status: int, faults: list[Fault]) -> dict:
 # Model: what there is, and what of it the API shows; secrets are masked here only
 # ======================================================================================
 
-SUCCESS, FAILURE, ERROR = "SUCCESS", "FAILURE", "ERROR"  # outcomes of an attempt
+OUTCOMES = SUCCESS, FAILURE, ERROR = "SUCCESS", "FAILURE", "ERROR"  # of an attempt
 PENDING, SUCCEEDED, FAILED = "pending", "succeeded", "failed"  # states of a delivery
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -353,10 +383,11 @@ def json_bytes(value: object) -> bytes:
 
 
 def masked_url(url: str) -> str:
-    """The URL with the password of its user information masked."""
-    userinfo, at, host = urllib.parse.urlsplit(url).netloc.rpartition("@")
+    """The URL with the password, or else the name, of its user information masked."""
+    userinfo, at, _ = urllib.parse.urlsplit(url).netloc.rpartition("@")
     user, colon, _ = userinfo.partition(":")
-    return url.replace(f"{userinfo}@", f"{user}:{MASK}@", 1) if at and colon else url
+    masked = f"{user}:{MASK}@" if colon else f"{MASK}@"
+    return url.replace(f"{userinfo}@", masked, 1) if at else url
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,7 +405,11 @@ class Webhook:
     headers: dict = dataclasses.field(default_factory=dict)
     filters: dict = dataclasses.field(default_factory=dict)
     verify_tls: bool = True
-    created: int = 0  # milliseconds, as updated
+    ordered: bool = False  # one delivery at a time, in publish order
+    rate_limit: float | None = None  # deliveries per second
+    previous_secret: str | None = None  # signs too, until then
+    previous_secret_until: int = 0  # milliseconds, as created and updated
+    created: int = 0
     updated: int = 0
 
     def subscribed(self, event: str) -> bool:
@@ -402,6 +437,8 @@ class Webhook:
             and {"username": self.credentials["username"]},
             "headers": dict.fromkeys(self.headers, MASK),
             "filters": self.filters,
+            "ordered": self.ordered,
+            "rateLimit": self.rate_limit,
         }
         return {
             "id": self.id,
@@ -416,6 +453,36 @@ class Webhook:
             "sslVerificationRequired": self.verify_tls,
             "secretSet": self.secret is not None,
         } | {key: value for key, value in optional.items() if value}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Health:
+    """How the attempts to a webhook went lately."""
+
+    failures: int = 0  # attempts without success, in a row
+    failing_since: int | None = None  # milliseconds, as paused_until
+    paused_until: int | None = None  # the breaker's; it stays until a probe succeeds
+    reason: str | None = None  # of the last failure, or of being disabled
+    disabled: bool = False
+
+    def shown(self, active: bool, pending: int) -> dict:
+        """The health of a webhook as the API shows it."""
+        state = (
+            ("disabled" if self.disabled else "inactive")
+            if not active
+            else "paused"
+            if self.paused_until
+            else "failing"
+            if self.failures
+            else "healthy"
+        )
+        return {
+            "state": state,
+            "consecutiveFailures": self.failures,
+            "pausedUntil": self.paused_until if state == "paused" else None,
+            "reason": self.reason,
+            "pending": pending,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -496,6 +563,8 @@ class DueDelivery:
     event: str
     body: bytes
     attempt_count: int
+    step: int  # how far it is in its schedule, which a redelivery begins anew
+    next_attempt: int  # milliseconds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -673,6 +742,15 @@ def object_of(limit: int, value: object) -> dict:
     return value or {}
 
 
+def rate(value: object) -> float | None:
+    """Deliveries per second, or null for as many as there are."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        raise ValueError("must be a number above 0")
+    return value
+
+
 def event_name(value: object) -> str:
     """The name of an event."""
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", value):
@@ -723,12 +801,21 @@ def _check_url(url):
         raise ValueError("must not have a fragment")
     if "%" in parts.hostname:
         raise ValueError("must not have a zone id or escapes in its host")
-    if f":{MASK}@" in url:
+    if f"{MASK}@" in parts.netloc:
         raise ValueError("has a masked password that stands for none")
     try:
         ascii_host(parts.hostname)
     except UnicodeError:
         raise ValueError("has a host that is not a valid name") from None
+
+
+def _unmasked_url(url, previous):
+    """The URL with what a mask stands for: what was there, if that was the same user."""
+    mask = urllib.parse.urlsplit(masked_url(previous)).netloc.rpartition("@")[0]
+    userinfo = urllib.parse.urlsplit(previous).netloc.rpartition("@")[0]
+    if mask and urllib.parse.urlsplit(url).netloc.startswith(f"{mask}@"):
+        return url.replace(mask, userinfo, 1)
+    return url
 
 
 def url_of(previous: str, check: collections.abc.Callable) -> collections.abc.Callable:
@@ -739,7 +826,7 @@ def url_of(previous: str, check: collections.abc.Callable) -> collections.abc.Ca
     def parse(value):
         if not isinstance(value, str) or not value:
             raise ValueError("must be a string")
-        url = previous if value == masked_url(previous) else value
+        url = _unmasked_url(value, previous)
         if len(url) > 2000:
             raise ValueError(
                 f"at most 2000 characters are allowed, these are {len(url)}"
@@ -862,7 +949,9 @@ def epoch_ms(text: str) -> int:
     if re.fullmatch(r"-?\d{1,15}", text, re.ASCII):
         return int(text)
     try:
-        moment = datetime.datetime.fromisoformat(text)
+        # in a query string an unencoded + of a time zone arrives as a space
+        iso = text.replace(" ", "+") if "T" in text else text
+        moment = datetime.datetime.fromisoformat(iso)
     except ValueError:
         raise ValueError("must be epoch milliseconds or an ISO 8601 time") from None
     if moment.tzinfo is None:
@@ -916,11 +1005,47 @@ class Query(Reader):
         """event, outcome, state, since and until."""
         return Filter(
             events=self.all("event"),
-            outcomes=self.all("outcome", one_of((SUCCESS, FAILURE, ERROR))),
+            outcomes=self.all("outcome", one_of(OUTCOMES)),
             states=self.all("state", one_of((PENDING, SUCCEEDED, FAILED))),
             since=self.read("since", epoch_ms, None),
             until=self.read("until", epoch_ms, None),
         )
+
+
+def strings(parse: collections.abc.Callable) -> collections.abc.Callable:
+    """A reader of one string or a list of them."""
+
+    def parse_all(value):
+        several = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in several):
+            raise ValueError("must be a string or a list of strings")
+        return tuple(map(parse, several))
+
+    return parse_all
+
+
+def moment(value: object) -> int:
+    """Epoch milliseconds of a JSON number or string, see `epoch_ms`."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError("must be epoch milliseconds or an ISO 8601 time")
+    return epoch_ms(str(value))
+
+
+def read_selection(body: bytes) -> tuple[Filter, bool]:
+    """Which deliveries or events an operation is for, and if it only counts them."""
+    value = json_value(body)
+    if not isinstance(value, dict):
+        raise Invalid("the body must be a JSON object")
+    reader = Reader(value)
+    wanted = Filter(
+        events=reader.read("event", strings(str), ()),
+        outcomes=reader.read("outcome", strings(one_of(OUTCOMES)), ()),
+        since=reader.read("since", moment, None),
+        until=reader.read("until", moment, None),
+    )
+    dry_run = reader.read("dryRun", boolean, False)
+    reader.check()
+    return wanted, dry_run
 
 
 # ---- webhooks ----
@@ -951,6 +1076,8 @@ def _read_fields(reader, old, check_url):
         ),
         headers=reader.read("headers", headers_of(old.headers), old.headers, True),
         filters=reader.read("filters", filters, old.filters, True),
+        ordered=reader.read("ordered", boolean, old.ordered),
+        rate_limit=reader.read("rateLimit", rate, old.rate_limit, True),
     )
 
 
@@ -963,8 +1090,10 @@ def read_webhook(
     value = json_value(body)
     if not isinstance(value, dict):
         raise Invalid("the body must be a JSON object")
-    if b"\\u" in body and b"\\ud" in json_bytes(value).lower():
-        raise Invalid("the body holds half a surrogate pair")
+    try:
+        _encode(value).encode()
+    except UnicodeEncodeError:
+        raise Invalid("the body holds half a surrogate pair") from None
     reader = Reader(value)
     for name in ("url", "events"):
         if not getattr(old, name) and value.get(name) is None:
@@ -1082,6 +1211,9 @@ def read_events(
 # ======================================================================================
 
 
+ROTATION_SECONDS = 86400
+
+
 def uuid7(now_ms: int) -> str:
     """A UUID that sorts by time (RFC 9562, version 7), which keeps its index compact."""
     number = now_ms << 80 | 0x7 << 76 | 0x2 << 62
@@ -1112,6 +1244,25 @@ def standard_signature(secret: str, id: str, seconds: int, body: bytes) -> str:
     return "v1," + base64.b64encode(digest).decode()
 
 
+def signing_secrets(webhook: Webhook, now_ms: int) -> list[str]:
+    """The secret, and for a day after it changed the one before it."""
+    previous = [webhook.previous_secret] if webhook.previous_secret else []
+    return [webhook.secret] + (
+        previous if now_ms < webhook.previous_secret_until else []
+    )
+
+
+def with_rotated_secret(old: Webhook, new: Webhook, now_ms: int) -> Webhook:
+    """The new webhook; if its secret changed, the old one's signs for a while too."""
+    if not old.secret or old.secret == new.secret:
+        return new
+    return dataclasses.replace(
+        new,
+        previous_secret=old.secret,
+        previous_secret_until=now_ms + ROTATION_SECONDS * 1000,
+    )
+
+
 def request_headers(
     webhook: Webhook, event: str, id: str, number: int, body: bytes, now_ms: int
 ) -> dict[str, str]:
@@ -1128,8 +1279,9 @@ def request_headers(
     if webhook.secret:
         headers["X-Hub-Signature"] = hub_signature(webhook.secret, body)
         headers["X-Hub-Signature-256"] = headers["X-Hub-Signature"]
-        headers["webhook-signature"] = standard_signature(
-            webhook.secret, id, now_ms // 1000, body
+        headers["webhook-signature"] = " ".join(
+            standard_signature(secret, id, now_ms // 1000, body)
+            for secret in signing_secrets(webhook, now_ms)
         )
     login = webhook.basic_login()
     if login:
@@ -1149,15 +1301,25 @@ def masked_headers(webhook: Webhook, headers: dict[str, str]) -> dict[str, str]:
     }
 
 
+def spellings(text: str) -> list[str]:
+    """A text as receivers may spell it when they send it back."""
+    escaped = [json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]]
+    encoded = [urllib.parse.quote(text, safe=""), urllib.parse.quote_plus(text)]
+    encoded += [html.escape(text), base64.b64encode(text.encode()).decode()]
+    return [text, *escaped, *[e.replace("/", "\\/") for e in escaped], *encoded]
+
+
 def secret_texts(webhook: Webhook) -> list[str]:
     """Every text that must not come back in what a receiver answers, longest first."""
-    texts = [webhook.secret or "", *webhook.headers.values()]
+    texts = [webhook.secret or "", webhook.previous_secret or ""]
+    texts += webhook.headers.values()
     login = webhook.basic_login()
     if login:
         pair = ":".join(login).encode()
-        texts += [login[1], base64.b64encode(pair).decode()]
+        texts += [login[1] or login[0], base64.b64encode(pair).decode()]
     # shorter ones are no secrets, and masking them would spoil the answer
-    return sorted((text for text in texts if len(text) >= 4), key=len, reverse=True)
+    spelled = {s for text in texts if len(text) >= 4 for s in spellings(text)}
+    return sorted(spelled, key=len, reverse=True)
 
 
 def without_secrets(text: str, texts: list[str]) -> str:
@@ -1175,6 +1337,10 @@ MAX_RETRY_AFTER_SECONDS = 86400
 JITTER = 0.1  # every wait varies by this share, so that retries do not come in step
 
 
+FAILURES_TO_PAUSE = 5
+PAUSE_GROWTH = 1.2
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settlement:
     """What an attempt makes of its delivery and its webhook."""
@@ -1183,7 +1349,9 @@ class Settlement:
     attempt: Attempt
     state: str
     next_attempt: int | None  # milliseconds; None unless pending
-    failures: int  # of the webhook, in a row
+    step: int
+    health: Health
+    recovered: bool = False  # a probe succeeded: all that waits is due at once
 
 
 def outcome_of(status: int) -> str:
@@ -1195,7 +1363,7 @@ def retry_after_seconds(text: str | None, now_ms: int) -> float:
     """Seconds that a Retry-After header asks for, in seconds or as a date; 0 if none."""
     if text is None:
         return 0
-    if re.fullmatch(r"\d{1,9}", text.strip(), re.ASCII):
+    if re.fullmatch(r"\d{1,99}", text.strip(), re.ASCII):
         return int(text)
     try:
         return email.utils.parsedate_to_datetime(text).timestamp() - now_ms / 1000
@@ -1216,24 +1384,66 @@ def next_wait(
     )
 
 
+def pause_seconds(failures: int, initial: float, maximum: float) -> float | None:
+    """How long a webhook pauses after so many failures in a row; None: not yet."""
+    if failures < FAILURES_TO_PAUSE:
+        return None
+    growth = PAUSE_GROWTH ** min(failures - FAILURES_TO_PAUSE, 1000)
+    return min(maximum, initial * growth)
+
+
+def reason_to_disable(
+    attempt: Attempt, failing_since: int, disable_after: float
+) -> str | None:
+    """Why a webhook is given up after this attempt, or None."""
+    if attempt.status == http.HTTPStatus.GONE:
+        return "the receiver answered 410 Gone"
+    if attempt.start + attempt.duration - failing_since >= disable_after * 1000:
+        return f"no success for {disable_after / 86400:g} days: {attempt.description}"
+    return None
+
+
+def health_after(
+    health: Health, attempt: Attempt, settings: Settings, jitter: float
+) -> Health:
+    """The health of a webhook after one more attempt."""
+    if health.disabled:  # what was in flight then does not enable it
+        return health
+    if attempt.outcome == SUCCESS:
+        return Health()
+    failures, since = health.failures + 1, health.failing_since or attempt.start
+    gone = reason_to_disable(attempt, since, settings.disable_after)
+    if gone:
+        return Health(failures, since, None, gone, disabled=True)
+    pause = pause_seconds(failures, settings.pause_initial, settings.pause_max)
+    until = pause and attempt.start + attempt.duration + round(pause * jitter * 1000)
+    return Health(failures, since, until, attempt.description)
+
+
 def settlement(
     due: DueDelivery,
     attempt: Attempt,
-    failures: int,
-    schedule: tuple[float, ...],
+    health: Health,
+    settings: Settings,
     jitter: float,
 ) -> Settlement:
-    """What becomes of a delivery after an attempt; failures: in a row before it."""
+    """What becomes of a delivery and its webhook's health after an attempt."""
+    after = health_after(health, attempt, settings, jitter)
     if attempt.outcome == SUCCESS:
-        return Settlement(due, attempt, SUCCEEDED, None, 0)
+        recovered = bool(health.paused_until)
+        return Settlement(due, attempt, SUCCEEDED, None, due.step, after, recovered)
     finish = attempt.start + attempt.duration
     asked = attempt.retry_after if attempt.status in (429, 503) else None
-    wait = next_wait(
-        due.attempt_count + 1, schedule, retry_after_seconds(asked, finish), jitter
-    )
-    if wait is None:
-        return Settlement(due, attempt, FAILED, None, failures + 1)
-    return Settlement(due, attempt, PENDING, finish + round(wait * 1000), failures + 1)
+    retry_after = retry_after_seconds(asked, finish)
+    if attempt.start < due.next_attempt:  # a probe does not use the schedule up
+        step, wait = due.step, (due.next_attempt - finish) / 1000
+        wait = max(wait, min(retry_after, MAX_RETRY_AFTER_SECONDS))
+    else:
+        step = due.step + 1
+        wait = next_wait(step, settings.retry_schedule, retry_after, jitter)
+    if wait is None or after.disabled and not health.disabled:
+        return Settlement(due, attempt, FAILED, None, step, after)
+    return Settlement(due, attempt, PENDING, finish + round(wait * 1000), step, after)
 
 
 # ======================================================================================
@@ -1444,6 +1654,7 @@ class Response:
     def feed(self, chunk: bytes) -> bool:
         """Take in what came; True when the response is complete. Raises ProtocolError."""
         self.started = True
+        chunk = chunk[: MAX_RESPONSE_BYTES - self._received]
         self._received += len(chunk)
         self._unread += chunk
         while not self.complete and self._step():
@@ -1563,19 +1774,22 @@ class Response:
         return line is not None
 
 
-def kept_text(body: bytes, content_type: str | None) -> str:
-    """What is kept of a response's body: 16 KiB of text, else `<binary data>`."""
+def kept_text(body: bytes, content_type: str | None, masked=str) -> str:
+    """What is kept of a response's body: 16 KiB of text, else `<binary data>`.
+
+    masked(text) is applied before the text is cut."""
     charset = re.search(r"charset=\"?([\w-]+)", content_type or "")
     known = charset and charset[1].lower() in ("iso-8859-1", "us-ascii", "windows-1252")
     try:
         decoder = codecs.getincrementaldecoder(charset[1] if known else "utf-8")()
-        whole = len(body) <= MAX_KEPT_BODY_BYTES  # else the last character may be cut
-        text = decoder.decode(bytes(body[:MAX_KEPT_BODY_BYTES]), whole)
+        # at the limit of what is read the last character may be cut
+        text = decoder.decode(bytes(body), len(body) < MAX_KEPT_BODY_BYTES)
     except UnicodeError:
         return "<binary data>"
-    return (
-        "<binary data>" if re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]", text) else text
-    )
+    if re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]", text):
+        return "<binary data>"
+    kept = masked(text).encode()[:MAX_KEPT_BODY_BYTES]
+    return kept.decode(errors="ignore")
 
 
 # ---- connections ----
@@ -1744,19 +1958,19 @@ class Client:
 
 def _answered(response, secrets_to_mask):
     masked = functools.partial(without_secrets, texts=secrets_to_mask)
-    names = dict.fromkeys(name for name, _ in response.headers)
-    headers = {name: masked(response.header(name.lower())) for name in names}
+    names = {name.lower(): name for name, _ in reversed(response.headers)}
+    headers = {name: masked(response.header(key)) for key, name in names.items()}
     description = str(response.status)
     if 300 <= response.status < 400:
-        target = headers.get("Location") or headers.get("location") or "nowhere"
+        target = masked(response.header("location") or "nowhere")
         description += f", a redirect to {target}, which is not followed"
     return {
         "outcome": outcome_of(response.status),
         "description": description,
         "status": response.status,
         "response_headers": headers,
-        "response_body": masked(
-            kept_text(response.body, response.header("content-type"))
+        "response_body": kept_text(
+            response.body, response.header("content-type"), masked
         ),
         "retry_after": response.header("retry-after"),
     }
@@ -1863,10 +2077,23 @@ MIGRATIONS = (  # their count is the version of the database; only ever append
         PRIMARY KEY (user, key)
     ) WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE webhooks ADD COLUMN failing_since INTEGER;
+    ALTER TABLE webhooks ADD COLUMN paused_until INTEGER;
+    ALTER TABLE webhooks ADD COLUMN reason TEXT;
+    ALTER TABLE webhooks ADD COLUMN disabled INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE deliveries ADD COLUMN step INTEGER NOT NULL DEFAULT 0;
+    UPDATE deliveries SET step = attempt_count;
+    ALTER TABLE events ADD COLUMN created INTEGER NOT NULL DEFAULT 0;
+    UPDATE events SET created = timestamp;
+    ALTER TABLE answers ADD COLUMN created INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX answers_by_age ON answers (created);
+    """,
 )
 BUSY_SECONDS = 10  # wait so long for another process that writes, as `user add`
 SETTLE_SECONDS = 0.01  # settlements wait so long for a publication to share its commit
-RETRY_SECONDS = 1  # after a commit of settlements failed
+RETRY_SECONDS = 1  # after a commit failed
+FULL_DISK_BYTES = 64 << 10
 ROWS_PER_STATEMENT = 500
 STANDSTILL_SECONDS = 15  # in one commit, or without a tick of the loop: it hangs
 MAX_WINDOW_BYTES = 1 << 20  # of bodies, read ahead for one webhook
@@ -1876,14 +2103,20 @@ class DatabaseError(Exception):
     """The database cannot be used; the text says why."""
 
 
-def open_database(path: str) -> sqlite3.Connection:
-    """A connection in autocommit mode; the file is made if it is not there."""
-    connection = sqlite3.connect(
+def connect(path: str) -> sqlite3.Connection:
+    """A connection in autocommit mode, for any thread."""
+    return sqlite3.connect(
         path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
     )
+
+
+def open_database(path: str) -> sqlite3.Connection:
+    """A connection for writing; the file is made if it is not there."""
+    connection = connect(path)
     connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # for a new file only
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
     return connection
 
 
@@ -1943,7 +2176,7 @@ def process_lock(path: str):
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise DatabaseError(f"{path}: {error.strerror}") from None
+        raise SettingError(f"--database (WEBHOOKD_DATABASE): {path}: {error.strerror}")
     # flock() does not meet SQLite's own locks, which are fcntl()'s; the file is closed
     # after SQLite's connections, because closing any handle drops a process's fcntl locks
     with contextlib.ExitStack() as cleanup:
@@ -2037,14 +2270,15 @@ def _update_deliveries(connection, settlements):
     """Set the new states; the numbers of those deliveries that still exist."""
     clause, values = values_clause(
         [
-            (s.due.number, s.state, s.due.attempt_count + 1, s.next_attempt)
+            (s.due.number, s.state, s.due.attempt_count + 1, s.next_attempt, s.step)
             + (s.attempt.outcome, s.attempt.description, s.attempt.duration)
             for s in settlements
         ]
     )
     rows = connection.execute(
-        "WITH new (number, state, attempt_count, next_attempt, outcome, description, duration)"
-        f" AS ({clause}) UPDATE deliveries SET state = new.state,"
+        "WITH new (number, state, attempt_count, next_attempt, step, outcome,"
+        f" description, duration) AS ({clause})"
+        " UPDATE deliveries SET state = new.state, step = new.step,"
         " attempt_count = new.attempt_count, next_attempt = new.next_attempt,"
         " outcome = new.outcome, description = new.description, duration = new.duration"
         " FROM new WHERE deliveries.id = new.number RETURNING deliveries.id",
@@ -2077,28 +2311,79 @@ def _count_attempts(connection, kept):
         )
 
 
-def _count_failures(connection, settlements):
-    failures = {s.due.webhook_id: s.failures for s in settlements}
-    for webhook_id, count in failures.items():
-        connection.execute(
-            "UPDATE webhooks SET failures = ?1 WHERE id = ?2 AND failures <> ?1",
-            (count, webhook_id),
-        )
+ROWS_PER_STEP = 500
+PAGES_PER_STEP = 100
+
+
+def delete_deliveries(connection: sqlite3.Connection, numbers: list[int]) -> int:
+    """Delete deliveries and their attempts; how many."""
+    marks = f"({','.join('?' * len(numbers))})"
+    connection.execute(f"DELETE FROM attempts WHERE delivery_id IN {marks}", numbers)
+    connection.execute(f"DELETE FROM deliveries WHERE id IN {marks}", numbers)
+    return len(numbers)
+
+
+def delete_deliveries_of(connection: sqlite3.Connection, webhook_id: int) -> int:
+    """Delete a step of a webhook's deliveries; how many."""
+    sql = "SELECT id FROM deliveries WHERE webhook_id = ? LIMIT ?"
+    rows = connection.execute(sql, (webhook_id, ROWS_PER_STEP)).fetchall()
+    return delete_deliveries(connection, [number for (number,) in rows])
+
+
+def delete_events(connection: sqlite3.Connection, ids: list[int]) -> None:
+    """Delete events that have no deliveries."""
+    marks = f"({','.join('?' * len(ids))})"
+    connection.execute(f"DELETE FROM payloads WHERE event_id IN {marks}", ids)
+    connection.execute(f"DELETE FROM events WHERE id IN {marks}", ids)
+
+
+HEALTH_COLUMNS = "failures, failing_since, paused_until, reason, disabled"
+
+
+def load_health(connection: sqlite3.Connection) -> dict[int, Health]:
+    """The health of every webhook, by id."""
+    rows = connection.execute(f"SELECT id, {HEALTH_COLUMNS} FROM webhooks")
+    return {id: Health(*fields, bool(disabled)) for id, *fields, disabled in rows}
+
+
+def save_health(
+    connection: sqlite3.Connection, webhook_id: int, health: Health
+) -> None:
+    """Store how a webhook fares."""
+    connection.execute(
+        f"UPDATE webhooks SET ({HEALTH_COLUMNS}) = (?, ?, ?, ?, ?) WHERE id = ?",
+        (*dataclasses.astuple(health), webhook_id),
+    )
+
+
+def disabled_event(webhook: Webhook, reason: str, now_ms: int) -> NewEvent:
+    """The event that tells that a webhook was disabled."""
+    shown = {"id": webhook.id, "name": webhook.name, "url": masked_url(webhook.url)}
+    fields = {"timestamp": now_ms, "event": "webhook_disabled"}
+    fields |= {"webhook": shown, "reason": reason}
+    return NewEvent("webhook_disabled", now_ms, json_bytes(fields), fields)
 
 
 class Batch:
     """What one transaction does; what is published waits for a few large statements."""
 
     def __init__(
-        self, connection: sqlite3.Connection, webhooks: Webhooks, ids: Sequences
+        self,
+        connection: sqlite3.Connection,
+        webhooks: Webhooks,
+        health: dict[int, Health],
+        ids: Sequences,
     ):
         self.connection, self.webhooks, self._ids = connection, webhooks, ids
+        self._health = health  # as committed
+        self.changed_health: dict[int, Health] = {}
+        self.pending_change = collections.Counter()  # by webhook
+        self.due: list[DueDelivery] = []
         self._events, self._payloads, self._deliveries = [], [], []
         self._answers = {}
-        self.due: list[DueDelivery] = []
 
     def settle(self, settlements: list[Settlement]) -> None:
-        """Record attempts and what became of their deliveries."""
+        """Record attempts and what became of their deliveries and webhooks."""
         for chunk in chunks(settlements):
             existing = _update_deliveries(self.connection, chunk)
             # an attempt whose webhook was deleted meanwhile leaves nothing behind
@@ -2107,14 +2392,47 @@ class Batch:
             ]
             insert(self.connection, "attempts", [_attempt_row(*pair) for pair in kept])
             _count_attempts(self.connection, kept)
-            _count_failures(self.connection, chunk)
+            for _, settled in kept:
+                self._follow(settled)
+        for webhook_id, health in self.changed_health.items():
+            save_health(self.connection, webhook_id, health)
 
-    def write(self, work: collections.abc.Callable[[sqlite3.Connection], object]):
+    def _follow(self, settled):
+        webhook_id = settled.due.webhook_id
+        before = self.changed_health.get(webhook_id) or self._health.get(webhook_id)
+        if settled.health != before:
+            self.changed_health[webhook_id] = settled.health
+        if settled.state != PENDING:
+            self.pending_change[webhook_id] -= 1
+        if settled.recovered:  # created: oldest first
+            self.connection.execute(
+                "UPDATE deliveries SET next_attempt = created WHERE state = 'pending'"
+                " AND webhook_id = ? AND next_attempt > created",
+                [webhook_id],
+            )
+        if settled.health.disabled and before and not before.disabled:
+            self._disable(webhook_id, settled)
+
+    def _disable(self, webhook_id, settled):
+        webhook = self.webhooks.by_id[webhook_id]
+        inactive = dataclasses.replace(webhook, active=False)
+        self.connection.execute(
+            "UPDATE webhooks SET definition = ? WHERE id = ?",
+            (definition_of(inactive), webhook_id),
+        )
+        self.webhooks = Webhooks.load(self.connection)  # it gets no event of its own
+        now_ms = settled.attempt.start + settled.attempt.duration
+        self._add(disabled_event(webhook, settled.health.reason, now_ms), now_ms)
+
+    def write(self, work: collections.abc.Callable[["Batch"], object]):
         """Do a piece of work, all or nothing; what is published next knows of it."""
         with savepoint(self.connection):
-            result = work(self.connection)
+            return work(self)
+
+    def webhooks_changed(self) -> None:
+        """Read the webhooks and their health again."""
         self.webhooks = Webhooks.load(self.connection)
-        return result
+        self.changed_health = load_health(self.connection)
 
     def publish(self, events, now_ms, answer, idempotency) -> tuple[bytes, bool]:
         """See Store.publish."""
@@ -2124,7 +2442,7 @@ class Batch:
         document = answer([self._add(event, now_ms) for event in events])
         if idempotency:
             name = idempotency.user, idempotency.key
-            self._answers[name] = idempotency.fingerprint, document
+            self._answers[name] = idempotency.fingerprint, document, now_ms
         return document, False
 
     def _earlier_answer(self, idempotency):
@@ -2143,18 +2461,25 @@ class Batch:
     def _add(self, event, now_ms):
         event_id = next(self._ids.events)
         webhook_ids = self.webhooks.wanting(event)
-        self._events.append((event_id, event.name, event.timestamp))
+        self._events.append((event_id, event.name, event.timestamp, now_ms))
         self._payloads.append((event_id, event.body))
         for webhook_id in webhook_ids:
-            number, uuid = next(self._ids.deliveries), uuid7(now_ms)
-            self._deliveries.append(
-                (number, uuid, webhook_id, event_id, event.name, now_ms)
-                + (PENDING, 0, now_ms, None, None, None)
-            )
-            self.due.append(
-                DueDelivery(number, uuid, webhook_id, event.name, event.body, 0)
-            )
+            number, uuid = self.add_delivery(webhook_id, event_id, event.name, now_ms)
+            due = (number, uuid, webhook_id, event.name, event.body, 0, 0, now_ms)
+            self.due.append(DueDelivery(*due))
         return Event(event_id, event.name, event.timestamp, len(webhook_ids))
+
+    def add_delivery(
+        self, webhook_id: int, event_id: int, event: str, now_ms: int
+    ) -> tuple[int, str]:
+        """Have a delivery inserted; its number and its UUID."""
+        number, uuid = next(self._ids.deliveries), uuid7(now_ms)
+        self._deliveries.append(
+            (number, uuid, webhook_id, event_id, event, now_ms)
+            + (PENDING, 0, now_ms, None, None, None, 0)
+        )
+        self.pending_change[webhook_id] += 1
+        return number, uuid
 
     def flush(self) -> None:
         """Insert what was published."""
@@ -2165,11 +2490,14 @@ class Batch:
         insert(self.connection, "answers", answers)
 
 
-def stored_error(error: Exception) -> Exception:
+def stored_error(error: Exception, path: str) -> Exception:
     """What the caller is told about an error of the database."""
     if not isinstance(error, sqlite3.Error):
         return error
-    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+    folder = os.path.dirname(os.path.abspath(path))
+    # some operations report a full disk as an I/O error
+    full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+    if full or shutil.disk_usage(folder).free < FULL_DISK_BYTES:
         return StorageFull("the disk is full; nothing was taken")
     return Unavailable(f"the database cannot be written: {error}")
 
@@ -2188,10 +2516,10 @@ class Write:
         """Called by the writer; an error stays with this write alone, if it can."""
         try:
             self._result = self._run(batch)
+        except sqlite3.Error:
+            raise  # the others would not fare better
         except Exception as error:
-            if not batch.connection.in_transaction:  # SQLite has given it all up
-                raise
-            self._error = stored_error(error)
+            self._error = error
 
     def finish(self, error: Exception | None = None) -> None:
         """Called by the writer after the commit; error: why there was none."""
@@ -2234,6 +2562,13 @@ def _attempt(
     )
 
 
+def webhook_wants(webhook: Webhook, event: str, body: bytes) -> bool:
+    """Whether a stored event is one for this webhook."""
+    fields = json_value(body, _decode_event) if webhook.filters else {}
+    stored = NewEvent(event, 0, body, fields)
+    return webhook.subscribed(event) and wants(webhook, stored)
+
+
 def where(tests: dict[str, object]) -> tuple[str, list]:
     """A WHERE clause and its values: `{"a = ?": 1, "b IN": ("x", "y")}`.
 
@@ -2264,9 +2599,12 @@ class Store:
         self._readers: list[sqlite3.Connection] = []
         self._local = threading.local()  # each thread's own reader
         # the writer alone changes what follows
-        self._published = lambda due: None
-        self.webhooks = Webhooks()  # as committed
-        self.settled_count = 0  # of settlements committed
+        self._committed = lambda due: None
+        self.webhooks = Webhooks()  # as committed, as the next three
+        self.health: dict[int, Health] = {}
+        self.pending = collections.Counter()  # deliveries that wait, by webhook
+        self.settled_count = 0  # of settlements
+        self.full = False  # MAX_DATABASE_SIZE is reached, and nothing can go
         self.problem: str | None = None  # why the last commit failed
         self._committing_since: float | None = None  # time.monotonic()
 
@@ -2278,9 +2616,12 @@ class Store:
                 stack.callback(self._close_connections)
                 migrate(self._connection)
             except sqlite3.Error as error:
-                raise DatabaseError(f"{self._path}: {error}") from error
+                name = "--database (WEBHOOKD_DATABASE)"
+                raise SettingError(f"{name}: {self._path}: {error}") from error
             self._ids = Sequences(self._connection)
             self.webhooks = Webhooks.load(self._connection)
+            self.health = load_health(self._connection)
+            self.pending.update(self._pending_counts())
             self._writer = threading.Thread(target=self._run_writer, name="writer")
             self._writer.start()
             self._cleanup = stack.pop_all()
@@ -2299,9 +2640,9 @@ class Store:
 
     # ---- writing: called by any thread ----
 
-    def on_published(self, listener: collections.abc.Callable) -> None:
-        """Have the writer tell, after each commit and in order, what became due."""
-        self._published = listener
+    def on_commit(self, listener: collections.abc.Callable) -> None:
+        """Have the writer tell, after each commit, what deliveries it has made."""
+        self._committed = listener
 
     def publish(
         self,
@@ -2314,6 +2655,8 @@ class Store:
 
         Returns the answer that was made of them, and whether it is an earlier one again.
         Raises KeyReused, StorageFull or Unavailable; then nothing was stored."""
+        if self.full:
+            raise StorageFull("the database is full (--max-database-size)")
         return self._submit(
             lambda batch: batch.publish(events, now_ms, answer, idempotency),
             publishes=True,
@@ -2321,7 +2664,7 @@ class Store:
 
     def write(self, work: collections.abc.Callable[[sqlite3.Connection], object]):
         """The result of work(connection), once that is on disk; work may raise."""
-        return self._submit(lambda batch: batch.write(work), publishes=False)
+        return self._write(lambda batch: work(batch.connection))
 
     def settle(self, settlement: Settlement) -> int:
         """Take an attempt's result for one of the next commits; does not wait.
@@ -2337,51 +2680,219 @@ class Store:
     def add_webhook(self, webhook: Webhook) -> Webhook:
         """Store a webhook; returns it with its id."""
 
-        def work(connection):
+        def work(batch):
             sql = "INSERT INTO webhooks (definition) VALUES (?)"
-            id = connection.execute(sql, [definition_of(webhook)]).lastrowid
+            id = batch.connection.execute(sql, [definition_of(webhook)]).lastrowid
+            batch.webhooks_changed()
             return dataclasses.replace(webhook, id=id)
 
-        return self.write(work)
+        return self._write(work)
 
     def change_webhook(
-        self, id: int, change: collections.abc.Callable[[Webhook], Webhook]
+        self,
+        id: int,
+        change: collections.abc.Callable[[Webhook], Webhook],
+        starts_clean: bool = False,
     ) -> Webhook:
-        """Replace a webhook by change(it); no other change comes in between."""
+        """Replace a webhook by change(it); no other change comes in between.
 
-        def work(connection):
+        starts_clean: forget its failures, too. Raises NotFound."""
+
+        def work(batch):
             sql = "SELECT id, definition FROM webhooks WHERE id = ?"
-            row = connection.execute(sql, [id]).fetchone()
+            row = batch.connection.execute(sql, [id]).fetchone()
             if row is None:
                 raise NotFound(f"there is no webhook {id}")
             webhook = change(stored_webhook(*row))
             sql = "UPDATE webhooks SET definition = ? WHERE id = ?"
-            connection.execute(sql, (definition_of(webhook), id))
+            batch.connection.execute(sql, (definition_of(webhook), id))
+            if starts_clean:
+                save_health(batch.connection, id, Health())
+            batch.webhooks_changed()
             return webhook
 
-        return self.write(work)
+        return self._write(work)
 
     def delete_webhook(self, id: int) -> None:
-        """Delete a webhook and everything about its deliveries; raises NotFound."""
+        """Delete a webhook; raises NotFound. Of its deliveries a step is deleted at
+        once, and `delete_leftovers` does the rest; nobody sees them meanwhile."""
+
+        def work(batch):
+            sql = "DELETE FROM webhooks WHERE id = ?"
+            if not batch.connection.execute(sql, [id]).rowcount:
+                raise NotFound(f"there is no webhook {id}")
+            batch.webhooks_changed()
+            sql = "DELETE FROM statistics WHERE webhook_id = ?"
+            batch.connection.execute(sql, [id])
+            delete_deliveries_of(batch.connection, id)
+
+        self._write(work)
+
+    def redeliver(self, webhook_id: int, numbers: list[int], now_ms: int) -> int:
+        """Have deliveries attempted at once, on a fresh schedule; how many there are."""
+
+        def work(batch):
+            chosen = f"webhook_id = ? AND id IN ({','.join('?' * len(numbers))})"
+            waiting = batch.connection.execute(
+                f"SELECT count(*) FROM deliveries WHERE {chosen} AND state = 'pending'",
+                (webhook_id, *numbers),
+            ).fetchone()[0]
+            changed = batch.connection.execute(
+                "UPDATE deliveries SET state = 'pending', step = 0, next_attempt = ?"
+                f" WHERE {chosen}",
+                (now_ms, webhook_id, *numbers),
+            ).rowcount
+            batch.pending_change[webhook_id] += changed - waiting
+            return changed
+
+        return self._write(work)
+
+    def end_pause(self, webhook_id: int, now_ms: int) -> None:
+        """Let a paused webhook have its probe now."""
+
+        def work(batch):
+            sql = "UPDATE webhooks SET paused_until = min(paused_until, ?) WHERE id = ?"
+            batch.connection.execute(sql, (now_ms, webhook_id))
+            batch.webhooks_changed()
+
+        self._write(work)
+
+    def replay(self, webhook_id: int, event_ids: list[int], now_ms: int) -> int:
+        """Make deliveries of stored events that a webhook has none of; how many."""
+
+        def work(batch):
+            events = batch.connection.execute(
+                "SELECT id, event FROM events WHERE NOT EXISTS (SELECT * FROM deliveries"
+                f" WHERE event_id = events.id AND webhook_id = ?) AND id IN"
+                f" ({','.join('?' * len(event_ids))}) ORDER BY id",
+                (webhook_id, *event_ids),
+            ).fetchall()
+            for event_id, name in events:
+                batch.add_delivery(webhook_id, event_id, name, now_ms)
+            return len(events)
+
+        return self._write(work)
+
+    def delete_event(self, id: int) -> list[int]:
+        """Delete an event and all that is known of it, without a trace in the files.
+
+        Returns the ids of the webhooks that had deliveries of it; raises NotFound."""
+
+        def work(batch):
+            connection = batch.connection
+            if not connection.execute("DELETE FROM events WHERE id = ?", [id]).rowcount:
+                raise NotFound(f"there is no event {id}")
+            connection.execute("DELETE FROM payloads WHERE event_id = ?", [id])
+            sql = "SELECT id, webhook_id, state FROM deliveries WHERE event_id = ?"
+            rows = connection.execute(sql, [id]).fetchall()
+            delete_deliveries(connection, [number for number, _, _ in rows])
+            waiting = [webhook for _, webhook, state in rows if state == PENDING]
+            batch.pending_change.subtract(waiting)
+            return sorted({webhook for _, webhook, _ in rows})
+
+        webhook_ids = self._write(work)
+        self._empty_log()
+        return webhook_ids
+
+    def _empty_log(self):
+        """Move what SQLite's log holds into the database, and cut the log off."""
+        with contextlib.closing(open_database(self._path)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def shift_schedule(self, after_ms: int, by_ms: int) -> None:
+        """Move what is planned after a moment, because the clock has jumped."""
+
+        def work(batch):
+            for table, column in (
+                ("deliveries", "next_attempt"),
+                ("webhooks", "paused_until"),
+            ):
+                pending = "state = 'pending' AND " if table == "deliveries" else ""
+                batch.connection.execute(
+                    f"UPDATE {table} SET {column} = {column} + ? WHERE {pending}{column} > ?",
+                    (by_ms, after_ms),
+                )
+            batch.webhooks_changed()
+
+        self._write(work)
+
+    # ---- upkeep, in steps, so that nobody waits long for the writer ----
+
+    def size_bytes(self) -> int:
+        """How much of the database file is in use."""
+        pragmas = ("page_count", "freelist_count", "page_size")
+        pages, free, page_size = (self._row(f"PRAGMA {name}")[0] for name in pragmas)
+        return (pages - free) * page_size
+
+    def delete_leftovers(self) -> int:
+        """Delete a step of what a deleted webhook has left; 0 if there is nothing."""
+        id = 0
+        while id is not None:
+            if id and id not in self.webhooks.by_id:
+                return self._write(
+                    lambda batch, id=id: delete_deliveries_of(batch.connection, id)
+                )
+            sql = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?"
+            id = self._row(sql, id)[0]
+        return 0
+
+    def prune(self, before_ms: int, after: int) -> tuple[int, int | None]:
+        """Delete a step of the finished deliveries that were made before a moment.
+
+        Begins above the delivery number `after`; returns how many it deleted, and the
+        number to go on from or None at the end."""
+        sql = (
+            "SELECT id, created, state FROM deliveries WHERE id > ? ORDER BY id LIMIT ?"
+        )
+        rows = self._rows(sql, (after, ROWS_PER_STEP))
+        old = list(itertools.takewhile(lambda row: row[1] < before_ms, rows))
+        finished = [number for number, _, state in old if state != PENDING]
+        if finished:
+            self._write(lambda batch: delete_deliveries(batch.connection, finished))
+        return len(finished), old[-1][0] if len(old) == ROWS_PER_STEP else None
+
+    def prune_events(self, before_ms: int, after: int) -> tuple[int, int | None]:
+        """The same for events without deliveries."""
+        sql = (
+            "SELECT id, created, EXISTS (SELECT * FROM deliveries WHERE event_id ="
+            " events.id) FROM events WHERE id > ? ORDER BY id LIMIT ?"
+        )
+        rows = self._rows(sql, (after, ROWS_PER_STEP))
+        old = list(itertools.takewhile(lambda row: row[1] < before_ms, rows))
+        bare = [id for id, _, has_deliveries in old if not has_deliveries]
+        if bare:
+            self._write(lambda batch: delete_events(batch.connection, bare))
+        return len(bare), old[-1][0] if len(old) == ROWS_PER_STEP else None
+
+    def prune_rest(self, before_ms: int, now_ms: int) -> None:
+        """Delete the answers to old keys, and statistics beyond their window."""
+        day = (now_ms - STATISTICS_DAYS * DAY_MS) // DAY_MS
+        if self._row("SELECT 1 FROM answers WHERE created < ? LIMIT 1", before_ms):
+            sql = "DELETE FROM answers WHERE created < ?"
+            self.write(lambda connection: connection.execute(sql, [before_ms]) and None)
+        old = "day < ? AND last_attempt NOT IN (SELECT id FROM attempts)"
+        if self._row(f"SELECT 1 FROM statistics WHERE {old} LIMIT 1", day):
+            sql = f"DELETE FROM statistics WHERE {old}"
+            self.write(lambda connection: connection.execute(sql, [day]) and None)
+
+    def give_back(self) -> bool:
+        """Return a step of free pages to the file system; whether there are more."""
+        if self._row("PRAGMA freelist_count")[0] < PAGES_PER_STEP:
+            return False
 
         def work(connection):
-            if not connection.execute(
-                "DELETE FROM webhooks WHERE id = ?", [id]
-            ).rowcount:
-                raise NotFound(f"there is no webhook {id}")
-            connection.execute(
-                "DELETE FROM attempts WHERE delivery_id IN"
-                " (SELECT id FROM deliveries WHERE webhook_id = ?)",
-                [id],
-            )
-            connection.execute("DELETE FROM deliveries WHERE webhook_id = ?", [id])
-            connection.execute("DELETE FROM statistics WHERE webhook_id = ?", [id])
+            for _ in range(PAGES_PER_STEP):  # sqlite3 makes one step of it, one page
+                connection.execute("PRAGMA incremental_vacuum")
 
         self.write(work)
+        return True
 
     def flush(self) -> None:
         """Return when everything handed in so far is on disk."""
         self.write(lambda connection: None)
+
+    def _write(self, work):
+        return self._submit(lambda batch: batch.write(work), publishes=False)
 
     def stands_still(self) -> bool:
         """Whether the writer is not getting on with its work."""
@@ -2403,7 +2914,7 @@ class Store:
     def _run_writer(self):
         while True:
             writes, settlements = self._next_work()
-            if not writes and not settlements:
+            if self._closing and not writes and not settlements:
                 return
             # what is published is matched with the webhooks that changed beside it
             writes.sort(key=lambda write: write.publishes)
@@ -2413,14 +2924,13 @@ class Store:
             except Exception as error:
                 self._put_back(settlements, error)
                 for write in writes:
-                    write.finish(stored_error(error))
+                    write.finish(stored_error(error, self._path))
             self._committing_since = None
 
     def _next_work(self):
         with self._wakeup:
-            self._wakeup.wait_for(
-                lambda: self._writes or self._settlements or self._closing
-            )
+            if not self.problem:
+                self._wakeup.wait_for(self._has_work)
             if not self._writes and not self._closing:
                 delay = RETRY_SECONDS if self.problem else SETTLE_SECONDS
                 self._wakeup.wait_for(lambda: self._writes or self._closing, delay)
@@ -2428,9 +2938,14 @@ class Store:
             self._writes, self._settlements = [], []
             return work
 
+    def _has_work(self):
+        return self._writes or self._settlements or self._closing
+
     def _commit(self, writes, settlements):
         with transaction(self._connection) as connection:
-            batch = Batch(connection, self.webhooks, self._ids)
+            batch = Batch(connection, self.webhooks, self.health, self._ids)
+            if self.problem:  # see whether anything can be written at all
+                connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             batch.settle(settlements)
             for write in writes:
                 write.run(batch)
@@ -2440,13 +2955,14 @@ class Store:
         self.problem = None
         self.settled_count += len(settlements)
         self.webhooks = batch.webhooks
-        if batch.due:
-            self._published(batch.due)
+        self.health.update(batch.changed_health)
+        self.pending.update(batch.pending_change)
+        self._committed(batch.due)
         for write in writes:
             write.finish()
 
     def _put_back(self, settlements, error):
-        problem = str(stored_error(error))
+        problem = str(stored_error(error, self._path))
         if problem != self.problem:
             log.error("the database cannot be written", exc_info=error)
         self.problem = problem
@@ -2459,7 +2975,8 @@ class Store:
     def reader(self) -> sqlite3.Connection:
         """This thread's own connection for reading."""
         if not hasattr(self._local, "connection"):
-            connection = open_database(self._path)
+            # not open_database(): its pragmas take the write lock
+            connection = connect(self._path)
             connection.execute("PRAGMA query_only = ON")
             with self._wakeup:
                 self._readers.append(connection)
@@ -2488,12 +3005,7 @@ class Store:
             raise NotFound(f"there is no webhook {id}")
         return webhook
 
-    def failures(self) -> dict[int, int]:
-        """For each webhook its attempts without success, in a row."""
-        return dict(self._rows("SELECT id, failures FROM webhooks"))
-
-    def pending_counts(self) -> dict[int, int]:
-        """How many deliveries wait, for each webhook that has any."""
+    def _pending_counts(self):
         return dict(
             self._rows(
                 "SELECT webhook_id, count(*) FROM deliveries WHERE state = 'pending'"
@@ -2523,7 +3035,8 @@ class Store:
         if row is None:
             raise NotFound(f"there is no event {id}")
         deliveries = self._rows(
-            f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE event_id = ? ORDER BY id",
+            f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE event_id = ?"
+            " AND webhook_id IN (SELECT id FROM webhooks) ORDER BY id",
             [id],
         )
         return (
@@ -2552,7 +3065,7 @@ class Store:
         row = self._row(
             f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE uuid = ?", uuid
         )
-        if row is None:
+        if row is None or row[1] not in self.webhooks.by_id:
             raise NotFound(f"there is no delivery {uuid}")
         delivery = Delivery(*row)
         attempts = self._rows(
@@ -2564,6 +3077,16 @@ class Store:
             "SELECT body FROM payloads WHERE event_id = ?", delivery.event_id
         )
         return delivery, body[0].decode(), [_attempt(*row) for row in attempts]
+
+    def succeeded_webhooks(self) -> set[int]:
+        """The webhooks that had a success, and no failure since."""
+        sql = "SELECT DISTINCT webhook_id FROM statistics WHERE outcome = ?"
+        ids = {id for (id,) in self._rows(sql, [SUCCESS])}
+        return {id for id in ids if id in self.health and not self.health[id].failures}
+
+    def number_of(self, uuid: str) -> int:
+        """The number of a delivery that exists."""
+        return self._row("SELECT id FROM deliveries WHERE uuid = ?", uuid)[0]
 
     def latest(
         self, webhook_id: int, wanted: Filter, bodies: bool = True
@@ -2622,14 +3145,22 @@ class Store:
         return [event for (event,) in self._rows(sql, [webhook_id])]
 
     def due(
-        self, webhook_id: int, now_ms: int, held: set[int], limit: int
+        self, webhook: Webhook, until_ms: int, held: set[int], limit: int
     ) -> tuple[list[DueDelivery], bool]:
-        """The webhook's oldest due deliveries that are not held, and if there are more."""
+        """The webhook's oldest due deliveries that are not held, and if there are more.
+
+        Those of an ordered webhook come in publish order, due or not."""
+        order, until = (
+            ("id", None) if webhook.ordered else ("next_attempt, id", until_ms)
+        )
+        clause, values = where(
+            {"webhook_id = ?": webhook.id, "next_attempt <= ?": until}
+        )
         rows = self.reader().execute(
-            "SELECT id, uuid, webhook_id, event, body, attempt_count FROM deliveries"
-            " JOIN payloads USING (event_id) WHERE state = 'pending' AND webhook_id = ?"
-            " AND next_attempt <= ? ORDER BY next_attempt, id",
-            (webhook_id, now_ms),
+            "SELECT id, uuid, webhook_id, event, body, attempt_count, step, next_attempt"
+            f" FROM deliveries JOIN payloads USING (event_id){clause}"
+            f" AND state = 'pending' ORDER BY {order}",
+            values,
         )
         taken, taken_bytes = [], 0
         with contextlib.closing(rows):
@@ -2641,6 +3172,51 @@ class Store:
                 if len(taken) == limit or taken_bytes >= MAX_WINDOW_BYTES:
                     return taken, True
         return taken, False
+
+    def redeliverable(
+        self, webhook_id: int, wanted: Filter
+    ) -> collections.abc.Iterator[list[int]]:
+        """The numbers of the deliveries that match, in steps, oldest first."""
+        tests = {
+            "webhook_id = ?": webhook_id,
+            "event IN": wanted.events,
+            "state IN": wanted.states,
+            "outcome IN": wanted.outcomes,
+            "created >= ?": wanted.since,
+            "created <= ?": wanted.until,
+        }
+        last = 0
+        while True:
+            clause, values = where(tests | {"id > ?": last})
+            sql = f"SELECT id FROM deliveries{clause} ORDER BY id LIMIT {ROWS_PER_STEP}"
+            numbers = [number for (number,) in self._rows(sql, values)]
+            if not numbers:
+                return
+            yield numbers
+            last = numbers[-1]
+
+    def missed_events(
+        self, webhook: Webhook, wanted: Filter
+    ) -> collections.abc.Iterator[list[int]]:
+        """The ids of the events that a webhook wants and has no delivery of, in steps."""
+        tests = {
+            "event IN": wanted.events,
+            "timestamp >= ?": wanted.since,
+            "timestamp <= ?": wanted.until,
+        }
+        last = 0
+        while True:
+            clause, values = where(tests | {"id > ?": last})
+            rows = self._rows(
+                f"SELECT id, event, body FROM events JOIN payloads ON event_id = id{clause}"
+                " AND NOT EXISTS (SELECT * FROM deliveries WHERE event_id = events.id"
+                f" AND webhook_id = {webhook.id}) ORDER BY id LIMIT {ROWS_PER_STEP}",
+                values,
+            )
+            if not rows:
+                return
+            yield [id for id, *event in rows if webhook_wants(webhook, *event)]
+            last = rows[-1][0]
 
     def next_due(self, webhook_id: int, now_ms: int) -> int | None:
         """When, after now, the webhook's next delivery becomes due; milliseconds."""
@@ -2655,17 +3231,23 @@ class Store:
 # Dispatcher: the delivery loop
 # ======================================================================================
 
+FOREVER_MS = 1 << 62
+RESERVED_SHARE = 8  # one in so many places is kept for webhooks proven to work
 WINDOW = 100  # due deliveries of one webhook that are held in memory
 TICK_SECONDS = 1
+UPKEEP_SECONDS = 1
+PRUNING_SECONDS = 60
+STEP_REST_SECONDS = 0.02  # between two steps others have the writer to themselves
+CLOCK_JUMP_SECONDS = 2
 STOP_SECONDS = 10  # what is in flight at the end has this long
 
 
 class Lane:
     """The deliveries to one webhook: a window of those due, the database has the rest."""
 
-    def __init__(self, webhook_id: int, failures: int):
+    def __init__(self, webhook_id: int, health: Health):
         self.webhook_id = webhook_id
-        self.failures = failures  # attempts without success, in a row
+        self.health = health
         self.ready: collections.deque[DueDelivery] = collections.deque()
         self.held: set[int] = set()  # ready, in flight, or uncommitted
         # settled, but not on disk yet: numbers of the settlement and of the delivery
@@ -2673,9 +3255,20 @@ class Lane:
         self.newest = 0  # highest number ever held: what is offered below it is known
         self.backlog = True  # the database may hold more that is due
         self.in_flight = 0
+        self.proven = False  # its latest attempt succeeded
         self.width = 1  # how many may be: grows with each success, a failure makes it 1
         self.waiting = False  # for its turn
-        self.alarm: int | None = None  # milliseconds, when the database is asked again
+        self.awaited = (
+            0  # number of a settlement; backlog is unknown until it is on disk
+        )
+        self.not_before = 0.0  # milliseconds: nothing is started earlier
+        self.alarm: float | None = (
+            None  # milliseconds, when the database is asked again
+        )
+
+    def rests_until(self) -> float:
+        """Milliseconds before which nothing may start."""
+        return max(self.not_before, self.health.paused_until or 0)
 
     def take(self, due: DueDelivery) -> None:
         self.ready.append(due)
@@ -2719,18 +3312,23 @@ class Dispatcher:
     ):
         self._store, self._client, self._settings = store, client, settings
         self._clock, self._jitter, self._heartbeat = clock, jitter, heartbeat
-        self._failures = store.failures()
-        self._lanes = {id: self._new_lane(id) for id in store.webhooks.by_id}
-        self._first_turns, self._retry_turns = collections.deque(), collections.deque()
+        self._succeeded = store.succeeded_webhooks()
+        self._lanes: dict[int, Lane] = {}
+        self._sure_turns, self._doubtful_turns = (
+            collections.deque(),
+            collections.deque(),
+        )
+        self._doubtful_count = 0  # attempts in flight to webhooks that are not proven
         self._busy: set[Lane] = set()
+        self._awaiting: set[Lane] = set()  # a commit, see _await_commit
         self._alarms = []  # a heap of (milliseconds, webhook id)
         self._tasks: set[asyncio.Task] = set()
         self._inbox = collections.deque()  # appended to by any thread
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked = time.monotonic()
-        for lane in self._lanes.values():
-            self._queue(lane)
-        store.on_published(self.offer)
+        for webhook_id in store.webhooks.by_id:
+            self.reconsider(webhook_id)
+        store.on_commit(self.offer)
 
     def __enter__(self):
         started = threading.Event()
@@ -2748,9 +3346,11 @@ class Dispatcher:
     # ---- called by other threads ----
 
     def offer(self, due: list[DueDelivery]) -> None:
-        """Take what has just been published, in publish order."""
-        self._inbox.append(functools.partial(self._take, due))
-        self._wake()
+        """Take what a commit has published, in publish order."""
+        if due:
+            self._inbox.append(functools.partial(self._take, due))
+        if due or self._awaiting:
+            self._wake()
 
     def reconsider(self, webhook_id: int) -> None:
         """A webhook, or something about its deliveries, was changed."""
@@ -2794,8 +3394,12 @@ class Dispatcher:
     async def _until_idle(self):
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self.step()
-        while self._tasks:
-            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        while self._tasks or self._awaiting:
+            if self._tasks:
+                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                self._store.flush()
+            self.step()
         self._client.close_idle()
         self._loop = None
 
@@ -2803,6 +3407,7 @@ class Dispatcher:
         """Take in what came, and start every attempt that may start now."""
         while self._inbox:
             self._inbox.popleft()()
+        self._end_waits()
         self._ring_alarms(self._now_ms())
         self._start_attempts()
 
@@ -2811,19 +3416,19 @@ class Dispatcher:
 
     # ---- what is due ----
 
-    def _new_lane(self, webhook_id):
-        return Lane(webhook_id, self._failures.get(webhook_id, 0))
-
     def _lane(self, webhook_id):
         if webhook_id not in self._lanes:
-            self._lanes[webhook_id] = self._new_lane(webhook_id)
+            health = self._store.health.get(webhook_id, Health())
+            self._lanes[webhook_id] = Lane(webhook_id, health)
+            self._lanes[webhook_id].proven = webhook_id in self._succeeded
         return self._lanes[webhook_id]
 
     def _take(self, offered):
         for due in offered:
             lane = self._lane(due.webhook_id)
             if due.number > lane.newest:
-                if lane.backlog or not lane.has_room(due):
+                in_database = lane.backlog or lane in self._awaiting
+                if in_database or not lane.has_room(due):
                     lane.backlog = True  # the database keeps it, in its order
                 else:
                     lane.take(due)
@@ -2832,6 +3437,8 @@ class Dispatcher:
     def _reread(self, webhook_id):
         lane = self._lane(webhook_id)
         lane.reread()
+        lane.health = self._store.health.get(webhook_id, Health())
+        lane.not_before = 0.0
         self._queue(lane)
 
     def _set_alarm(self, lane, when_ms):
@@ -2849,16 +3456,34 @@ class Dispatcher:
                 lane.backlog = True
                 self._queue(lane)
 
-    def _refill(self, lane):
+    def _await_commit(self, lane):
+        """Ask the database for more once it knows all about the lane."""
+        lane.backlog = False
+        lane.awaited = lane.uncommitted[-1][0]
+        self._awaiting.add(lane)
+
+    def _end_waits(self):
+        for lane in list(self._awaiting):
+            if lane.awaited <= self._store.settled_count:
+                self._awaiting.discard(lane)
+                lane.backlog = True
+                self._queue(lane)
+
+    def _refill(self, lane, webhook):
         now_ms = self._now_ms()
         lane.release(self._store.settled_count)
-        due, lane.backlog = self._store.due(lane.webhook_id, now_ms, lane.held, WINDOW)
+        if lane.uncommitted and webhook.ordered:  # what comes next is not known yet
+            self._await_commit(lane)
+            return
+        due, lane.backlog = self._store.due(webhook, now_ms, lane.held, WINDOW)
+        if not due and lane.health.paused_until:  # the probe is due whatever is planned
+            due, lane.backlog = self._store.due(webhook, FOREVER_MS, lane.held, 1)
         for delivery in due:
             lane.take(delivery)
         if lane.backlog:
             return
-        if lane.uncommitted:  # what they become due at is not known to the database yet
-            self._set_alarm(lane, now_ms + 50)
+        if lane.uncommitted:  # when they are due again the database does not know yet
+            self._await_commit(lane)
         next_due = self._store.next_due(lane.webhook_id, now_ms)
         if next_due is not None:
             self._set_alarm(lane, next_due)
@@ -2867,35 +3492,53 @@ class Dispatcher:
 
     def _queue(self, lane):
         """Let a lane wait for its turn, if it has something to do and may do it."""
-        if not lane.ready and not lane.backlog:
-            if not lane.in_flight:
-                self._busy.discard(lane)
-            return
-        self._busy.add(lane)
-        if not lane.waiting and lane.in_flight < self._allowed(lane):
-            lane.waiting = True
-            is_retry = lane.ready and lane.ready[0].attempt_count
-            (self._retry_turns if is_retry else self._first_turns).append(lane)
+        if (lane.ready or lane.backlog) and not lane.health.disabled:
+            if lane.rests_until() > self._now_ms():
+                self._set_alarm(lane, lane.rests_until())
+            elif not lane.waiting and lane.in_flight < self._allowed(lane):
+                lane.waiting = True
+                is_retry = lane.ready and lane.ready[0].attempt_count
+                sure = lane.proven and not is_retry
+                (self._sure_turns if sure else self._doubtful_turns).append(lane)
+        if lane.waiting or lane.in_flight:
+            self._busy.add(lane)
+        else:
+            self._busy.discard(lane)
 
     def _allowed(self, lane):
-        share = self._settings.max_in_flight // len(self._busy)
+        if lane.health.paused_until or self._is_ordered(lane):
+            return 1
+        share = self._settings.max_in_flight // max(1, len(self._busy))
         return min(lane.width, max(1, share))
 
     def _start_attempts(self):
-        while len(self._tasks) < self._settings.max_in_flight:
-            turns = self._first_turns or self._retry_turns
-            if not turns or self._stop.is_set():
+        """Those to proven webhooks first; the others never take all the places."""
+        most = self._settings.max_in_flight
+        doubtful = max(1, most - max(1, most // RESERVED_SHARE))
+        while len(self._tasks) < most and not self._stop.is_set():
+            more = self._doubtful_count < doubtful
+            turns = self._sure_turns or more and self._doubtful_turns
+            if not turns or self._store.problem:
                 return
             lane = turns.popleft()
             lane.waiting = False
             webhook = self._store.webhooks.by_id.get(lane.webhook_id)
             due = self._next(lane, webhook)
             if due:
-                lane.in_flight += 1
-                task = self._loop.create_task(self._deliver(lane, due, webhook))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._start(lane, due, webhook)
             self._queue(lane)
+
+    def _start(self, lane, due, webhook):
+        lane.in_flight += 1
+        if webhook.rate_limit:
+            start = max(lane.not_before, self._clock() * 1000)
+            lane.not_before = start + 1000 / webhook.rate_limit
+        doubtful = not lane.proven
+        self._doubtful_count += doubtful
+        delivery = self._deliver(lane, due, webhook, doubtful)
+        task = self._loop.create_task(delivery)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _next(self, lane, webhook):
         if webhook is None:
@@ -2904,12 +3547,19 @@ class Dispatcher:
             lane.reread()
             lane.backlog = False  # until it is active again
         elif not lane.ready and lane.backlog:
-            self._refill(lane)
-        return lane.ready.popleft() if lane.ready else None
+            self._refill(lane, webhook)
+        if not lane.ready:
+            return None
+        head = lane.ready[0]
+        if head.next_attempt > self._now_ms() and not lane.health.paused_until:
+            lane.reread()  # an ordered webhook waits for its head
+            lane.not_before = head.next_attempt
+            return None
+        return lane.ready.popleft()
 
     # ---- one delivery ----
 
-    async def _deliver(self, lane, due, webhook):
+    async def _deliver(self, lane, due, webhook, doubtful):
         now_ms = self._now_ms()
         number = due.attempt_count + 1
         headers = request_headers(webhook, due.event, due.id, number, due.body, now_ms)
@@ -2923,42 +3573,149 @@ class Dispatcher:
             attempt = Attempt(
                 now_ms, 0, masked_url(webhook.url), masked, ERROR, "internal error"
             )
+        self._doubtful_count -= doubtful
         self._settle(lane, due, attempt)
         self._tasks.discard(asyncio.current_task())  # its place is free at once
         self._queue(lane)
         self._start_attempts()
 
     def _settle(self, lane, due, attempt):
-        settled = settlement(
-            due, attempt, lane.failures, self._settings.retry_schedule, self._jitter()
-        )
+        settled = settlement(due, attempt, lane.health, self._settings, self._jitter())
         lane.in_flight -= 1
         lane.uncommitted.append((self._store.settle(settled), due.number))
         lane.release(self._store.settled_count)
-        succeeded = attempt.outcome == SUCCESS
-        lane.width = (
-            min(lane.width + 1, self._settings.webhook_concurrency) if succeeded else 1
-        )
+        lane.proven = attempt.outcome == SUCCESS
+        if lane.proven:
+            lane.width = min(lane.width + 1, self._settings.webhook_concurrency)
+        else:
+            lane.width = 1
         self._log(lane, settled)
-        lane.failures = settled.failures
+        lane.health = settled.health
+        if settled.recovered or settled.state == PENDING and self._is_ordered(lane):
+            lane.reread()
+            self._await_commit(lane)
         if settled.next_attempt is not None:
             self._set_alarm(lane, settled.next_attempt)
 
+    def _is_ordered(self, lane):
+        webhook = self._store.webhooks.by_id.get(lane.webhook_id)
+        return webhook is not None and webhook.ordered
+
     def _log(self, lane, settled):
-        webhook = {"webhook": lane.webhook_id}
-        if lane.failures and not settled.failures:
-            fact("webhook works again", **webhook, failures=lane.failures)
-        elif settled.failures and not lane.failures:
-            fact("webhook fails", **webhook, reason=settled.attempt.description)
-        if settled.state == FAILED:
-            reason = settled.attempt.description
+        before, after = lane.health, settled.health
+        facts = {"webhook": lane.webhook_id}
+        if before.failures and not after.failures:
+            fact("webhook works again", **facts, failures=before.failures)
+        if after.failures and not before.failures:
+            fact("webhook fails", **facts, reason=after.reason)
+        if after.paused_until and not before.paused_until:
+            fact("webhook paused", **facts, reason=after.reason)
+        if after.disabled and not before.disabled:
             fact(
-                "delivery given up",
-                level=logging.WARNING,
-                id=settled.due.id,
-                **webhook,
-                reason=reason,
+                "webhook disabled", level=logging.WARNING, **facts, reason=after.reason
             )
+        if settled.state == FAILED:
+            facts |= {"id": settled.due.id, "reason": settled.attempt.description}
+            fact("delivery given up", level=logging.WARNING, **facts)
+
+
+class Upkeep:
+    """Deletes what is old or too much, and gives its space back; small steps, with
+    pauses between them. `with` runs it in a thread of its own."""
+
+    def __init__(
+        self,
+        store: Store,
+        dispatcher: Dispatcher,
+        settings: Settings,
+        clock: collections.abc.Callable[[], float] = time.time,
+        steady_clock: collections.abc.Callable[[], float] = lambda: time.clock_gettime(
+            time.CLOCK_BOOTTIME  # goes on while the machine sleeps
+        ),
+    ):
+        self._store, self._dispatcher, self._settings = store, dispatcher, settings
+        self._clock, self._steady_clock = clock, steady_clock
+        self._clock_offset = clock() - steady_clock()
+        self._stop = threading.Event()
+        self._next_pruning = 0.0
+
+    def __enter__(self):
+        self._thread = threading.Thread(target=self._run, name="upkeep")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info):
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self):
+        while not self._stop.wait(UPKEEP_SECONDS):
+            try:
+                self.run_once()
+            except WebhookdError as error:  # it says so itself, and this comes again
+                log.debug("upkeep: %s", error)
+            except Exception:
+                log.exception("upkeep failed")
+
+    def run_once(self) -> None:
+        """Do what is to be done now."""
+        self._follow_clock()
+        now_ms = int(self._clock() * 1000)
+        if self._clock() >= self._next_pruning:
+            self._prune(now_ms)
+            every = min(PRUNING_SECONDS, self._settings.retention / 10)
+            self._next_pruning = self._clock() + every
+        self._keep_size(now_ms)
+        self._in_steps(self._store.give_back)
+
+    def _follow_clock(self):
+        """Move what is planned when the clock jumps, so that it neither waits nor rushes."""
+        now, offset = self._clock(), self._clock() - self._steady_clock()
+        jump, self._clock_offset = offset - self._clock_offset, offset
+        if abs(jump) > CLOCK_JUMP_SECONDS:
+            fact("clock jumped", level=logging.WARNING, seconds=round(jump, 3))
+            self._store.shift_schedule(int((now - jump) * 1000), int(jump * 1000))
+            for webhook_id in self._store.webhooks.by_id:
+                self._dispatcher.reconsider(webhook_id)
+            self._next_pruning = 0.0
+
+    def _prune(self, now_ms):
+        before_ms = now_ms - int(self._settings.retention * 1000)
+        self._in_steps(self._store.delete_leftovers)
+        for prune in (self._store.prune, self._store.prune_events):
+            after = 0
+            while after is not None:
+                _, after = prune(before_ms, after)
+                self._rest()
+        self._store.prune_rest(before_ms, now_ms)
+
+    def _keep_size(self, now_ms):
+        after = 0
+        while self._is_too_large() and after is not None:
+            _, after = self._store.prune(now_ms + 1, after)
+            self._rest()
+        after = 0
+        while self._is_too_large() and after is not None:
+            _, after = self._store.prune_events(now_ms + 1, after)
+            self._rest()
+        full = self._is_too_large()
+        if full != self._store.full:
+            fact(
+                "database full" if full else "database has room again",
+                level=logging.WARNING,
+            )
+        self._store.full = full
+
+    def _is_too_large(self):
+        return self._store.size_bytes() > self._settings.max_database_size
+
+    def _in_steps(self, step):
+        while step() and not self._stop.is_set():
+            self._rest()
+
+    def _rest(self):
+        if self._stop.wait(STEP_REST_SECONDS):
+            raise Unavailable("webhookd is stopping")
 
 
 # ======================================================================================
@@ -2968,6 +3725,7 @@ class Dispatcher:
 ADMIN, PUBLISHER, VIEWER = "admin", "publisher", "viewer"
 ROLES = (ADMIN, PUBLISHER, VIEWER)
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1, "maxmem": 64 << 20}  # 16 MB and about 50 ms
+MAX_VERIFIED = 1000
 WRONG_PASSWORDS = 10
 WRONG_PASSWORDS_SECONDS = 60
 
@@ -3043,10 +3801,10 @@ class Logins:
 
     def __init__(self, store: Store, clock: collections.abc.Callable[[], float]):
         self._store, self._clock = store, clock
-        self._lock = threading.Lock()  # guards the next two
+        # one at a time: a password takes 16 MB, and no wrong one goes uncounted
+        self._verifying = threading.Lock()
         self._verified: dict[bytes, User] = {}  # by digest of the header
         self._wrong: dict[str, tuple[float, int]] = {}  # address: since when, how many
-        self._hashing = threading.Lock()  # one password at a time has 16 MB to itself
 
     def user(self, header: str | None, address: str) -> User:
         """The user of an Authorization header; raises Unauthorized, TooManyRequests."""
@@ -3056,18 +3814,21 @@ class Logins:
         digest = hashlib.sha256(header.encode()).digest()
         users = load_users(self._store.reader())  # so that a change counts at once
         known = self._verified.get(digest)
-        if known is None or known not in users:
+        if known is not None and known in users:
+            return known
+        with self._verifying:
+            self._check_throttle(address)  # others may have been wrong meanwhile
             known = self._verify(header, users)
             if known is None:
                 self._count_wrong(address)
                 raise Unauthorized("wrong user name or password")
-            with self._lock:
-                if len(self._verified) >= 1000:
-                    self._verified.clear()
-                self._verified[digest] = known
+            if len(self._verified) >= MAX_VERIFIED:
+                self._verified.clear()
+            self._verified[digest] = known
         return known
 
-    def _verify(self, header, users):
+    @staticmethod
+    def _verify(header, users):
         scheme, _, value = header.partition(" ")
         if scheme.lower() == "bearer":
             bearers = [user for user in users if user.record.startswith("secret$")]
@@ -3075,14 +3836,15 @@ class Logins:
         if scheme.lower() != "basic":
             return None
         try:
-            name, colon, password = base64.b64decode(value).decode().partition(":")
+            name, _, given = base64.b64decode(value).decode().partition(":")
         except ValueError:
             return None
         user = next((user for user in users if user.name == name), None)
-        # an unknown name takes as long as a known one
-        record = user.record if user else "scrypt$none$"
-        with self._hashing:
-            return user if matches(password, record) else None
+        if user and matches(given, user.record):
+            return user
+        if user is None or user.record.startswith("secret$"):
+            password_record(given)  # so that nobody learns from the time who exists
+        return None
 
     def _check_throttle(self, address):
         since, count = self._wrong.get(address, (0, 0))
@@ -3095,14 +3857,13 @@ class Logins:
 
     def _count_wrong(self, address):
         now = self._clock()
-        with self._lock:
-            self._wrong = {
-                key: (since, count)
-                for key, (since, count) in self._wrong.items()
-                if now - since < WRONG_PASSWORDS_SECONDS
-            }
-            since, count = self._wrong.get(address, (now, 0))
-            self._wrong[address] = since, count + 1
+        self._wrong = {
+            key: (since, count)
+            for key, (since, count) in self._wrong.items()
+            if now - since < WRONG_PASSWORDS_SECONDS
+        }
+        since, count = self._wrong.get(address, (now, 0))
+        self._wrong[address] = since, count + 1
         fact("wrong password", level=logging.WARNING, address=address)
 
 
@@ -3176,6 +3937,10 @@ class Api:
             ("GET", events + "/<id:id>", self.get_event, READERS),
             ("GET", hook + "/deliveries", self.list_deliveries, READERS),
             ("GET", deliveries + "/<uuid>", self.get_delivery, READERS),
+            ("POST", deliveries + "/<uuid>/redeliver", self.redeliver, ADMINS),
+            ("POST", hook + "/redeliver", self.redeliver_many, ADMINS),
+            ("POST", hook + "/replay", self.replay, ADMINS),
+            ("DELETE", events + "/<id:id>", self.delete_event, ADMINS),
         ):
             self.app.route(path, method, handler, roles=roles)
         self.app.route("/health", "GET", self.health, skip=[self._log_in])
@@ -3353,7 +4118,11 @@ class Api:
         read_webhook(body, old, self._destinations.check_url)
         now = self._now_ms()
         webhook = self._store.change_webhook(
-            id, lambda old: dataclasses.replace(read_webhook(body, old), updated=now)
+            id,
+            lambda old: with_rotated_secret(
+                old, dataclasses.replace(read_webhook(body, old), updated=now), now
+            ),
+            starts_clean=not {"active", "url"}.isdisjoint(json_value(body)),
         )
         self._dispatcher.reconsider(id)
         self._log_change("webhook changed", id=id, url=masked_url(webhook.url))
@@ -3367,23 +4136,15 @@ class Api:
 
     def _shown(self, webhooks, statistics=False):
         """The webhooks as the API shows them, with their health."""
-        pending, failures = self._store.pending_counts(), self._store.failures()
         shown = []
         for webhook in webhooks:
-            failed = failures.get(webhook.id, 0)
-            state = "failing" if failed else "healthy"
-            health = {
-                "state": state if webhook.active else "inactive",
-                "consecutiveFailures": failed,
-                "pausedUntil": None,
-                "reason": None,
-                "pending": pending.get(webhook.id, 0),
-            }
-            shown.append(webhook.shown() | {"health": health})
+            health = self._store.health.get(webhook.id, Health())
+            pending = self._store.pending[webhook.id]
+            shown.append(webhook.shown())
+            shown[-1]["health"] = health.shown(webhook.active, pending)
             if statistics:
-                shown[-1]["statistics"] = self._store.statistics(
-                    webhook.id, (), self._now_ms()
-                )
+                now = self._now_ms()
+                shown[-1]["statistics"] = self._store.statistics(webhook.id, (), now)
         return shown
 
     def latest(self, id):
@@ -3427,7 +4188,7 @@ class Api:
             self._tests.release()
         self._log_change(
             "webhook tested",
-            id=webhook.id or None,
+            id=webhook.id or "none",
             url=attempt.url,
             result=attempt.description,
         )
@@ -3469,7 +4230,8 @@ class Api:
     # ---- events and deliveries ----
 
     def publish_events(self):
-        body, lines = self._body(JSON_TYPE, NDJSON_TYPE, limit=MAX_REQUEST_BYTES)
+        limit = max(MAX_REQUEST_BYTES, self._settings.max_event_size)
+        body, lines = self._body(JSON_TYPE, NDJSON_TYPE, limit=limit)
         now = self._now_ms()
         events = read_events(body, lines, now, self._settings.max_event_size)
         several = isinstance(events, list)
@@ -3520,6 +4282,58 @@ class Api:
             attempt.shown(delivery.id, delivery.event, body) for attempt in attempts
         ]
         return self._json(delivery.shown() | {"attempts": shown})
+
+    # ---- operations ----
+
+    def redeliver(self, uuid):
+        uuid, now = uuid.lower(), self._now_ms()
+        webhook_id = self._store.delivery(uuid)[0].webhook_id
+        self._store.redeliver(webhook_id, [self._store.number_of(uuid)], now)
+        self._store.end_pause(webhook_id, now)
+        self._dispatcher.reconsider(webhook_id)
+        self._log_change("delivery redelivered", id=uuid, webhook=webhook_id)
+        return self._json(self._store.delivery(uuid)[0].shown(), 202)
+
+    def redeliver_many(self, id):
+        webhook, now = self._store.webhook(id), self._now_ms()
+        wanted, dry_run = self._selection()
+        if not wanted.outcomes:
+            wanted = dataclasses.replace(wanted, states=(FAILED,))
+        matched = redelivered = 0
+        for numbers in self._store.redeliverable(id, wanted):
+            matched += len(numbers)
+            if not dry_run:
+                redelivered += self._store.redeliver(webhook.id, numbers, now)
+        if redelivered:
+            self._dispatcher.reconsider(id)
+            self._log_change("deliveries redelivered", webhook=id, count=redelivered)
+        return self._json({"matched": matched, "redelivered": redelivered}, 202)
+
+    def replay(self, id):
+        webhook, now = self._store.webhook(id), self._now_ms()
+        wanted, dry_run = self._selection()
+        matched = replayed = 0
+        for event_ids in self._store.missed_events(webhook, wanted):
+            matched += len(event_ids)
+            if not dry_run and event_ids:
+                replayed += self._store.replay(id, event_ids, now)
+        if replayed:
+            self._dispatcher.reconsider(id)
+            self._log_change("events replayed", webhook=id, count=replayed)
+        return self._json({"matched": matched, "replayed": replayed}, 202)
+
+    def _selection(self):
+        """What the body of an operation on many selects, and if it only counts."""
+        body = b"{}"
+        if bottle.request.content_length > 0:
+            body, _ = self._body(JSON_TYPE)
+        return read_selection(body)
+
+    def delete_event(self, id):
+        for webhook_id in self._store.delete_event(id):
+            self._dispatcher.reconsider(webhook_id)
+        self._log_change("event deleted", id=id)
+        bottle.response.status = 204
 
     # ---- health ----
 
@@ -3595,7 +4409,7 @@ def start_logging() -> None:
 # Command line
 # ======================================================================================
 
-SERVER_THREADS = 8
+SERVER_THREADS = 16  # so many publications can share one commit
 MAX_CONNECTIONS = 1000
 MAX_OPEN_FILES = 4096
 
@@ -3610,10 +4424,25 @@ def listen(address: tuple[str, int]) -> socket.socket:
     try:
         family, *_, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
         return socket.create_server(where[:2], family=family)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "not a host"
         raise SettingError(
-            f"--listen (WEBHOOKD_LISTEN): {printable_address(*address)}: {error.strerror}"
+            f"--listen (WEBHOOKD_LISTEN): {printable_address(*address)}: {why}"
         ) from None
+
+
+class RequestParser(waitress.parser.HTTPRequestParser):
+    """Waitress's parser, which otherwise lets some malformed requests escape it."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError:
+            raise waitress.parser.ParsingError("the request is malformed") from None
+
+
+class Channel(waitress.channel.HTTPChannel):
+    parser_class = RequestParser
 
 
 def make_server(app, listener: socket.socket, settings: Settings):
@@ -3626,7 +4455,7 @@ def make_server(app, listener: socket.socket, settings: Settings):
         proxy["trusted_proxy_headers"] = {
             f"x-forwarded-{x}" for x in ("for", "proto", "host")
         }
-    return waitress.create_server(
+    server = waitress.create_server(
         app,
         sockets=[listener],
         threads=SERVER_THREADS,
@@ -3636,10 +4465,14 @@ def make_server(app, listener: socket.socket, settings: Settings):
         asyncore_use_poll=True,  # select() knows file numbers below 1024 only
         **proxy,
     )
+    server.channel_class = Channel
+    return server
 
 
 def _stop(number, frame):
-    signal.signal(number, signal.SIG_IGN)  # once is enough
+    for stopping in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stopping, signal.SIG_IGN)  # once is enough
+    notify("STOPPING=1")
     raise SystemExit(0)
 
 
@@ -3653,23 +4486,25 @@ def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     with contextlib.ExitStack() as parts:
-        parts.callback(notify, "STOPPING=1")
+        listener = parts.enter_context(listen(settings.listen))
         store = parts.enter_context(Store(settings.database))
         secret = ensure_admin(store, settings.admin_password)
         if secret:
             print(f"user admin was created, its secret is: {secret}", flush=True)
-        listener = parts.enter_context(listen(settings.listen))
         address = listener.getsockname()[:2]
         destinations = Destinations(settings.allow_networks, address)
         client = Client(destinations, settings.delivery_timeout)
         dispatcher = Dispatcher(store, client, settings, heartbeat=lambda: _beat(store))
         parts.enter_context(dispatcher)
+        parts.enter_context(Upkeep(store, dispatcher, settings))
         api = Api(store, dispatcher, destinations, settings)
         server = make_server(api.app, listener, settings)
         notify("READY=1")
         fact("ready", listen=printable_address(*address))
-        server.run()  # until the signal's SystemExit, then what it has in hand
+        server.run()  # until the signal's SystemExit
         fact("stopping")
+        # run() gives the requests in hand 5 s; they have as long as the attempts
+        server.task_dispatcher.shutdown(timeout=STOP_SECONDS / 2)
 
 
 # ---- subcommands ----
@@ -3680,8 +4515,10 @@ class CommandError(Exception):
 
 
 @contextlib.contextmanager
-def database_beside_service(path: str):
+def database_beside_service(path: str, creates: bool = False):
     """A connection in a transaction, while a service may be running; raises DatabaseError."""
+    if not creates and not os.path.exists(path):
+        raise DatabaseError(f"{path} does not exist")
     try:
         with contextlib.closing(open_database(path)) as connection:
             version = schema_version(connection)
@@ -3699,19 +4536,24 @@ def database_beside_service(path: str):
 
 def read_password() -> str:
     """A password from the terminal, or the first line of standard input."""
-    password = (
-        getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
-    )
-    if not password:
+    if sys.stdin.isatty():
+        text = getpass.getpass()
+    else:
+        line = sys.stdin.buffer.readline().decode(errors="surrogateescape")
+        text = line.rstrip("\r\n")
+    if not text:
         raise CommandError("the password is empty")
-    return password
+    try:
+        return password(text)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 def add_user(path: str, name: str, role: str, with_password: bool) -> None:
     """Add a user with a password from the terminal or stdin, or with a new secret."""
     secret = read_password() if with_password else secrets.token_urlsafe(32)
     record = password_record(secret) if with_password else secret_record(secret)
-    with database_beside_service(path) as connection:
+    with database_beside_service(path, creates=True) as connection:
         if any(user.name == name for user in load_users(connection)):
             raise CommandError(f"there is a user {name} already")
         save_user(connection, User(name, role, record))
@@ -3731,6 +4573,13 @@ def remove_user(path: str, name: str) -> None:
     with database_beside_service(path) as connection:
         if not connection.execute("DELETE FROM users WHERE name = ?", [name]).rowcount:
             raise CommandError(f"there is no user {name}")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 def _add_user_commands(parser):
@@ -3756,7 +4605,7 @@ def _add_user_commands(parser):
 
 def argument_parser() -> argparse.ArgumentParser:
     """The command line: every setting is a flag, serving is what it does unasked."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="webhookd",
         allow_abbrev=False,
         description="Webhooks for the applications of a small server. Without a subcommand: serve.",
@@ -3786,20 +4635,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if hasattr(given, "run"):
             # a subcommand needs the database only: other settings may be at fault
-            environ = {
-                name: os.environ.get(name, "") for name in ("WEBHOOKD_DATABASE",)
-            }
-            given.run(
-                given, read_settings({"database": given.database}, environ).database
-            )
+            database = {"database": getattr(given, "database", None)}
+            environ = {"WEBHOOKD_DATABASE": os.environ.get("WEBHOOKD_DATABASE", "")}
+            given.run(given, read_settings(database, environ).database)
         else:
             serve(read_settings(vars(given), os.environ))
-    except SettingError as error:
-        print(f"webhookd: {error}", file=sys.stderr)
-        return 2
-    except (DatabaseError, CommandError) as error:
-        print(f"webhookd: {error}", file=sys.stderr)
-        return 1
+    except (SettingError, DatabaseError, CommandError) as error:
+        priority = "<3>" if writes_to_journal(os.environ) else ""
+        print(f"{priority}webhookd: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SettingError) else 1
     return 0
 
 
