@@ -2,27 +2,38 @@
 
 Run as a program (`python3 test_webhookd.py`) it is the benchmark, its last section."""
 
+import argparse
 import ast
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
+import hmac
 import http.client
 import http.server
+import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
+import platform
 import re
+import select
 import shutil
 import signal
 import socket
 import sqlite3
 import ssl
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
+import bottle
 import pytest
 import webtest
 
@@ -3723,3 +3734,598 @@ def test_kill_9_at_any_moment_loses_nothing_that_was_acknowledged(daemon, receiv
     arrived = {body["key"] for body in receiver.bodies()}
     assert set(acknowledged) <= arrived
     assert len(acknowledged) >= 160
+
+
+# ======================================================================================
+# Benchmark: `python3 test_webhookd.py` prints the tables that README shows
+# ======================================================================================
+
+EVENT_BYTES = 1024
+EVENT_NAME = "page_created"
+EVENTS_PATH, WEBHOOKS_PATH = "/rest/api/events", "/rest/api/webhooks"
+STAMP = b"@" * 20  # replaced by the sending time, CLOCK_MONOTONIC in nanoseconds
+PUBLISHING_CONNECTIONS = 32  # more than the server has threads: each finds work
+PUBLISHING_THREADS = 8  # of the group commits alone: as many as the server has
+WEBHOOK_SECRET = "whsec_" + base64.b64encode(b"k" * 32).decode()
+PASSWORD = "benchmark"
+LOGIN = "Basic " + base64.b64encode(f"admin:{PASSWORD}".encode()).decode()
+POLL_SECONDS = 0.01
+STALL_SECONDS = 30  # without an answer: something hangs
+LIMIT_SECONDS = 900  # for everything
+
+
+class BenchmarkError(Exception):
+    """The measurement does not count: something was lost, repeated or refused."""
+
+
+# ---- what is sent ----
+
+
+def event_bytes():
+    """One event of EVENT_BYTES, with a place for its sending time."""
+    page = {"id": 1015809, "spaceKey": "DEV", "version": 7, "title": "Release notes"}
+    event = {"event": EVENT_NAME, "userKey": "ff8080", "page": page}
+    event |= {"sent": STAMP.decode(), "text": ""}
+    event["text"] = "x" * (EVENT_BYTES - len(json.dumps(event)))
+    return json.dumps(event).encode()
+
+
+def publish_request(batch_size):
+    """A whole request that publishes one event, or several as an array."""
+    body = event_bytes()
+    if batch_size > 1:
+        body = b"[" + b",".join([body] * batch_size) + b"]"
+    head = (
+        f"POST {EVENTS_PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: {LOGIN}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
+
+
+def message_bytes(received):
+    """The length of the HTTP message that came; 0 while it is not all there."""
+    head_end = received.find(b"\r\n\r\n") + 4
+    if head_end < 4:
+        return 0
+    end = head_end + int(CONTENT_LENGTH.search(received, 0, head_end)[1])
+    return end if len(received) >= end else 0
+
+
+def percentiles_ms(latencies_ns):
+    """p50 and p99 in milliseconds."""
+    ordered = sorted(latencies_ns)
+    return [ordered[int(share * (len(ordered) - 1))] / 1e6 for share in (0.5, 0.99)]
+
+
+# ---- the receiver: a process of its own, it ends with its standard input ----
+
+
+class CheapReceiver:
+    """Answers every POST with 200, and knows how long each was under way."""
+
+    ANSWER = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok"
+    )
+    SENT = re.compile(rb'"sent":"(\d{20})"')
+
+    def __init__(self, expected):
+        self._expected = expected
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self._poll = select.epoll()
+        self._connections = {}  # file number -> [socket, what came of a request]
+        self._connection_count = 0
+        self._latencies_ns = []
+        self._first_ns = 0
+
+    def run(self):
+        self._poll.register(self._listener, select.EPOLLIN)
+        self._poll.register(0, select.EPOLLIN | select.EPOLLHUP)
+        tell(port=self._listener.getsockname()[1])
+        while True:
+            for number, _ in self._poll.poll():
+                if number == 0:  # the benchmark has closed it: that was all
+                    return tell(requests=len(self._latencies_ns))
+                self._accept_or_read(number)
+
+    def _accept_or_read(self, number):
+        if number == self._listener.fileno():
+            connection, _ = self._listener.accept()
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._connections[connection.fileno()] = [connection, b""]
+            self._poll.register(connection, select.EPOLLIN)
+            self._connection_count += 1
+        else:
+            self._read(number)
+
+    def _read(self, number):
+        entry = self._connections[number]
+        with contextlib.suppress(ConnectionError):
+            chunk = entry[0].recv(65536)
+            if chunk:
+                entry[1] += chunk
+                return self._answer(entry)
+        self._poll.unregister(number)
+        self._connections.pop(number)[0].close()
+
+    def _answer(self, entry):
+        connection, received = entry
+        if message_bytes(received):
+            arrived_ns = time.monotonic_ns()
+            connection.send(self.ANSWER)
+            entry[1] = b""
+            sent_ns = int(self.SENT.search(received)[1])
+            self._first_ns = self._first_ns or arrived_ns
+            self._latencies_ns.append(arrived_ns - sent_ns)
+            if len(self._latencies_ns) == self._expected:
+                self._report()
+
+    def _report(self):
+        tell(
+            latency_ms=percentiles_ms(self._latencies_ns),
+            connections=self._connection_count,
+            first=self._first_ns / 1e9,
+        )
+
+
+# ---- the load: a process of its own ----
+
+
+class Publisher:
+    """Sends a request again and again, on several kept-alive connections in turn."""
+
+    def __init__(self, port, request):
+        address = "127.0.0.1", port
+        connect = socket.create_connection
+        self._idle = collections.deque(
+            connect(address) for _ in range(PUBLISHING_CONNECTIONS)
+        )
+        for connection in self._idle:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._request = request
+        self._busy = {}  # connection -> [when it was sent, what came of the answer]
+        self.latencies_ns = []
+
+    def send(self, stamps_ns):
+        """Send as many of the stamped requests as there are idle connections."""
+        while stamps_ns and self._idle:
+            connection, stamp_ns = self._idle.popleft(), stamps_ns.popleft()
+            self._busy[connection] = [stamp_ns, b""]
+            connection.sendall(self._request.replace(STAMP, b"%020d" % stamp_ns))
+
+    def receive(self, seconds):
+        """Take in the answers that come within some time."""
+        readable, _, _ = select.select(self._busy, [], [], seconds)
+        if not readable and seconds == STALL_SECONDS:
+            raise BenchmarkError(f"no answer within {STALL_SECONDS} s")
+        for connection in readable:
+            self._read(connection)
+
+    def _read(self, connection):
+        entry = self._busy[connection]
+        entry[1] += connection.recv(65536)
+        if not entry[1].startswith(b"HTTP/1.1 202"):
+            raise BenchmarkError(f"the answer is not 202: {entry[1][:500]}")
+        if message_bytes(entry[1]):
+            self.latencies_ns.append(time.monotonic_ns() - entry[0])
+            self._idle.append(connection)
+            del self._busy[connection]
+
+
+def run_load(port, batch_size, count, rate):
+    """Publish count requests, at a rate a second; rate 0: as fast as they are answered.
+
+    A request counts as sent from when it is due, though no connection may be free."""
+    publisher = Publisher(port, publish_request(batch_size))
+    due, stamps_ns, begun = 0, collections.deque(), time.monotonic()
+    while len(publisher.latencies_ns) < count:
+        now = time.monotonic()
+        answered, issued = len(publisher.latencies_ns), due
+        due = int((now - begun) * rate) + 1 if rate else answered
+        due = min(count, due if rate else due + PUBLISHING_CONNECTIONS)
+        stamps_ns.extend([int(now * 1e9)] * (due - issued))
+        publisher.send(stamps_ns)
+        open_loop = rate and due < count
+        publisher.receive(
+            max(0, begun + due / rate - time.monotonic())
+            if open_loop
+            else STALL_SECONDS
+        )
+    elapsed = time.monotonic() - begun
+    latency_ms = percentiles_ms(publisher.latencies_ns)
+    tell(begun=begun, rate=count * batch_size / elapsed, latency_ms=latency_ms)
+
+
+# ---- the ceilings: each a part of webhookd alone, in a process of its own ----
+
+
+def serve_without_store():
+    """waitress as webhookd sets it up, and bottle with a login and JSON both ways."""
+    app = bottle.Bottle()
+
+    @app.post(EVENTS_PATH)
+    def publish():
+        given = bottle.request.get_header("Authorization", "")
+        if not hmac.compare_digest(given, LOGIN):
+            bottle.abort(401)
+        event = json.loads(bottle.request.body.read())
+        bottle.response.status = 202
+        return {"id": 1, "event": event["event"], "timestamp": 1, "deliveries": 1}
+
+    webhookd.start_logging()
+    listener = socket.create_server(("127.0.0.1", 0))
+    tell(port=listener.getsockname()[1])
+    webhookd.make_server(app, listener, webhookd.Settings()).run()
+
+
+def stored_webhook(store, port):
+    """A signed webhook, stored without the API."""
+    url = f"http://127.0.0.1:{port}/0"
+    webhook = webhookd.Webhook(url=url, events=(EVENT_NAME,), secret=WEBHOOK_SECRET)
+    return store.add_webhook(webhook)
+
+
+def event_for_store():
+    """An event as the API hands it to the store."""
+    body = event_bytes().replace(STAMP, b"%020d" % time.monotonic_ns())
+    now_ms = int(time.time() * 1000)
+    return webhookd.read_events(body, False, now_ms, 1 << 20)
+
+
+def commit_alone(database, count):
+    """Publish from several threads, each its next event when the last is on disk."""
+    event = event_for_store()
+
+    def publish():
+        for _ in range(count // PUBLISHING_THREADS):
+            store.publish([event], event.timestamp, lambda events: b"")
+
+    with webhookd.Store(database) as store:
+        stored_webhook(store, 9)
+        threads = [threading.Thread(target=publish) for _ in range(PUBLISHING_THREADS)]
+        begun = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        tell(rate=count / (time.monotonic() - begun))
+
+
+def prepare_backlog(database, port, count):
+    """Publish with nobody there to deliver."""
+    with webhookd.Store(database) as store:
+        stored_webhook(store, port)
+        event = event_for_store()
+        for _ in range(count // 1000):
+            store.publish([event] * 1000, event.timestamp, lambda events: b"")
+    tell(prepared=count)
+
+
+# ---- processes ----
+
+CHILDREN = {
+    "--receive": lambda expected: CheapReceiver(expected).run(),
+    "--load": run_load,
+    "--serve-without-store": serve_without_store,
+    "--commit-alone": commit_alone,
+    "--prepare-backlog": prepare_backlog,
+}
+
+
+def tell(**values):
+    """Called in a child: a line for the benchmark."""
+    print(json.dumps(values), flush=True)
+
+
+def start_child(name, *arguments):
+    """Run this file as one of the CHILDREN."""
+    command = [sys.executable, __file__, name, *map(json.dumps, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def told(child):
+    """The next line of a child."""
+    line = child.stdout.readline()
+    if not line:
+        raise BenchmarkError(f"{child.args[2]} ended unexpectedly")
+    return json.loads(line)
+
+
+def result_of(name, *arguments):
+    """What a child tells that ends by itself."""
+    with start_child(name, *arguments) as child:
+        return told(child)
+
+
+@contextlib.contextmanager
+def receiver_process(expected):
+    """A receiver that tells its port, and a report when all it expects has come."""
+    with start_child("--receive", expected) as child:
+        try:
+            yield child, told(child)["port"]
+        except BaseException:
+            child.kill()
+            raise
+        child.stdin.close()
+        requests = told(child)["requests"]
+        if requests != expected:
+            raise BenchmarkError(f"{requests} requests came, not {expected}")
+
+
+class Service:
+    """A fresh webhookd: `with` starts and stops it."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def __enter__(self):
+        begun = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, webhookd.__file__, "--listen", "127.0.0.1:0"]
+            + ["--allow-networks", "127.0.0.0/8", "--database", "webhookd.db"],
+            env=os.environ | {"WEBHOOKD_ADMIN_PASSWORD": PASSWORD},
+            cwd=self._folder,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.port = self._read_port()
+        self.start_seconds = time.monotonic() - begun
+        self.idle_mb = self.memory_mb("VmRSS")
+        return self
+
+    def __exit__(self, *exc_info):
+        self._process.terminate()
+        self._process.communicate(timeout=STALL_SECONDS)
+
+    def _read_port(self):
+        for line in self._process.stderr:
+            ready = re.search(r"ready listen=127\.0\.0\.1:(\d+)", line)
+            if ready:
+                return int(ready[1])
+        raise BenchmarkError("webhookd did not start")
+
+    def memory_mb(self, field):
+        """VmRSS, or VmHWM, the highest it was."""
+        status = pathlib.Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
+
+    def call(self, method, path, document=None):
+        """A request to the API; its answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, STALL_SECONDS)
+        headers = {"Authorization": LOGIN, "Content-Type": "application/json"}
+        with contextlib.closing(connection):
+            connection.request(method, path, json.dumps(document), headers)
+            response = connection.getresponse()
+            if response.status not in (200, 201):
+                raise BenchmarkError(f"{method} {path}: {response.status}")
+            return json.load(response)
+
+    def register(self, port, count):
+        """Register signed webhooks that lead to the receiver."""
+        webhook = {"events": [EVENT_NAME], "configuration": {"secret": WEBHOOK_SECRET}}
+        for number in range(count):
+            url = {"url": f"http://127.0.0.1:{port}/{number}"}
+            self.call("POST", WEBHOOKS_PATH, webhook | url)
+
+    def wait_until_recorded(self, expected):
+        """When nothing was pending any more; every attempt must have succeeded."""
+        while self._pending():
+            time.sleep(POLL_SECONDS)
+        recorded = time.monotonic()
+        page = self.call("GET", WEBHOOKS_PATH + "?statistics=true&limit=1000")
+        counts = [webhook["statistics"]["counts"] for webhook in page["results"]]
+        kinds = "successes", "failures", "errors"
+        sums = [sum(count[kind] for count in counts) for kind in kinds]
+        if sums != [expected, 0, 0]:
+            raise BenchmarkError(f"{kinds} are {sums}, not {[expected, 0, 0]}")
+        return recorded
+
+    def _pending(self):
+        page = self.call("GET", WEBHOOKS_PATH + "?limit=1000")
+        return sum(webhook["health"]["pending"] for webhook in page["results"])
+
+
+# ---- measurements: each returns named figures ----
+
+
+def measure_publishing(count, batch_size=1, webhooks=1, rate=0):
+    """Publish so many events, and wait until all is delivered and recorded."""
+    expected = count * webhooks
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        receiver_process(expected) as (receiver, port),
+        Service(folder) as service,
+    ):
+        service.register(port, webhooks)
+        load = result_of("--load", service.port, batch_size, count // batch_size, rate)
+        report = told(receiver)
+        seconds = service.wait_until_recorded(expected) - load["begun"]
+        return {
+            "accepted": load["rate"],
+            "events": count / seconds,
+            "deliveries": expected / seconds,
+            "publish_p50_ms": load["latency_ms"][0],
+            "publish_p99_ms": load["latency_ms"][1],
+            "end_to_end_p50_ms": report["latency_ms"][0],
+            "end_to_end_p99_ms": report["latency_ms"][1],
+            "connections": report["connections"],
+            "start_seconds": service.start_seconds,
+            "idle_mb": service.idle_mb,
+            "loaded_mb": service.memory_mb("VmRSS"),
+            "highest_mb": service.memory_mb("VmHWM"),
+        }
+
+
+def measure_serving(count):
+    """waitress and bottle alone."""
+    with start_child("--serve-without-store") as server:
+        try:
+            return result_of("--load", told(server)["port"], 1, count, 0)
+        finally:
+            server.terminate()
+
+
+def measure_commits(count):
+    """Group commits alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        return result_of("--commit-alone", f"{folder}/webhookd.db", count)
+
+
+def measure_delivering(count):
+    """The delivery loop alone: a service that finds a backlog when it starts."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        receiver_process(count) as (receiver, port),
+    ):
+        result_of("--prepare-backlog", f"{folder}/webhookd.db", port, count)
+        with Service(folder) as service:
+            report = told(receiver)
+            seconds = service.wait_until_recorded(count) - report["first"]
+    return {"rate": count / seconds}
+
+
+def medians(measure, rounds, *arguments, **named):
+    """The median of each figure over some rounds."""
+    results = [measure(*arguments, **named) for _ in range(rounds)]
+    median = statistics.median
+    return {
+        key: median(one[key] for one in results) for key in keys_of_numbers(results)
+    }
+
+
+def keys_of_numbers(results):
+    return [key for key, value in results[0].items() if isinstance(value, (int, float))]
+
+
+def sync_ms():
+    """The median time of a 4 KiB write with fdatasync, where the databases are."""
+    with tempfile.NamedTemporaryFile() as file:
+        times = [time.monotonic()]
+        for _ in range(200):
+            os.write(file.fileno(), bytes(4096))
+            os.fdatasync(file.fileno())
+            times.append(time.monotonic())
+    return 1000 * statistics.median(b - a for a, b in itertools.pairwise(times))
+
+
+# ---- tables ----
+
+SUSTAINED = (  # what, events, how
+    ("single events, 1 webhook", 8000, {}),
+    ("single events, 10 webhooks", 2000, {"webhooks": 10}),
+    ("batches of 100, 1 webhook", 20000, {"batch_size": 100}),
+    ("batches of 100, 10 webhooks", 3000, {"batch_size": 100, "webhooks": 10}),
+)
+CEILINGS = (
+    ("waitress and bottle with login and JSON, no store", measure_serving, 10000),
+    ("group commits alone", measure_commits, 16000),
+    ("delivery loop alone, from a backlog", measure_delivering, 20000),
+)
+SHARES = (0.2, 0.5)  # of the sustained rate of single events
+LATENCY_SECONDS = 10
+
+
+def print_table(head, rows):
+    """Rows of Markdown; the first column is text, the others are figures."""
+    print(f"\n| {' | '.join(head)} |\n|---|{'---:|' * (len(head) - 1)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def print_machine():
+    """What was measured where."""
+    cpu = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+    waitress_version = importlib.metadata.version("waitress")
+    print(
+        f"{cpu[1] if cpu else platform.machine()},"
+        f" {len(os.sched_getaffinity(0))} cores, fdatasync {sync_ms():.2f} ms;"
+        f" Python {platform.python_version()}, SQLite {sqlite3.sqlite_version},"
+        f" bottle {bottle.__version__}, waitress {waitress_version};"
+        f" {datetime.date.today()}"
+    )
+
+
+def sustained_rows(results):
+    keys = "accepted", "events", "deliveries"
+    for (words, _, _), result in zip(SUSTAINED, results):
+        yield words, *(f"{result[key]:,.0f}" for key in keys)
+
+
+def latency_rows(share_results):
+    keys = [f"{way}_p{p}_ms" for way in ("publish", "end_to_end") for p in (50, 99)]
+    for share, result in share_results:
+        yield (
+            f"at {share:.0%} of the load, {result['accepted']:,.0f} events/s",
+            *(f"{result[key]:.1f}" for key in keys),
+        )
+
+
+def ceiling_rows(rates, sustained):
+    nearest = min(rates.values())
+    for words, rate in rates.items():
+        mark = ", the nearest" if rate == nearest else ""
+        yield words + mark, f"{rate:,.0f}", f"{rate / sustained:.1f}"
+
+
+def footprint_rows(single, results):
+    highest = max(result["highest_mb"] for result in results)
+    yield "memory when idle", f"{single['idle_mb']:.0f} MB"
+    yield "memory after the single events", f"{single['loaded_mb']:.0f} MB"
+    yield "memory at its highest in all of the above", f"{highest:.0f} MB"
+    yield "start to ready", f"{single['start_seconds']:.2f} s"
+    yield "connections to the receiver of one webhook", f"{single['connections']:.0f}"
+
+
+def run_benchmark(rounds, scale):
+    """Measure and print everything; scale: the share of the events to publish."""
+    print_machine()
+    results = [
+        medians(measure_publishing, rounds, int(count * scale), **how)
+        for _, count, how in SUSTAINED
+    ]
+    head = "sustained until delivered and recorded", "accepted events/s"
+    print_table((*head, "events/s", "deliveries/s"), sustained_rows(results))
+    single, latencies = results[0], []
+    for share in SHARES:
+        rate = share * single["events"]
+        count = int(rate * LATENCY_SECONDS * scale)
+        latencies.append(medians(measure_publishing, rounds, count, rate=rate))
+    head = "latency in ms, single events, 1 webhook", "publish p50", "publish p99"
+    rows = latency_rows(zip(SHARES, latencies))
+    print_table((*head, "end to end p50", "end to end p99"), rows)
+    rates = {
+        words: medians(measure, rounds, int(count * scale))["rate"]
+        for words, measure, count in CEILINGS
+    }
+    head = (
+        "ceilings of single events, 1 webhook",
+        "a second",
+        "times the sustained rate",
+    )
+    print_table(head, ceiling_rows(rates, single["events"]))
+    print_table(("footprint", ""), footprint_rows(single, results + latencies))
+
+
+def out_of_time(number, frame):
+    raise BenchmarkError(f"not done within {LIMIT_SECONDS} s")
+
+
+def main(argv):
+    """Run the benchmark, or one of its child processes."""
+    if argv and argv[0] in CHILDREN:
+        return CHILDREN[argv[0]](*map(json.loads, argv[1:]))
+    parser = argparse.ArgumentParser(description="Measure webhookd.")
+    parser.add_argument("--quick", action="store_true", help="in about a minute")
+    quick = parser.parse_args(argv).quick
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(LIMIT_SECONDS)
+    try:
+        return run_benchmark(1, 0.5) if quick else run_benchmark(3, 1)
+    except BenchmarkError as error:
+        return f"benchmark: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

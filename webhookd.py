@@ -54,8 +54,8 @@ import functools
 import getpass
 import hashlib
 import heapq
-import html
 import hmac
+import html
 import http
 import ipaddress
 import itertools
