@@ -2964,7 +2964,9 @@ class Store:
     def _put_back(self, settlements, error):
         problem = str(stored_error(error, self._path))
         if problem != self.problem:
-            log.error("the database cannot be written", exc_info=error)
+            fact("the database cannot be written", level=logging.ERROR, reason=error)
+            if not isinstance(error, sqlite3.Error):
+                log.error("the writer failed", exc_info=error)
         self.problem = problem
         with self._wakeup:
             if not self._closing:  # else they are attempted again after the next start
@@ -2992,6 +2994,8 @@ class Store:
     def _page(self, columns, table, tests, page):
         clause, values = where(tests)
         count = self._row(f"SELECT count(*) FROM {table}{clause}", *values)[0]
+        if page.start >= count:
+            return [], count
         rows = self._rows(
             f"SELECT {columns} FROM {table}{clause} ORDER BY id DESC LIMIT ? OFFSET ?",
             [*values, page.limit, page.start],
