@@ -25,11 +25,12 @@ The way of an event, left to right and down; nothing below calls anything above:
                                                  Store.settle  attempt + next state, with
                                                                the next commit
 
-    pending ──2xx──► succeeded     being in flight is known to memory only: after a crash
-       └── given up ──► failed     what was not settled is pending, and is tried again
+    pending ──2xx──► succeeded ─┐   being in flight is known to memory only: after a
+     ▲   └─ given up ──► failed ┤   crash what was not settled is pending, and is
+     └───────── redeliver ──────┘   attempted again
 
-Threads: waitress's (the API), the store's writer, the delivery loop (asyncio), and one
-for each name that is being looked up. The sections, in the order in which the file
+Threads: waitress's (the API), the store's writer, the delivery loop (asyncio), upkeep,
+and one for each name that is being looked up. The sections, in the order in which the file
 builds on itself (`grep '^# ==='` finds them):
 
     constants and logging   settings   errors   model   reading input   signatures
@@ -465,17 +466,17 @@ class Health:
     reason: str | None = None  # of the last failure, or of being disabled
     disabled: bool = False
 
+    def state(self, active: bool) -> str:
+        """The health in one word."""
+        if not active:
+            return "disabled" if self.disabled else "inactive"
+        if self.paused_until:
+            return "paused"
+        return "failing" if self.failures else "healthy"
+
     def shown(self, active: bool, pending: int) -> dict:
         """The health of a webhook as the API shows it."""
-        state = (
-            ("disabled" if self.disabled else "inactive")
-            if not active
-            else "paused"
-            if self.paused_until
-            else "failing"
-            if self.failures
-            else "healthy"
-        )
+        state = self.state(active)
         return {
             "state": state,
             "consecutiveFailures": self.failures,
@@ -2399,6 +2400,8 @@ class Batch:
 
     def _follow(self, settled):
         webhook_id = settled.due.webhook_id
+        if webhook_id not in self.webhooks.by_id:  # deleted, and not yet all swept
+            return
         before = self.changed_health.get(webhook_id) or self._health.get(webhook_id)
         if settled.health != before:
             self.changed_health[webhook_id] = settled.health
@@ -2496,7 +2499,7 @@ def stored_error(error: Exception, path: str) -> Exception:
         return error
     folder = os.path.dirname(os.path.abspath(path))
     # some operations report a full disk as an I/O error
-    full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+    full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
     if full or shutil.disk_usage(folder).free < FULL_DISK_BYTES:
         return StorageFull("the disk is full; nothing was taken")
     return Unavailable(f"the database cannot be written: {error}")
@@ -3411,7 +3414,6 @@ class Dispatcher:
         """Take in what came, and start every attempt that may start now."""
         while self._inbox:
             self._inbox.popleft()()
-        self._end_waits()
         self._ring_alarms(self._now_ms())
         self._start_attempts()
 
@@ -3463,7 +3465,7 @@ class Dispatcher:
     def _await_commit(self, lane):
         """Ask the database for more once it knows all about the lane."""
         lane.backlog = False
-        lane.awaited = lane.uncommitted[-1][0]
+        lane.awaited = lane.uncommitted[-1][0] if lane.uncommitted else 0
         self._awaiting.add(lane)
 
     def _end_waits(self):
@@ -3520,6 +3522,7 @@ class Dispatcher:
         most = self._settings.max_in_flight
         doubtful = max(1, most - max(1, most // RESERVED_SHARE))
         while len(self._tasks) < most and not self._stop.is_set():
+            self._end_waits()
             more = self._doubtful_count < doubtful
             turns = self._sure_turns or more and self._doubtful_turns
             if not turns or self._store.problem:
