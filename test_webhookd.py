@@ -1838,6 +1838,19 @@ def test_free_space_is_given_back_to_the_file_system(store, upkeep, clock):
     assert os.stat(store._path).st_size < before / 5
 
 
+def test_pruning_leaves_what_was_redelivered_or_replayed_meanwhile(store):
+    webhook = add_webhook(store)
+    [event] = publish(store)
+    [due] = due_deliveries(store, webhook)
+
+    store.write(
+        lambda c: webhookd.delete_deliveries(c, [due.number], "state <> 'pending'")
+    )
+    store.write(lambda c: webhookd.delete_bare_events(c, [event.id]))
+
+    assert due_deliveries(store, webhook) == [due]
+
+
 def test_a_deleted_webhook_with_many_deliveries_is_gone_at_once_and_swept_later(
     store, upkeep
 ):
@@ -3473,7 +3486,22 @@ def test_an_event_deleted_leaves_no_trace_in_the_files(api, receiver, wall, stor
     )
     assert [d["eventId"] for d in api.deliveries(webhook)] == [2]
     assert api.get_webhook(webhook)["health"]["pending"] == 1
+    assert json.loads(api.get(f"{WEBHOOKS}/1/latest").json["request"]["body"])["n"] == 2
     assert wall(11) == [2]
+
+
+def test_the_latest_attempt_left_is_the_latest_when_an_event_is_deleted(
+    api, receiver, wall
+):
+    api.create(receiver.url)
+    for n in range(3):
+        api.publish(n=n)
+        wall(0)
+
+    api.delete(f"{EVENTS}/3")
+
+    assert json.loads(api.get(f"{WEBHOOKS}/1/latest").json["request"]["body"])["n"] == 1
+    assert "lastSuccess" in api.get(f"{WEBHOOKS}/1/statistics").json
 
 
 def files_of(store):

@@ -2316,26 +2316,57 @@ ROWS_PER_STEP = 500
 PAGES_PER_STEP = 100
 
 
-def delete_deliveries(connection: sqlite3.Connection, numbers: list[int]) -> int:
-    """Delete deliveries and their attempts; how many."""
-    marks = f"({','.join('?' * len(numbers))})"
-    connection.execute(f"DELETE FROM attempts WHERE delivery_id IN {marks}", numbers)
-    connection.execute(f"DELETE FROM deliveries WHERE id IN {marks}", numbers)
-    return len(numbers)
+def marks(values: collections.abc.Sized) -> str:
+    """Placeholders for the values of an IN."""
+    return f"({','.join('?' * len(values))})"
+
+
+def delete_deliveries(
+    connection: sqlite3.Connection, numbers: list[int], condition: str = "1"
+) -> list[int]:
+    """Delete those deliveries that meet a condition; the ids of their attempts."""
+    rows = connection.execute(
+        f"DELETE FROM deliveries WHERE id IN {marks(numbers)} AND {condition}"
+        " RETURNING id",
+        numbers,
+    )
+    deleted = [number for (number,) in rows.fetchall()]
+    rows = connection.execute(
+        f"DELETE FROM attempts WHERE delivery_id IN {marks(deleted)} RETURNING id",
+        deleted,
+    )
+    return [id for (id,) in rows.fetchall()]
 
 
 def delete_deliveries_of(connection: sqlite3.Connection, webhook_id: int) -> int:
     """Delete a step of a webhook's deliveries; how many."""
     sql = "SELECT id FROM deliveries WHERE webhook_id = ? LIMIT ?"
     rows = connection.execute(sql, (webhook_id, ROWS_PER_STEP)).fetchall()
-    return delete_deliveries(connection, [number for (number,) in rows])
+    delete_deliveries(connection, [number for (number,) in rows])
+    return len(rows)
 
 
-def delete_events(connection: sqlite3.Connection, ids: list[int]) -> None:
-    """Delete events that have no deliveries."""
-    marks = f"({','.join('?' * len(ids))})"
-    connection.execute(f"DELETE FROM payloads WHERE event_id IN {marks}", ids)
-    connection.execute(f"DELETE FROM events WHERE id IN {marks}", ids)
+def delete_bare_events(connection: sqlite3.Connection, ids: list[int]) -> None:
+    """Delete those events that have no deliveries."""
+    rows = connection.execute(
+        f"DELETE FROM events WHERE id IN {marks(ids)} AND NOT EXISTS"
+        " (SELECT * FROM deliveries WHERE event_id = events.id) RETURNING id",
+        ids,
+    )
+    gone = [id for (id,) in rows.fetchall()]
+    connection.execute(f"DELETE FROM payloads WHERE event_id IN {marks(gone)}", gone)
+
+
+def forget_attempts(connection: sqlite3.Connection, ids: list[int]) -> None:
+    """Have the statistics name the attempts before those that were deleted as the last."""
+    connection.execute(
+        "UPDATE statistics SET last_attempt = coalesce((SELECT attempts.id FROM deliveries"
+        " JOIN attempts ON delivery_id = deliveries.id WHERE webhook_id ="
+        " statistics.webhook_id AND deliveries.event = statistics.event AND"
+        " attempts.outcome = statistics.outcome ORDER BY deliveries.id DESC,"
+        f" attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN {marks(ids)}",
+        ids,
+    )
 
 
 HEALTH_COLUMNS = "failures, failing_since, paused_until, reason, disabled"
@@ -2735,7 +2766,7 @@ class Store:
         """Have deliveries attempted at once, on a fresh schedule; how many there are."""
 
         def work(batch):
-            chosen = f"webhook_id = ? AND id IN ({','.join('?' * len(numbers))})"
+            chosen = f"webhook_id = ? AND id IN {marks(numbers)}"
             waiting = batch.connection.execute(
                 f"SELECT count(*) FROM deliveries WHERE {chosen} AND state = 'pending'",
                 (webhook_id, *numbers),
@@ -2766,8 +2797,8 @@ class Store:
         def work(batch):
             events = batch.connection.execute(
                 "SELECT id, event FROM events WHERE NOT EXISTS (SELECT * FROM deliveries"
-                f" WHERE event_id = events.id AND webhook_id = ?) AND id IN"
-                f" ({','.join('?' * len(event_ids))}) ORDER BY id",
+                " WHERE event_id = events.id AND webhook_id = ?)"
+                f" AND id IN {marks(event_ids)} ORDER BY id",
                 (webhook_id, *event_ids),
             ).fetchall()
             for event_id, name in events:
@@ -2788,7 +2819,8 @@ class Store:
             connection.execute("DELETE FROM payloads WHERE event_id = ?", [id])
             sql = "SELECT id, webhook_id, state FROM deliveries WHERE event_id = ?"
             rows = connection.execute(sql, [id]).fetchall()
-            delete_deliveries(connection, [number for number, _, _ in rows])
+            numbers = [number for number, _, _ in rows]
+            forget_attempts(connection, delete_deliveries(connection, numbers))
             waiting = [webhook for _, webhook, state in rows if state == PENDING]
             batch.pending_change.subtract(waiting)
             return sorted({webhook for _, webhook, _ in rows})
@@ -2832,8 +2864,8 @@ class Store:
         id = 0
         while id is not None:
             if id and id not in self.webhooks.by_id:
-                return self._write(
-                    lambda batch, id=id: delete_deliveries_of(batch.connection, id)
+                return self.write(
+                    functools.partial(delete_deliveries_of, webhook_id=id)
                 )
             sql = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?"
             id = self._row(sql, id)[0]
@@ -2851,7 +2883,9 @@ class Store:
         old = list(itertools.takewhile(lambda row: row[1] < before_ms, rows))
         finished = [number for number, _, state in old if state != PENDING]
         if finished:
-            self._write(lambda batch: delete_deliveries(batch.connection, finished))
+            # one that was redelivered just now stays
+            kept = "state <> 'pending'"
+            self.write(lambda connection: delete_deliveries(connection, finished, kept))
         return len(finished), old[-1][0] if len(old) == ROWS_PER_STEP else None
 
     def prune_events(self, before_ms: int, after: int) -> tuple[int, int | None]:
@@ -2864,7 +2898,7 @@ class Store:
         old = list(itertools.takewhile(lambda row: row[1] < before_ms, rows))
         bare = [id for id, _, has_deliveries in old if not has_deliveries]
         if bare:
-            self._write(lambda batch: delete_events(batch.connection, bare))
+            self.write(lambda connection: delete_bare_events(connection, bare))
         return len(bare), old[-1][0] if len(old) == ROWS_PER_STEP else None
 
     def prune_rest(self, before_ms: int, now_ms: int) -> None:
