@@ -2871,35 +2871,34 @@ class Store:
             id = self._row(sql, id)[0]
         return 0
 
-    def prune(self, before_ms: int, after: int) -> tuple[int, int | None]:
+    def prune(self, before_ms: int, after: int) -> int | None:
         """Delete a step of the finished deliveries that were made before a moment.
 
-        Begins above the delivery number `after`; returns how many it deleted, and the
-        number to go on from or None at the end."""
-        sql = (
-            "SELECT id, created, state FROM deliveries WHERE id > ? ORDER BY id LIMIT ?"
-        )
-        rows = self._rows(sql, (after, ROWS_PER_STEP))
-        old = list(itertools.takewhile(lambda row: row[1] < before_ms, rows))
-        finished = [number for number, _, state in old if state != PENDING]
+        Begins above the delivery number `after`; the number to go on from, None: done."""
+        sql = "SELECT id, created, state <> 'pending' FROM deliveries"
+        finished, last = self._old_rows(sql, before_ms, after)
         if finished:
             # one that was redelivered just now stays
             kept = "state <> 'pending'"
             self.write(lambda connection: delete_deliveries(connection, finished, kept))
-        return len(finished), old[-1][0] if len(old) == ROWS_PER_STEP else None
+        return last
 
-    def prune_events(self, before_ms: int, after: int) -> tuple[int, int | None]:
+    def prune_events(self, before_ms: int, after: int) -> int | None:
         """The same for events without deliveries."""
-        sql = (
-            "SELECT id, created, EXISTS (SELECT * FROM deliveries WHERE event_id ="
-            " events.id) FROM events WHERE id > ? ORDER BY id LIMIT ?"
-        )
-        rows = self._rows(sql, (after, ROWS_PER_STEP))
-        old = list(itertools.takewhile(lambda row: row[1] < before_ms, rows))
-        bare = [id for id, _, has_deliveries in old if not has_deliveries]
+        deliveries = "SELECT * FROM deliveries WHERE event_id = events.id"
+        sql = f"SELECT id, created, NOT EXISTS ({deliveries}) FROM events"
+        bare, last = self._old_rows(sql, before_ms, after)
         if bare:
             self.write(lambda connection: delete_bare_events(connection, bare))
-        return len(bare), old[-1][0] if len(old) == ROWS_PER_STEP else None
+        return last
+
+    def _old_rows(self, sql, before_ms, after):
+        """The ids of a step that may go, and the id to go on from."""
+        sql += " WHERE id > ? ORDER BY id LIMIT ?"
+        rows = self._rows(sql, (after, ROWS_PER_STEP))
+        old = list(itertools.takewhile(lambda row: row[1] < before_ms, rows))
+        last = old[-1][0] if len(old) == ROWS_PER_STEP else None
+        return [id for id, _, may_go in old if may_go], last
 
     def prune_rest(self, before_ms: int, now_ms: int) -> None:
         """Delete the answers to old keys, and statistics beyond their window."""
@@ -3724,27 +3723,22 @@ class Upkeep:
         before_ms = now_ms - int(self._settings.retention * 1000)
         self._in_steps(self._store.delete_leftovers)
         for prune in (self._store.prune, self._store.prune_events):
-            after = 0
-            while after is not None:
-                _, after = prune(before_ms, after)
-                self._rest()
+            self._prune_while(lambda: True, prune, before_ms)
         self._store.prune_rest(before_ms, now_ms)
 
+    def _prune_while(self, condition, prune, before_ms):
+        after = 0
+        while after is not None and condition():
+            after = prune(before_ms, after)
+            self._rest()
+
     def _keep_size(self, now_ms):
-        after = 0
-        while self._is_too_large() and after is not None:
-            _, after = self._store.prune(now_ms + 1, after)
-            self._rest()
-        after = 0
-        while self._is_too_large() and after is not None:
-            _, after = self._store.prune_events(now_ms + 1, after)
-            self._rest()
+        for prune in (self._store.prune, self._store.prune_events):
+            self._prune_while(self._is_too_large, prune, now_ms + 1)
         full = self._is_too_large()
         if full != self._store.full:
-            fact(
-                "database full" if full else "database has room again",
-                level=logging.WARNING,
-            )
+            words = "database full" if full else "database has room again"
+            fact(words, level=logging.WARNING)
         self._store.full = full
 
     def _is_too_large(self):
