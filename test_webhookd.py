@@ -1525,7 +1525,8 @@ def add_webhook(store, *events, **fields):
 def settle(store, due, outcome="SUCCESS", **fields):
     attempt = webhookd.Attempt(1000, 5, "http://x/", {}, outcome, "200", 200, {}, "ok")
     fields = {"state": "succeeded", "next_attempt": None, "step": 0} | fields
-    fields = {"health": webhookd.Health()} | fields
+    clean = webhookd.Health()
+    fields = {"health_before": clean, "health": clean} | fields
     store.settle(webhookd.Settlement(due, attempt, **fields))
     store.flush()
 
@@ -1760,7 +1761,8 @@ def count(store, table):
 
 def settled(due, clock):
     attempt = webhookd.Attempt(clock.ms, 5, "http://x/", {}, "SUCCESS", "200", 200)
-    return webhookd.Settlement(due, attempt, "succeeded", None, 0, webhookd.Health())
+    clean = webhookd.Health()
+    return webhookd.Settlement(due, attempt, "succeeded", None, 0, clean, clean)
 
 
 def test_finished_deliveries_are_kept_as_long_as_is_set(
@@ -1891,6 +1893,68 @@ def test_a_clock_that_runs_takes_nothing_with_it(store, upkeep, clock):
     pass_time(upkeep, clock, 3600)
 
     assert store.next_due(webhook.id, 0) == clock.ms - 3_600_000
+
+
+def busy(store):
+    """Keep the writer busy; what is submitted before the end shares the next commit."""
+    begun, end = threading.Event(), threading.Event()
+
+    def work(connection):
+        begun.set()
+        end.wait(20)
+
+    thread = threading.Thread(target=store.write, args=(work,))
+    thread.start()
+    begun.wait()
+    return end
+
+
+def in_one_commit(store, *calls):
+    """The results of calls that share a commit, in this order."""
+    end = busy(store)
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        futures = []
+        for call in calls:
+            futures.append(pool.submit(call))
+            wait_until(lambda: len(store._writes) == len(futures))
+        end.set()
+        return [future.result() for future in futures]
+
+
+def test_two_replays_at_once_make_one_delivery(store):
+    [event] = publish(store)
+    webhook = add_webhook(store)
+    replay = [lambda: store.replay(webhook.id, [event.id], 1000)] * 2
+
+    assert in_one_commit(store, *replay) == [1, 0]
+    assert len(due_deliveries(store, webhook)) == 1
+
+
+def test_a_replay_and_the_deletion_of_its_event_leave_nothing(store):
+    [event] = publish(store)
+    webhook = add_webhook(store)
+
+    in_one_commit(
+        store,
+        lambda: store.replay(webhook.id, [event.id], 1000),
+        lambda: store.delete_event(event.id),
+    )
+
+    assert store.deliveries(webhook.id, webhookd.Filter(), webhookd.Page()) == ([], 0)
+    assert store.pending[webhook.id] == 0
+
+
+def test_a_clock_that_jumps_disables_nobody(store, upkeep, clock):
+    webhook = add_webhook(store)
+    publish(store, now_ms=clock.ms)
+    [due] = due_deliveries(store, webhook, clock.ms)
+    failing = webhookd.Health(1, clock.ms, None, "500")
+    settle(store, due, state="pending", next_attempt=clock.ms, health=failing)
+
+    clock.advance(6 * 86400)
+    upkeep.run_once()
+
+    assert store.health[webhook.id].failing_since == clock.ms
 
 
 def test_a_database_of_the_first_release_opens_migrated(tmp_path):
@@ -2485,6 +2549,95 @@ def test_a_watchdog_that_is_told_of_progress_only(store, destinations, settings,
     assert not store.stands_still()
     store._committing_since = time.monotonic() - webhookd.STANDSTILL_SECONDS - 1
     assert store.stands_still()
+
+
+# ---- what happens at the same moment ----
+
+
+def meanwhile(receiver, dispatcher, act):
+    """Run the dispatcher; act() while its first attempt is in flight."""
+    receiver.hold.clear()
+    seen = len(receiver.received)
+
+    def acting():
+        wait_until(lambda: len(receiver.received) > seen)
+        act()
+        receiver.hold.set()
+
+    thread = threading.Thread(target=acting)
+    thread.start()
+    dispatcher.run_until_idle()
+    thread.join()
+
+
+def test_410_disables_even_if_its_event_was_deleted_meanwhile(
+    api, receiver, dispatcher
+):
+    webhook = api.create(receiver.url)
+    api.publish()
+    receiver.answers(410)
+
+    meanwhile(receiver, dispatcher, lambda: api.delete(f"{EVENTS}/1"))
+
+    assert api.get_webhook(webhook)["health"]["state"] == "disabled"
+    assert api.get_webhook(webhook)["active"] is False
+
+
+def test_a_redelivery_during_the_last_attempt_gets_its_fresh_schedule(
+    api, receiver, dispatcher, wall
+):
+    receiver.answers(500)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, 0)
+    wall(0), wall(11)
+    [delivery] = api.deliveries(webhook)
+    path = f"/rest/api/deliveries/{delivery['id']}/redeliver"
+
+    dispatcher._clock.advance(101)
+    meanwhile(receiver, dispatcher, lambda: api.post(path))
+
+    assert len(receiver.received) == 4
+    assert [len(wall(seconds)) for seconds in (11, 101, 10**6)] == [1, 1, 0]
+    assert api.deliveries(webhook)[0]["state"] == "failed"
+    assert api.get_webhook(webhook)["health"]["pending"] == 0
+
+
+def test_activating_during_an_attempt_is_not_undone_by_it(
+    api, receiver, dispatcher, wall
+):
+    receiver.answers(500, times=5)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, *range(6))
+    wall(0)
+    receiver.answers(500, times=1)
+    dispatcher._clock.advance(11)
+
+    meanwhile(
+        receiver, dispatcher, lambda: api.put_json(f"{WEBHOOKS}/1", {"active": True})
+    )
+
+    assert api.get_webhook(webhook)["health"]["consecutiveFailures"] == 0
+
+
+def test_a_read_error_does_not_end_the_loop(
+    api, receiver, store, destinations, settings
+):
+    api.create(receiver.url)
+    api.publish()
+    client = webhookd.Client(destinations, 5.0)
+    with webhookd.Dispatcher(store, client, settings) as dispatcher:
+        wait_until(lambda: len(receiver.received) == 1)
+        store.write(
+            lambda connection: connection.execute("ALTER TABLE payloads RENAME TO p")
+        )
+        dispatcher.reconsider(1)
+        time_of_tick = dispatcher._ticked
+        wait_until(lambda: dispatcher._ticked > time_of_tick)
+        store.write(
+            lambda connection: connection.execute("ALTER TABLE p RENAME TO payloads")
+        )
+        api.publish()
+        wait_until(lambda: len(receiver.received) == 2)
 
 
 # ======================================================================================
@@ -3438,6 +3591,7 @@ def test_many_are_redelivered_by_what_became_of_them(
         ({"event": 7}, "event"),
         ({"dryRun": "maybe"}, "dryRun"),
         ([], None),
+        ({"event": "\ud800"}, None),
     ],
 )
 @pytest.mark.parametrize("operation", ["redeliver", "replay"])

@@ -675,6 +675,18 @@ def json_value(body: bytes, decode: collections.abc.Callable = _decode):
         raise Invalid(f"the body is not valid JSON: {error}") from None
 
 
+def json_object(body: bytes) -> dict:
+    """The object of a JSON text, all of whose strings can be stored; raises Invalid."""
+    value = json_value(body)
+    if not isinstance(value, dict):
+        raise Invalid("the body must be a JSON object")
+    try:
+        _encode(value).encode()
+    except UnicodeEncodeError:
+        raise Invalid("the body holds half a surrogate pair") from None
+    return value
+
+
 class Reader:
     """Reads the fields of one untrusted object and collects the faults it finds."""
 
@@ -1034,9 +1046,7 @@ def moment(value: object) -> int:
 
 def read_selection(body: bytes) -> tuple[Filter, bool]:
     """Which deliveries or events an operation is for, and if it only counts them."""
-    value = json_value(body)
-    if not isinstance(value, dict):
-        raise Invalid("the body must be a JSON object")
+    value = json_object(body)
     reader = Reader(value)
     wanted = Filter(
         events=reader.read("event", strings(str), ()),
@@ -1088,13 +1098,7 @@ def read_webhook(
     """The webhook that the body asks for, fields left out as in the old one.
 
     check_url raises ValueError. Raises Invalid with every field at fault."""
-    value = json_value(body)
-    if not isinstance(value, dict):
-        raise Invalid("the body must be a JSON object")
-    try:
-        _encode(value).encode()
-    except UnicodeEncodeError:
-        raise Invalid("the body holds half a surrogate pair") from None
+    value = json_object(body)
     reader = Reader(value)
     for name in ("url", "events"):
         if not getattr(old, name) and value.get(name) is None:
@@ -1351,6 +1355,7 @@ class Settlement:
     state: str
     next_attempt: int | None  # milliseconds; None unless pending
     step: int
+    health_before: Health
     health: Health
     recovered: bool = False  # a probe succeeded: all that waits is due at once
 
@@ -1400,7 +1405,8 @@ def reason_to_disable(
     if attempt.status == http.HTTPStatus.GONE:
         return "the receiver answered 410 Gone"
     if attempt.start + attempt.duration - failing_since >= disable_after * 1000:
-        return f"no success for {disable_after / 86400:g} days: {attempt.description}"
+        time = datetime.timedelta(seconds=disable_after)
+        return f"no success for {time}: {attempt.description}"
     return None
 
 
@@ -1432,7 +1438,9 @@ def settlement(
     after = health_after(health, attempt, settings, jitter)
     if attempt.outcome == SUCCESS:
         recovered = bool(health.paused_until)
-        return Settlement(due, attempt, SUCCEEDED, None, due.step, after, recovered)
+        return Settlement(
+            due, attempt, SUCCEEDED, None, due.step, health, after, recovered
+        )
     finish = attempt.start + attempt.duration
     asked = attempt.retry_after if attempt.status in (429, 503) else None
     retry_after = retry_after_seconds(asked, finish)
@@ -1443,8 +1451,10 @@ def settlement(
         step = due.step + 1
         wait = next_wait(step, settings.retry_schedule, retry_after, jitter)
     if wait is None or after.disabled and not health.disabled:
-        return Settlement(due, attempt, FAILED, None, step, after)
-    return Settlement(due, attempt, PENDING, finish + round(wait * 1000), step, after)
+        return Settlement(due, attempt, FAILED, None, step, health, after)
+    return Settlement(
+        due, attempt, PENDING, finish + round(wait * 1000), step, health, after
+    )
 
 
 # ======================================================================================
@@ -2268,24 +2278,31 @@ class Sequences:
 
 
 def _update_deliveries(connection, settlements):
-    """Set the new states; the numbers of those deliveries that still exist."""
+    """Set the new states; the state that each delivery has now, unless it is gone.
+
+    One that was redelivered during the attempt stays due, unless that succeeded."""
     clause, values = values_clause(
         [
             (s.due.number, s.state, s.due.attempt_count + 1, s.next_attempt, s.step)
+            + (s.due.next_attempt, s.due.step)
             + (s.attempt.outcome, s.attempt.description, s.attempt.duration)
             for s in settlements
         ]
     )
     rows = connection.execute(
-        "WITH new (number, state, attempt_count, next_attempt, step, outcome,"
-        f" description, duration) AS ({clause})"
-        " UPDATE deliveries SET state = new.state, step = new.step,"
-        " attempt_count = new.attempt_count, next_attempt = new.next_attempt,"
-        " outcome = new.outcome, description = new.description, duration = new.duration"
-        " FROM new WHERE deliveries.id = new.number RETURNING deliveries.id",
+        "WITH new (number, state, attempt_count, next_attempt, step, old_next, old_step,"
+        f" outcome, description, duration) AS ({clause})"
+        " UPDATE deliveries SET attempt_count = new.attempt_count, outcome = new.outcome,"
+        " description = new.description, duration = new.duration,"
+        " (state, step, next_attempt) = (SELECT new.state, new.step, new.next_attempt"
+        " WHERE new.state = 'succeeded' OR (deliveries.next_attempt, deliveries.step) ="
+        " (new.old_next, new.old_step) UNION ALL SELECT deliveries.state,"
+        " deliveries.step, deliveries.next_attempt LIMIT 1)"
+        " FROM new WHERE deliveries.id = new.number"
+        " RETURNING deliveries.id, deliveries.state",
         values,
     )
-    return {number for (number,) in rows.fetchall()}
+    return dict(rows.fetchall())
 
 
 def _attempt_row(id, settled):
@@ -2417,26 +2434,24 @@ class Batch:
     def settle(self, settlements: list[Settlement]) -> None:
         """Record attempts and what became of their deliveries and webhooks."""
         for chunk in chunks(settlements):
-            existing = _update_deliveries(self.connection, chunk)
-            # an attempt whose webhook was deleted meanwhile leaves nothing behind
+            states = _update_deliveries(self.connection, chunk)
+            # an attempt whose delivery was deleted meanwhile leaves nothing behind
             kept = [
-                (next(self._ids.attempts), s) for s in chunk if s.due.number in existing
+                (next(self._ids.attempts), s) for s in chunk if s.due.number in states
             ]
             insert(self.connection, "attempts", [_attempt_row(*pair) for pair in kept])
             _count_attempts(self.connection, kept)
-            for _, settled in kept:
-                self._follow(settled)
+            for settled in chunk:
+                self._follow(settled, states.get(settled.due.number))
         for webhook_id, health in self.changed_health.items():
             save_health(self.connection, webhook_id, health)
 
-    def _follow(self, settled):
+    def _follow(self, settled, state):
+        """What a settlement means for its webhook; state: that of its delivery now."""
         webhook_id = settled.due.webhook_id
         if webhook_id not in self.webhooks.by_id:  # deleted, and not yet all swept
             return
-        before = self.changed_health.get(webhook_id) or self._health.get(webhook_id)
-        if settled.health != before:
-            self.changed_health[webhook_id] = settled.health
-        if settled.state != PENDING:
+        if state not in (None, PENDING):
             self.pending_change[webhook_id] -= 1
         if settled.recovered:  # created: oldest first
             self.connection.execute(
@@ -2444,7 +2459,12 @@ class Batch:
                 " AND webhook_id = ? AND next_attempt > created",
                 [webhook_id],
             )
-        if settled.health.disabled and before and not before.disabled:
+        before = self.changed_health.get(webhook_id) or self._health[webhook_id]
+        if before == Health() != settled.health_before:
+            return  # somebody had it start clean meanwhile
+        if settled.health != before:
+            self.changed_health[webhook_id] = settled.health
+        if settled.health.disabled and not before.disabled:
             self._disable(webhook_id, settled)
 
     def _disable(self, webhook_id, settled):
@@ -2516,22 +2536,25 @@ class Batch:
         return number, uuid
 
     def flush(self) -> None:
-        """Insert what was published."""
+        """Insert what was published and replayed."""
         insert(self.connection, "events", self._events)
         insert(self.connection, "payloads", self._payloads)
         insert(self.connection, "deliveries", self._deliveries)
         answers = [name + answer for name, answer in self._answers.items()]
         insert(self.connection, "answers", answers)
+        for rows in (self._events, self._payloads, self._deliveries, self._answers):
+            rows.clear()
 
 
 def stored_error(error: Exception, path: str) -> Exception:
     """What the caller is told about an error of the database."""
     if not isinstance(error, sqlite3.Error):
         return error
-    folder = os.path.dirname(os.path.abspath(path))
-    # some operations report a full disk as an I/O error
     full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-    if full or shutil.disk_usage(folder).free < FULL_DISK_BYTES:
+    with contextlib.suppress(OSError):  # a full disk may show as an I/O error, too
+        folder = os.path.dirname(os.path.abspath(path))
+        full = full or shutil.disk_usage(folder).free < FULL_DISK_BYTES
+    if full:
         return StorageFull("the disk is full; nothing was taken")
     return Unavailable(f"the database cannot be written: {error}")
 
@@ -2803,6 +2826,7 @@ class Store:
             ).fetchall()
             for event_id, name in events:
                 batch.add_delivery(webhook_id, event_id, name, now_ms)
+            batch.flush()  # for what comes next in this transaction to see
             return len(events)
 
         return self._write(work)
@@ -2838,15 +2862,16 @@ class Store:
         """Move what is planned after a moment, because the clock has jumped."""
 
         def work(batch):
-            for table, column in (
-                ("deliveries", "next_attempt"),
-                ("webhooks", "paused_until"),
-            ):
-                pending = "state = 'pending' AND " if table == "deliveries" else ""
-                batch.connection.execute(
-                    f"UPDATE {table} SET {column} = {column} + ? WHERE {pending}{column} > ?",
-                    (by_ms, after_ms),
-                )
+            batch.connection.execute(
+                "UPDATE deliveries SET next_attempt = next_attempt + ?"
+                " WHERE state = 'pending' AND next_attempt > ?",
+                (by_ms, after_ms),
+            )
+            batch.connection.execute(
+                "UPDATE webhooks SET paused_until = paused_until + ?1,"
+                " failing_since = failing_since + ?1",
+                [by_ms],
+            )
             batch.webhooks_changed()
 
         self._write(work)
@@ -2983,6 +3008,7 @@ class Store:
             if self.problem:  # see whether anything can be written at all
                 connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             batch.settle(settlements)
+            batch.flush()
             for write in writes:
                 write.run(batch)
             batch.flush()
@@ -3116,6 +3142,8 @@ class Store:
         body = self._row(
             "SELECT body FROM payloads WHERE event_id = ?", delivery.event_id
         )
+        if body is None:  # deleted this moment
+            raise NotFound(f"there is no delivery {uuid}")
         return delivery, body[0].decode(), [_attempt(*row) for row in attempts]
 
     def succeeded_webhooks(self) -> set[int]:
@@ -3295,6 +3323,9 @@ class Lane:
         self.newest = 0  # highest number ever held: what is offered below it is known
         self.backlog = True  # the database may hold more that is due
         self.in_flight = 0
+        self.changed = (
+            False  # while attempts were in flight: to be read again after them
+        )
         self.proven = False  # its latest attempt succeeded
         self.width = 1  # how many may be: grows with each success, a failure makes it 1
         self.waiting = False  # for its turn
@@ -3445,10 +3476,13 @@ class Dispatcher:
 
     def step(self) -> None:
         """Take in what came, and start every attempt that may start now."""
-        while self._inbox:
-            self._inbox.popleft()()
-        self._ring_alarms(self._now_ms())
-        self._start_attempts()
+        try:
+            while self._inbox:
+                self._inbox.popleft()()
+            self._ring_alarms(self._now_ms())
+            self._start_attempts()
+        except Exception:
+            log.exception("a step of the delivery loop failed")
 
     def _now_ms(self):
         return int(self._clock() * 1000)
@@ -3476,6 +3510,7 @@ class Dispatcher:
     def _reread(self, webhook_id):
         lane = self._lane(webhook_id)
         lane.reread()
+        lane.changed = lane.in_flight > 0
         lane.health = self._store.health.get(webhook_id, Health())
         lane.not_before = 0.0
         self._queue(lane)
@@ -3563,7 +3598,12 @@ class Dispatcher:
             lane = turns.popleft()
             lane.waiting = False
             webhook = self._store.webhooks.by_id.get(lane.webhook_id)
-            due = self._next(lane, webhook)
+            try:
+                due = self._next(lane, webhook)
+            except sqlite3.Error as error:
+                fact("the database cannot be read", level=logging.ERROR, reason=error)
+                lane.not_before = self._now_ms() + RETRY_SECONDS * 1000
+                due = None
             if due:
                 self._start(lane, due, webhook)
             self._queue(lane)
@@ -3631,7 +3671,9 @@ class Dispatcher:
             lane.width = 1
         self._log(lane, settled)
         lane.health = settled.health
-        if settled.recovered or settled.state == PENDING and self._is_ordered(lane):
+        retries_in_order = settled.state == PENDING and self._is_ordered(lane)
+        if settled.recovered or retries_in_order or lane.changed:
+            lane.changed = lane.changed and lane.in_flight > 0
             lane.reread()
             self._await_commit(lane)
         if settled.next_attempt is not None:
