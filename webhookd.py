@@ -2289,15 +2289,19 @@ def _update_deliveries(connection, settlements):
             for s in settlements
         ]
     )
+    applies = (
+        "new.state = 'succeeded' OR deliveries.next_attempt = new.old_next"
+        " AND deliveries.step = new.old_step"
+    )
+    planned = ", ".join(
+        f"{column} = iif({applies}, new.{column}, deliveries.{column})"
+        for column in ("state", "step", "next_attempt")
+    )
     rows = connection.execute(
         "WITH new (number, state, attempt_count, next_attempt, step, old_next, old_step,"
-        f" outcome, description, duration) AS ({clause})"
-        " UPDATE deliveries SET attempt_count = new.attempt_count, outcome = new.outcome,"
-        " description = new.description, duration = new.duration,"
-        " (state, step, next_attempt) = (SELECT new.state, new.step, new.next_attempt"
-        " WHERE new.state = 'succeeded' OR (deliveries.next_attempt, deliveries.step) ="
-        " (new.old_next, new.old_step) UNION ALL SELECT deliveries.state,"
-        " deliveries.step, deliveries.next_attempt LIMIT 1)"
+        f" outcome, description, duration) AS ({clause}) UPDATE deliveries SET {planned},"
+        " attempt_count = new.attempt_count, outcome = new.outcome,"
+        " description = new.description, duration = new.duration"
         " FROM new WHERE deliveries.id = new.number"
         " RETURNING deliveries.id, deliveries.state",
         values,
