@@ -1525,8 +1525,7 @@ def add_webhook(store, *events, **fields):
 def settle(store, due, outcome="SUCCESS", **fields):
     attempt = webhookd.Attempt(1000, 5, "http://x/", {}, outcome, "200", 200, {}, "ok")
     fields = {"state": "succeeded", "next_attempt": None, "step": 0} | fields
-    clean = webhookd.Health()
-    fields = {"health_before": clean, "health": clean} | fields
+    fields = {"health": webhookd.Health()} | fields
     store.settle(webhookd.Settlement(due, attempt, **fields))
     store.flush()
 
@@ -1761,8 +1760,7 @@ def count(store, table):
 
 def settled(due, clock):
     attempt = webhookd.Attempt(clock.ms, 5, "http://x/", {}, "SUCCESS", "200", 200)
-    clean = webhookd.Health()
-    return webhookd.Settlement(due, attempt, "succeeded", None, 0, clean, clean)
+    return webhookd.Settlement(due, attempt, "succeeded", None, 0, webhookd.Health())
 
 
 def test_finished_deliveries_are_kept_as_long_as_is_set(
@@ -2603,20 +2601,22 @@ def test_a_redelivery_during_the_last_attempt_gets_its_fresh_schedule(
 
 
 def test_activating_during_an_attempt_is_not_undone_by_it(
-    api, receiver, dispatcher, wall
+    api, receiver, dispatcher, wall, clock
 ):
     receiver.answers(500, times=5)
-    webhook = api.create(receiver.url)
+    api.create(receiver.url)
     publish_numbers(api, *range(6))
     wall(0)
     receiver.answers(500, times=1)
-    dispatcher._clock.advance(11)
+    clock.advance(11)
 
-    meanwhile(
-        receiver, dispatcher, lambda: api.put_json(f"{WEBHOOKS}/1", {"active": True})
-    )
+    def activate():
+        clock.advance(1)
+        api.put_json(f"{WEBHOOKS}/1", {"active": True})
 
-    assert api.get_webhook(webhook)["health"]["consecutiveFailures"] == 0
+    meanwhile(receiver, dispatcher, activate)
+
+    assert api.get(f"{WEBHOOKS}/1").json["health"]["consecutiveFailures"] == 0
 
 
 def test_a_read_error_does_not_end_the_loop(

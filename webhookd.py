@@ -98,7 +98,8 @@ MAX_KEPT_BODY_BYTES = 16 << 10  # of a response, kept with the attempt
 MAX_PAGE = 1000
 DEFAULT_PAGE = 250
 MASK = "********"  # stands for a secret value; sent back, it keeps the value
-DAY_MS = 86_400_000
+DAY_SECONDS = 86_400
+DAY_MS = DAY_SECONDS * 1000
 STATISTICS_DAYS = 30
 
 log = logging.getLogger("webhookd")
@@ -1355,7 +1356,6 @@ class Settlement:
     state: str
     next_attempt: int | None  # milliseconds; None unless pending
     step: int
-    health_before: Health
     health: Health
     recovered: bool = False  # a probe succeeded: all that waits is due at once
 
@@ -1405,8 +1405,9 @@ def reason_to_disable(
     if attempt.status == http.HTTPStatus.GONE:
         return "the receiver answered 410 Gone"
     if attempt.start + attempt.duration - failing_since >= disable_after * 1000:
-        time = datetime.timedelta(seconds=disable_after)
-        return f"no success for {time}: {attempt.description}"
+        days = disable_after / DAY_SECONDS
+        how_long = f"{days:g} days" if days >= 1 else f"{disable_after:g} s"
+        return f"no success for {how_long}: {attempt.description}"
     return None
 
 
@@ -1438,9 +1439,7 @@ def settlement(
     after = health_after(health, attempt, settings, jitter)
     if attempt.outcome == SUCCESS:
         recovered = bool(health.paused_until)
-        return Settlement(
-            due, attempt, SUCCEEDED, None, due.step, health, after, recovered
-        )
+        return Settlement(due, attempt, SUCCEEDED, None, due.step, after, recovered)
     finish = attempt.start + attempt.duration
     asked = attempt.retry_after if attempt.status in (429, 503) else None
     retry_after = retry_after_seconds(asked, finish)
@@ -1451,10 +1450,8 @@ def settlement(
         step = due.step + 1
         wait = next_wait(step, settings.retry_schedule, retry_after, jitter)
     if wait is None or after.disabled and not health.disabled:
-        return Settlement(due, attempt, FAILED, None, step, health, after)
-    return Settlement(
-        due, attempt, PENDING, finish + round(wait * 1000), step, health, after
-    )
+        return Settlement(due, attempt, FAILED, None, step, after)
+    return Settlement(due, attempt, PENDING, finish + round(wait * 1000), step, after)
 
 
 # ======================================================================================
@@ -1611,7 +1608,7 @@ class Destinations:
         try:
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
             answer = list(dict.fromkeys(address[0] for *_, address in found))
-        except (OSError, UnicodeError):
+        except Exception:  # whatever it is, the host must not stay looked up for ever
             answer = UnknownHost(f"unknown host {host}")
         with self._lock:
             del self._lookups[host]
@@ -2098,6 +2095,8 @@ MIGRATIONS = (  # their count is the version of the database; only ever append
     ALTER TABLE events ADD COLUMN created INTEGER NOT NULL DEFAULT 0;
     UPDATE events SET created = timestamp;
     ALTER TABLE answers ADD COLUMN created INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX deliveries_in_order ON deliveries (webhook_id, id)
+        WHERE state = 'pending';
     CREATE INDEX answers_by_age ON answers (created);
     """,
 )
@@ -2107,7 +2106,7 @@ RETRY_SECONDS = 1  # after a commit failed
 FULL_DISK_BYTES = 64 << 10
 ROWS_PER_STATEMENT = 500
 STANDSTILL_SECONDS = 15  # in one commit, or without a tick of the loop: it hangs
-MAX_WINDOW_BYTES = 1 << 20  # of bodies, read ahead for one webhook
+WINDOW_BYTES = 32 << 20  # of bodies, read ahead for all webhooks together
 
 
 class DatabaseError(Exception):
@@ -2464,8 +2463,9 @@ class Batch:
                 [webhook_id],
             )
         before = self.changed_health.get(webhook_id) or self._health[webhook_id]
-        if before == Health() != settled.health_before:
-            return  # somebody had it start clean meanwhile
+        changed = self.webhooks.by_id[webhook_id].updated
+        if before == Health() and settled.attempt.start < changed:
+            return  # it was activated meanwhile, and starts clean
         if settled.health != before:
             self.changed_health[webhook_id] = settled.health
         if settled.health.disabled and not before.disabled:
@@ -2859,8 +2859,14 @@ class Store:
 
     def _empty_log(self):
         """Move what SQLite's log holds into the database, and cut the log off."""
-        with contextlib.closing(open_database(self._path)) as connection:
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        with contextlib.closing(connect(self._path)) as connection:
+            for _ in range(50):
+                sql = "PRAGMA wal_checkpoint(TRUNCATE)"
+                busy = connection.execute(sql).fetchone()[0]
+                if not busy:
+                    return
+                time.sleep(0.05)  # until a reader has gone on
+        fact("SQLite's log is not empty yet", level=logging.WARNING)
 
     def shift_schedule(self, after_ms: int, by_ms: int) -> None:
         """Move what is planned after a moment, because the clock has jumped."""
@@ -3016,13 +3022,13 @@ class Store:
             for write in writes:
                 write.run(batch)
             batch.flush()
-        if self.problem:
-            fact("the database can be written again")
-        self.problem = None
-        self.settled_count += len(settlements)
         self.webhooks = batch.webhooks
         self.health.update(batch.changed_health)
         self.pending.update(batch.pending_change)
+        self.settled_count += len(settlements)  # after what the settlements changed
+        if self.problem:
+            fact("the database can be written again")
+        self.problem = None
         self._committed(batch.due)
         for write in writes:
             write.finish()
@@ -3217,7 +3223,12 @@ class Store:
         return [event for (event,) in self._rows(sql, [webhook_id])]
 
     def due(
-        self, webhook: Webhook, until_ms: int, held: set[int], limit: int
+        self,
+        webhook: Webhook,
+        until_ms: int,
+        held: set[int],
+        limit: int,
+        limit_bytes: int = 1 << 20,
     ) -> tuple[list[DueDelivery], bool]:
         """The webhook's oldest due deliveries that are not held, and if there are more.
 
@@ -3241,7 +3252,7 @@ class Store:
                     continue
                 taken.append(DueDelivery(*row))
                 taken_bytes += len(taken[-1].body)
-                if len(taken) == limit or taken_bytes >= MAX_WINDOW_BYTES:
+                if len(taken) == limit or taken_bytes >= limit_bytes:
                     return taken, True
         return taken, False
 
@@ -3350,10 +3361,8 @@ class Lane:
         self.held.add(due.number)
         self.newest = max(self.newest, due.number)
 
-    def has_room(self, due: DueDelivery) -> bool:
-        return len(self.ready) < min(
-            WINDOW, 1 + MAX_WINDOW_BYTES // (len(due.body) + 1)
-        )
+    def has_room(self, due: DueDelivery, limit_bytes: int) -> bool:
+        return len(self.ready) < min(WINDOW, 1 + limit_bytes // (len(due.body) + 1))
 
     def reread(self) -> None:
         """Forget what is ready, and ask the database again."""
@@ -3414,8 +3423,13 @@ class Dispatcher:
         started.wait()
         return self
 
+    def stop(self) -> None:
+        """Start nothing more; what is in flight has STOP_SECONDS to end."""
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            self._loop.call_soon_threadsafe(self._stop.set)
+
     def __exit__(self, *exc_info):
-        self._loop.call_soon_threadsafe(self._stop.set)
+        self.stop()
         self._thread.join()
 
     # ---- called by other threads ----
@@ -3505,7 +3519,7 @@ class Dispatcher:
             lane = self._lane(due.webhook_id)
             if due.number > lane.newest:
                 in_database = lane.backlog or lane in self._awaiting
-                if in_database or not lane.has_room(due):
+                if in_database or not lane.has_room(due, self._window_bytes()):
                     lane.backlog = True  # the database keeps it, in its order
                 else:
                     lane.take(due)
@@ -3515,7 +3529,9 @@ class Dispatcher:
         lane = self._lane(webhook_id)
         lane.reread()
         lane.changed = lane.in_flight > 0
-        lane.health = self._store.health.get(webhook_id, Health())
+        self._refresh_health(lane)
+        if lane.uncommitted:
+            self._await_commit(lane)
         lane.not_before = 0.0
         self._queue(lane)
 
@@ -3540,12 +3556,22 @@ class Dispatcher:
         lane.awaited = lane.uncommitted[-1][0] if lane.uncommitted else 0
         self._awaiting.add(lane)
 
+    def _refresh_health(self, lane):
+        """Take over what others made of it, unless the lane knows more."""
+        lane.release(self._store.settled_count)
+        if not lane.uncommitted:
+            lane.health = self._store.health.get(lane.webhook_id, Health())
+
     def _end_waits(self):
         for lane in list(self._awaiting):
             if lane.awaited <= self._store.settled_count:
                 self._awaiting.discard(lane)
+                self._refresh_health(lane)
                 lane.backlog = True
                 self._queue(lane)
+
+    def _window_bytes(self):
+        return min(1 << 20, WINDOW_BYTES // max(1, len(self._lanes)))
 
     def _refill(self, lane, webhook):
         now_ms = self._now_ms()
@@ -3553,7 +3579,9 @@ class Dispatcher:
         if lane.uncommitted and webhook.ordered:  # what comes next is not known yet
             self._await_commit(lane)
             return
-        due, lane.backlog = self._store.due(webhook, now_ms, lane.held, WINDOW)
+        due, lane.backlog = self._store.due(
+            webhook, now_ms, lane.held, WINDOW, self._window_bytes()
+        )
         if not due and lane.health.paused_until:  # the probe is due whatever is planned
             due, lane.backlog = self._store.due(webhook, FOREVER_MS, lane.held, 1)
         for delivery in due:
@@ -3570,10 +3598,10 @@ class Dispatcher:
 
     def _queue(self, lane):
         """Let a lane wait for its turn, if it has something to do and may do it."""
-        if (lane.ready or lane.backlog) and not lane.health.disabled:
+        if lane.ready or lane.backlog:
             if lane.rests_until() > self._now_ms():
                 self._set_alarm(lane, lane.rests_until())
-            elif not lane.waiting and lane.in_flight < self._allowed(lane):
+            elif not lane.waiting and self._may_start(lane):
                 lane.waiting = True
                 is_retry = lane.ready and lane.ready[0].attempt_count
                 sure = lane.proven and not is_retry
@@ -3582,6 +3610,10 @@ class Dispatcher:
             self._busy.add(lane)
         else:
             self._busy.discard(lane)
+
+    def _may_start(self, lane):
+        rests = lane.health.disabled or lane.rests_until() > self._now_ms()
+        return not rests and lane.in_flight < self._allowed(lane)
 
     def _allowed(self, lane):
         if lane.health.paused_until or self._is_ordered(lane):
@@ -3601,11 +3633,17 @@ class Dispatcher:
                 return
             lane = turns.popleft()
             lane.waiting = False
+            if not self._may_start(
+                lane
+            ):  # what was true when it queued may have changed
+                self._queue(lane)
+                continue
             webhook = self._store.webhooks.by_id.get(lane.webhook_id)
             try:
                 due = self._next(lane, webhook)
             except sqlite3.Error as error:
                 fact("the database cannot be read", level=logging.ERROR, reason=error)
+                lane.reread()
                 lane.not_before = self._now_ms() + RETRY_SECONDS * 1000
                 due = None
             if due:
@@ -3680,6 +3718,8 @@ class Dispatcher:
             lane.changed = lane.changed and lane.in_flight > 0
             lane.reread()
             self._await_commit(lane)
+        elif lane.health.paused_until or lane.health.disabled:
+            lane.reread()  # it needs no window meanwhile
         if settled.next_attempt is not None:
             self._set_alarm(lane, settled.next_attempt)
 
@@ -3757,13 +3797,14 @@ class Upkeep:
     def _follow_clock(self):
         """Move what is planned when the clock jumps, so that it neither waits nor rushes."""
         now, offset = self._clock(), self._clock() - self._steady_clock()
-        jump, self._clock_offset = offset - self._clock_offset, offset
+        jump = offset - self._clock_offset
         if abs(jump) > CLOCK_JUMP_SECONDS:
             fact("clock jumped", level=logging.WARNING, seconds=round(jump, 3))
             self._store.shift_schedule(int((now - jump) * 1000), int(jump * 1000))
             for webhook_id in self._store.webhooks.by_id:
                 self._dispatcher.reconsider(webhook_id)
             self._next_pruning = 0.0
+        self._clock_offset = offset
 
     def _prune(self, now_ms):
         before_ms = now_ms - int(self._settings.retention * 1000)
@@ -4454,9 +4495,11 @@ def notify(state: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notification:
-        with contextlib.suppress(OSError):
-            notification.sendto(state.encode(), address)
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notification,
+    ):
+        notification.sendto(state.encode(), address)
 
 
 class LineFormatter(logging.Formatter):
@@ -4492,7 +4535,6 @@ def start_logging() -> None:
 
 SERVER_THREADS = 16  # so many publications can share one commit
 MAX_CONNECTIONS = 1000
-MAX_OPEN_FILES = 4096
 
 
 def printable_address(host: str, port: int) -> str:
@@ -4564,8 +4606,9 @@ def _beat(store):
 
 def serve(settings: Settings) -> None:
     """The life of the process: returns after SIGTERM or SIGINT, with everything settled."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # until it is ready a signal just ends it
     with contextlib.ExitStack() as parts:
         listener = parts.enter_context(listen(settings.listen))
         store = parts.enter_context(Store(settings.database))
@@ -4580,10 +4623,13 @@ def serve(settings: Settings) -> None:
         parts.enter_context(Upkeep(store, dispatcher, settings))
         api = Api(store, dispatcher, destinations, settings)
         server = make_server(api.app, listener, settings)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stop)
         notify("READY=1")
         fact("ready", listen=printable_address(*address))
         server.run()  # until the signal's SystemExit
         fact("stopping")
+        dispatcher.stop()
         # run() gives the requests in hand 5 s; they have as long as the attempts
         server.task_dispatcher.shutdown(timeout=STOP_SECONDS / 2)
 
