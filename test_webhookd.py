@@ -1942,6 +1942,16 @@ def test_a_replay_and_the_deletion_of_its_event_leave_nothing(store):
     assert store.pending[webhook.id] == 0
 
 
+def test_what_was_due_before_a_clock_jumped_back_stays_due(store, upkeep, clock):
+    webhook = add_webhook(store)
+    publish(store, now_ms=clock.ms)
+
+    clock.advance(-600)
+    upkeep.run_once()
+
+    assert len(due_deliveries(store, webhook, clock.ms)) == 1
+
+
 def test_a_clock_that_jumps_disables_nobody(store, upkeep, clock):
     webhook = add_webhook(store)
     publish(store, now_ms=clock.ms)
@@ -2487,6 +2497,25 @@ def test_a_rate_limit_spreads_deliveries(api, receiver, wall):
     publish_numbers(api, 0, 1, 2)
 
     assert [wall(s) for s in (0, 1, 1.1, 1, 1.1)] == [[0], [], [1], [], [2]]
+
+
+def test_a_rate_limit_is_reached(api, receiver, store, destinations, settings):
+    """An alarm that rings too early costs a tick: 200 of them would not end in time."""
+    api.create(receiver.url, rateLimit=200)
+    publish_numbers(api, *range(200))
+
+    with webhookd.Dispatcher(store, webhookd.Client(destinations, 5.0), settings):
+        wait_until(lambda: len(receiver.received) == 200)
+
+
+def test_a_change_does_not_begin_the_rate_limit_anew(api, receiver, wall):
+    api.create(receiver.url, rateLimit=0.5)
+    publish_numbers(api, 0, 1, 2)
+    assert wall(0) == [0]
+
+    api.put_json(f"{WEBHOOKS}/1", {"name": "new"})
+
+    assert wall(1) == []
 
 
 @pytest.mark.parametrize("value", [0, -1, "5", True])

@@ -3341,12 +3341,13 @@ class Lane:
         self.changed = (
             False  # while attempts were in flight: to be read again after them
         )
-        self.proven = False  # its latest attempt succeeded
+        self.proven = False  # it had a success, and few failures since
         self.width = 1  # how many may be: grows with each success, a failure makes it 1
         self.waiting = False  # for its turn
         self.awaited = (
             0  # number of a settlement; backlog is unknown until it is on disk
         )
+        self.limited_until = 0.0  # milliseconds, by its rateLimit
         self.not_before = 0.0  # milliseconds: nothing is started earlier
         self.alarm: float | None = (
             None  # milliseconds, when the database is asked again
@@ -3354,7 +3355,7 @@ class Lane:
 
     def rests_until(self) -> float:
         """Milliseconds before which nothing may start."""
-        return max(self.not_before, self.health.paused_until or 0)
+        return max(self.not_before, self.limited_until, self.health.paused_until or 0)
 
     def take(self, due: DueDelivery) -> None:
         self.ready.append(due)
@@ -3398,10 +3399,8 @@ class Dispatcher:
         self._clock, self._jitter, self._heartbeat = clock, jitter, heartbeat
         self._succeeded = store.succeeded_webhooks()
         self._lanes: dict[int, Lane] = {}
-        self._sure_turns, self._doubtful_turns = (
-            collections.deque(),
-            collections.deque(),
-        )
+        # proven webhooks first, and first attempts before retries
+        self._turns = [collections.deque() for _ in range(4)]
         self._doubtful_count = 0  # attempts in flight to webhooks that are not proven
         self._busy: set[Lane] = set()
         self._awaiting: set[Lane] = set()  # a commit, see _await_commit
@@ -3497,7 +3496,7 @@ class Dispatcher:
         try:
             while self._inbox:
                 self._inbox.popleft()()
-            self._ring_alarms(self._now_ms())
+            self._ring_alarms(self._clock() * 1000)
             self._start_attempts()
         except Exception:
             log.exception("a step of the delivery loop failed")
@@ -3529,6 +3528,7 @@ class Dispatcher:
         lane = self._lane(webhook_id)
         lane.reread()
         lane.changed = lane.in_flight > 0
+        lane.not_before = 0.0
         self._refresh_health(lane)
         if lane.uncommitted:
             self._await_commit(lane)
@@ -3539,7 +3539,8 @@ class Dispatcher:
         if lane.alarm is None or when_ms < lane.alarm:
             lane.alarm = when_ms
             heapq.heappush(self._alarms, (when_ms, lane.webhook_id))
-            self._loop.call_later(max(0, when_ms - self._now_ms()) / 1000, self.step)
+            wait_ms = max(0, when_ms - self._clock() * 1000) + 1  # never too early
+            self._loop.call_later(wait_ms / 1000, self.step)
 
     def _ring_alarms(self, now_ms):
         while self._alarms and self._alarms[0][0] <= now_ms:
@@ -3599,20 +3600,19 @@ class Dispatcher:
     def _queue(self, lane):
         """Let a lane wait for its turn, if it has something to do and may do it."""
         if lane.ready or lane.backlog:
-            if lane.rests_until() > self._now_ms():
+            if lane.rests_until() > self._clock() * 1000:
                 self._set_alarm(lane, lane.rests_until())
             elif not lane.waiting and self._may_start(lane):
                 lane.waiting = True
-                is_retry = lane.ready and lane.ready[0].attempt_count
-                sure = lane.proven and not is_retry
-                (self._sure_turns if sure else self._doubtful_turns).append(lane)
+                is_retry = bool(lane.ready and lane.ready[0].attempt_count)
+                self._turns[2 * (not lane.proven) + is_retry].append(lane)
         if lane.waiting or lane.in_flight:
             self._busy.add(lane)
         else:
             self._busy.discard(lane)
 
     def _may_start(self, lane):
-        rests = lane.health.disabled or lane.rests_until() > self._now_ms()
+        rests = lane.health.disabled or lane.rests_until() > self._clock() * 1000
         return not rests and lane.in_flight < self._allowed(lane)
 
     def _allowed(self, lane):
@@ -3627,9 +3627,9 @@ class Dispatcher:
         doubtful = max(1, most - max(1, most // RESERVED_SHARE))
         while len(self._tasks) < most and not self._stop.is_set():
             self._end_waits()
-            more = self._doubtful_count < doubtful
-            turns = self._sure_turns or more and self._doubtful_turns
-            if not turns or self._store.problem:
+            allowed = self._turns[: 4 if self._doubtful_count < doubtful else 2]
+            turns = next(filter(None, allowed), None)
+            if turns is None or self._store.problem:
                 return
             lane = turns.popleft()
             lane.waiting = False
@@ -3653,8 +3653,8 @@ class Dispatcher:
     def _start(self, lane, due, webhook):
         lane.in_flight += 1
         if webhook.rate_limit:
-            start = max(lane.not_before, self._clock() * 1000)
-            lane.not_before = start + 1000 / webhook.rate_limit
+            start = max(lane.limited_until, self._clock() * 1000)
+            lane.limited_until = start + 1000 / webhook.rate_limit
         doubtful = not lane.proven
         self._doubtful_count += doubtful
         delivery = self._deliver(lane, due, webhook, doubtful)
@@ -3706,8 +3706,9 @@ class Dispatcher:
         lane.in_flight -= 1
         lane.uncommitted.append((self._store.settle(settled), due.number))
         lane.release(self._store.settled_count)
-        lane.proven = attempt.outcome == SUCCESS
-        if lane.proven:
+        failures = settled.health.failures
+        lane.proven = not failures or lane.proven and failures < FAILURES_TO_PAUSE
+        if attempt.outcome == SUCCESS:
             lane.width = min(lane.width + 1, self._settings.webhook_concurrency)
         else:
             lane.width = 1
@@ -3800,7 +3801,8 @@ class Upkeep:
         jump = offset - self._clock_offset
         if abs(jump) > CLOCK_JUMP_SECONDS:
             fact("clock jumped", level=logging.WARNING, seconds=round(jump, 3))
-            self._store.shift_schedule(int((now - jump) * 1000), int(jump * 1000))
+            after_ms = int(min(now, now - jump) * 1000)  # what was due stays due
+            self._store.shift_schedule(after_ms, int(jump * 1000))
             for webhook_id in self._store.webhooks.by_id:
                 self._dispatcher.reconsider(webhook_id)
             self._next_pruning = 0.0
