@@ -2518,6 +2518,30 @@ def test_a_change_does_not_begin_the_rate_limit_anew(api, receiver, wall):
     assert wall(1) == []
 
 
+def test_a_rate_limit_does_not_wait_for_a_clock_that_was_set_back(
+    api, receiver, wall, dispatcher
+):
+    api.create(receiver.url, rateLimit=0.5)
+    publish_numbers(api, 0, 1)
+    assert wall(0) == [0]
+
+    dispatcher._clock.advance(-3600)
+    dispatcher._store.shift_schedule(dispatcher._now_ms(), -3_600_000)
+    dispatcher.reconsider(1)
+
+    assert [wall(0), wall(2.1)] == [[], [1]]
+
+
+def test_a_rate_limit_that_is_lifted_holds_no_longer(api, receiver, wall):
+    api.create(receiver.url, rateLimit=0.001)
+    publish_numbers(api, 0, 1)
+    assert wall(0) == [0]
+
+    api.put_json(f"{WEBHOOKS}/1", {"rateLimit": None})
+
+    assert wall(0) == [1]
+
+
 @pytest.mark.parametrize("value", [0, -1, "5", True])
 def test_a_rate_limit_is_a_number_above_0(api, value):
     answer = api.post_json(

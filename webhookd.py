@@ -3338,20 +3338,14 @@ class Lane:
         self.newest = 0  # highest number ever held: what is offered below it is known
         self.backlog = True  # the database may hold more that is due
         self.in_flight = 0
-        self.changed = (
-            False  # while attempts were in flight: to be read again after them
-        )
+        self.changed = False  # during attempts: it is read again after them
         self.proven = False  # it had a success, and few failures since
         self.width = 1  # how many may be: grows with each success, a failure makes it 1
         self.waiting = False  # for its turn
-        self.awaited = (
-            0  # number of a settlement; backlog is unknown until it is on disk
-        )
+        self.awaited = 0  # the settlement after which the database is asked again
         self.limited_until = 0.0  # milliseconds, by its rateLimit
         self.not_before = 0.0  # milliseconds: nothing is started earlier
-        self.alarm: float | None = (
-            None  # milliseconds, when the database is asked again
-        )
+        self.alarm: float | None = None  # milliseconds, when it is asked again
 
     def rests_until(self) -> float:
         """Milliseconds before which nothing may start."""
@@ -3528,11 +3522,15 @@ class Dispatcher:
         lane = self._lane(webhook_id)
         lane.reread()
         lane.changed = lane.in_flight > 0
-        lane.not_before = 0.0
         self._refresh_health(lane)
         if lane.uncommitted:
             self._await_commit(lane)
         lane.not_before = 0.0
+        webhook = self._store.webhooks.by_id.get(webhook_id)
+        interval_ms = 1000 / webhook.rate_limit if webhook and webhook.rate_limit else 0
+        # the limit may have changed, and the clock may have been set back
+        until = self._clock() * 1000 + interval_ms if interval_ms else 0.0
+        lane.limited_until = min(lane.limited_until, until)
         self._queue(lane)
 
     def _set_alarm(self, lane, when_ms):
@@ -3633,9 +3631,7 @@ class Dispatcher:
                 return
             lane = turns.popleft()
             lane.waiting = False
-            if not self._may_start(
-                lane
-            ):  # what was true when it queued may have changed
+            if not self._may_start(lane):  # any more
                 self._queue(lane)
                 continue
             webhook = self._store.webhooks.by_id.get(lane.webhook_id)
@@ -4608,9 +4604,8 @@ def _beat(store):
 
 def serve(settings: Settings) -> None:
     """The life of the process: returns after SIGTERM or SIGINT, with everything settled."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # until it is ready a signal just ends it
+    # until it is ready a signal just ends it, which loses nothing
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     with contextlib.ExitStack() as parts:
         listener = parts.enter_context(listen(settings.listen))
         store = parts.enter_context(Store(settings.database))
