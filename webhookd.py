@@ -2204,10 +2204,14 @@ def chunks(rows: list) -> collections.abc.Iterator[list]:
         yield rows[start : start + ROWS_PER_STATEMENT]
 
 
+def marks(values: collections.abc.Sized) -> str:
+    """Placeholders for the values of an IN."""
+    return f"({','.join('?' * len(values))})"
+
+
 def values_clause(rows: list[tuple]) -> tuple[str, list]:
     """`VALUES (?,?),(?,?)` and its values: one statement gives up the GIL once."""
-    marks = f"({','.join('?' * len(rows[0]))})"
-    return "VALUES " + ",".join([marks] * len(rows)), list(
+    return "VALUES " + ",".join([marks(rows[0])] * len(rows)), list(
         itertools.chain.from_iterable(rows)
     )
 
@@ -2334,11 +2338,6 @@ def _count_attempts(connection, kept):
 
 ROWS_PER_STEP = 500
 PAGES_PER_STEP = 100
-
-
-def marks(values: collections.abc.Sized) -> str:
-    """Placeholders for the values of an IN."""
-    return f"({','.join('?' * len(values))})"
 
 
 def delete_deliveries(
@@ -2643,6 +2642,18 @@ def where(tests: dict[str, object]) -> tuple[str, list]:
         parts.append(f"{test} ({','.join('?' * len(value))})" if several else test)
         values += value if several else [value]
     return " WHERE " + " AND ".join(parts), values
+
+
+def delivery_tests(webhook_id: int, wanted: Filter) -> dict[str, object]:
+    """What `where` takes to find the deliveries of a webhook that are wanted."""
+    return {
+        "webhook_id = ?": webhook_id,
+        "event IN": wanted.events,
+        "state IN": wanted.states,
+        "outcome IN": wanted.outcomes,
+        "created >= ?": wanted.since,
+        "created <= ?": wanted.until,
+    }
 
 
 class Store:
@@ -3127,14 +3138,7 @@ class Store:
         self, webhook_id: int, wanted: Filter, page: Page
     ) -> tuple[list[Delivery], int]:
         """A page of a webhook's deliveries, newest first, and how many there are."""
-        tests = {
-            "webhook_id = ?": webhook_id,
-            "event IN": wanted.events,
-            "state IN": wanted.states,
-            "outcome IN": wanted.outcomes,
-            "created >= ?": wanted.since,
-            "created <= ?": wanted.until,
-        }
+        tests = delivery_tests(webhook_id, wanted)
         rows, count = self._page(DELIVERY_COLUMNS, "deliveries", tests, page)
         return [Delivery(*row) for row in rows], count
 
@@ -3262,14 +3266,7 @@ class Store:
         self, webhook_id: int, wanted: Filter
     ) -> collections.abc.Iterator[list[int]]:
         """The numbers of the deliveries that match, in steps, oldest first."""
-        tests = {
-            "webhook_id = ?": webhook_id,
-            "event IN": wanted.events,
-            "state IN": wanted.states,
-            "outcome IN": wanted.outcomes,
-            "created >= ?": wanted.since,
-            "created <= ?": wanted.until,
-        }
+        tests = delivery_tests(webhook_id, wanted)
         last = 0
         while True:
             clause, values = where(tests | {"id > ?": last})
