@@ -392,6 +392,19 @@ def masked_url(url: str) -> str:
     return url.replace(f"{userinfo}@", masked, 1) if at else url
 
 
+def base64_of(text: str) -> str:
+    """Base64 of the text's UTF-8."""
+    return base64.b64encode(text.encode()).decode()
+
+
+def spellings(text: str) -> list[str]:
+    """A text as receivers may spell it when they send it back."""
+    escaped = [json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]]
+    encoded = [urllib.parse.quote(text, safe=""), urllib.parse.quote_plus(text)]
+    encoded += [html.escape(text), base64_of(text)]
+    return [text, *escaped, *[e.replace("/", "\\/") for e in escaped], *encoded]
+
+
 @dataclasses.dataclass(frozen=True)
 class Webhook:
     """A registration: where to, for which events."""
@@ -421,16 +434,58 @@ class Webhook:
             for name in self.events
         )
 
-    def basic_login(self) -> tuple[str, str] | None:
+    # ---- what every attempt needs, worked out once ----
+
+    @functools.cached_property
+    def masked_url(self) -> str:
+        """The URL as it may be shown."""
+        return masked_url(self.url)
+
+    @functools.cached_property
+    def login(self) -> tuple[str, str] | None:
         """User name and password for the receiver: credentials, else the URL's."""
         if self.credentials:
             return self.credentials["username"], self.credentials["password"]
         parts = urllib.parse.urlsplit(self.url)
         if parts.username is None:
             return None
-        return urllib.parse.unquote(parts.username), urllib.parse.unquote(
-            parts.password or ""
-        )
+        password = urllib.parse.unquote(parts.password or "")
+        return urllib.parse.unquote(parts.username), password
+
+    @functools.cached_property
+    def fixed_headers(self) -> dict[str, str]:
+        """The request headers that are the same in every attempt; its own win."""
+        headers = {"Content-Type": "application/json; charset=utf-8"}
+        headers["User-Agent"] = USER_AGENT
+        if self.login:
+            headers["Authorization"] = f"Basic {base64_of(':'.join(self.login))}"
+        own = {name.lower() for name in self.headers}
+        return {k: v for k, v in headers.items() if k.lower() not in own} | self.headers
+
+    @functools.cached_property
+    def masked_headers(self) -> dict[str, str]:
+        """Those of the fixed headers that hold secrets, masked."""
+        secret = [name for name in self.fixed_headers if name == "Authorization"]
+        return dict.fromkeys([*secret, *self.headers], MASK)
+
+    @functools.cached_property
+    def _secret_texts(self):
+        """Every text that must not come back in what a receiver answers, longest first."""
+        texts = [self.secret or "", self.previous_secret or "", *self.headers.values()]
+        if self.login:
+            user, password = self.login
+            texts += [password or user, base64_of(":".join(self.login))]
+        # shorter ones are no secrets, and masking them would spoil the answer
+        spelled = {s for text in texts if len(text) >= 4 for s in spellings(text)}
+        return sorted(spelled, key=len, reverse=True)
+
+    def without_secrets(self, text: str) -> str:
+        """The text with every secret of the webhook masked."""
+        for secret in self._secret_texts:
+            text = text.replace(secret, MASK)
+        return text
+
+    # ---- what the API shows ----
 
     def shown(self) -> dict:
         """The webhook as the API shows it."""
@@ -449,7 +504,7 @@ class Webhook:
             "updatedDate": self.updated,
             "events": list(self.events),
             "configuration": self.configuration,
-            "url": masked_url(self.url),
+            "url": self.masked_url,
             "active": self.active,
             "scopeType": "global",
             "sslVerificationRequired": self.verify_tls,
@@ -1107,7 +1162,7 @@ def read_webhook(
     webhook = _read_fields(reader, old, check_url)
     reader.check()
     if not webhook.name:
-        webhook = dataclasses.replace(webhook, name=masked_url(webhook.url)[:255])
+        webhook = dataclasses.replace(webhook, name=webhook.masked_url[:255])
     return webhook
 
 
@@ -1272,10 +1327,8 @@ def with_rotated_secret(old: Webhook, new: Webhook, now_ms: int) -> Webhook:
 def request_headers(
     webhook: Webhook, event: str, id: str, number: int, body: bytes, now_ms: int
 ) -> dict[str, str]:
-    """All headers of an attempt but Host and Content-Length; the webhook's own win."""
-    headers = {
-        "Content-Type": "application/json; charset=utf-8",
-        "User-Agent": USER_AGENT,
+    """All headers of an attempt but Host and Content-Length."""
+    headers = webhook.fixed_headers | {
         "X-Event-Key": event,
         "X-Request-Id": id,
         "X-Attempt": str(number),
@@ -1289,50 +1342,7 @@ def request_headers(
             standard_signature(secret, id, now_ms // 1000, body)
             for secret in signing_secrets(webhook, now_ms)
         )
-    login = webhook.basic_login()
-    if login:
-        pair = base64.b64encode(":".join(login).encode()).decode()
-        headers["Authorization"] = f"Basic {pair}"
-    if webhook.headers:
-        own = {name.lower() for name in webhook.headers}
-        headers = {k: v for k, v in headers.items() if k.lower() not in own}
-    return headers | webhook.headers
-
-
-def masked_headers(webhook: Webhook, headers: dict[str, str]) -> dict[str, str]:
-    """The headers of an attempt as they may be kept and shown."""
-    return {
-        name: MASK if name in webhook.headers or name == "Authorization" else value
-        for name, value in headers.items()
-    }
-
-
-def spellings(text: str) -> list[str]:
-    """A text as receivers may spell it when they send it back."""
-    escaped = [json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]]
-    encoded = [urllib.parse.quote(text, safe=""), urllib.parse.quote_plus(text)]
-    encoded += [html.escape(text), base64.b64encode(text.encode()).decode()]
-    return [text, *escaped, *[e.replace("/", "\\/") for e in escaped], *encoded]
-
-
-def secret_texts(webhook: Webhook) -> list[str]:
-    """Every text that must not come back in what a receiver answers, longest first."""
-    texts = [webhook.secret or "", webhook.previous_secret or ""]
-    texts += webhook.headers.values()
-    login = webhook.basic_login()
-    if login:
-        pair = ":".join(login).encode()
-        texts += [login[1] or login[0], base64.b64encode(pair).decode()]
-    # shorter ones are no secrets, and masking them would spoil the answer
-    spelled = {s for text in texts if len(text) >= 4 for s in spellings(text)}
-    return sorted(spelled, key=len, reverse=True)
-
-
-def without_secrets(text: str, texts: list[str]) -> str:
-    """The text with each of the secret texts masked."""
-    for secret in texts:
-        text = text.replace(secret, MASK)
-    return text
+    return headers
 
 
 # ======================================================================================
@@ -1649,7 +1659,7 @@ class Response:
 
     def __init__(self):
         self.status = 0
-        self.headers: list[tuple[str, str]] = []
+        self._fields: dict[str, tuple[str, str]] = {}  # lower-case name: name and value
         self.body = bytearray()
         self.started = False  # something came
         self.complete = False
@@ -1683,9 +1693,12 @@ class Response:
         self.complete = True
 
     def header(self, name: str) -> str | None:
-        """The value of a header, several joined by commas; None if it was not sent."""
-        values = [value for key, value in self.headers if key.lower() == name]
-        return ", ".join(values) if values else None
+        """The value of a header by its lower-case name; None if it was not sent."""
+        return self._fields.get(name, (name, None))[1]
+
+    def headers(self) -> dict[str, str]:
+        """The headers as they came, the values of one name joined by commas."""
+        return dict(self._fields.values())
 
     def _cut_off(self):
         if not self.status:
@@ -1710,7 +1723,7 @@ class Response:
         match = re.fullmatch(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: [^\r\n\0]*)?", first)
         if not match:
             raise ProtocolError("the answer is not HTTP/1.1")
-        self.headers = [_header_line(line) for line in lines]
+        self._read_fields(lines)
         status = int(match[2])
         if status == 101:
             raise ProtocolError("the receiver wants to switch protocols")
@@ -1720,6 +1733,14 @@ class Response:
             self.reusable = match[1] == b"1" and not closes
             self._choose_framing()
         return True
+
+    def _read_fields(self, lines):
+        self._fields = {}
+        for name, value in map(_header_line, lines):
+            if name.lower() in self._fields:
+                name, earlier = self._fields[name.lower()]
+                value = f"{earlier}, {value}"
+            self._fields[name.lower()] = name, value
 
     def _choose_framing(self):
         coding, length = self.header("transfer-encoding"), self.header("content-length")
@@ -1964,10 +1985,8 @@ class Client:
 # ---- one attempt ----
 
 
-def _answered(response, secrets_to_mask):
-    masked = functools.partial(without_secrets, texts=secrets_to_mask)
-    names = {name.lower(): name for name, _ in reversed(response.headers)}
-    headers = {name: masked(response.header(key)) for key, name in names.items()}
+def _answered(response, masked):
+    headers = {name: masked(value) for name, value in response.headers().items()}
     description = str(response.status)
     if 300 <= response.status < 400:
         target = masked(response.header("location") or "nowhere")
@@ -2013,14 +2032,14 @@ async def make_attempt(
     outcome = {"outcome": ERROR}
     try:
         response = await client.send(webhook.url, headers, body, webhook.verify_tls)
-        outcome = _answered(response, secret_texts(webhook))
+        outcome = _answered(response, webhook.without_secrets)
     except (AddressRefused, ProtocolError, OSError) as error:
         outcome["description"] = described(error)
     return Attempt(
         start=start_ms,
         duration=round((time.monotonic() - begun) * 1000),
-        url=masked_url(webhook.url),
-        request_headers=masked_headers(webhook, headers),
+        url=webhook.masked_url,
+        request_headers=headers | webhook.masked_headers,
         **outcome,
     )
 
@@ -2409,7 +2428,7 @@ def save_health(
 
 def disabled_event(webhook: Webhook, reason: str, now_ms: int) -> NewEvent:
     """The event that tells that a webhook was disabled."""
-    shown = {"id": webhook.id, "name": webhook.name, "url": masked_url(webhook.url)}
+    shown = {"id": webhook.id, "name": webhook.name, "url": webhook.masked_url}
     fields = {"timestamp": now_ms, "event": "webhook_disabled"}
     fields |= {"webhook": shown, "reason": reason}
     return NewEvent("webhook_disabled", now_ms, json_bytes(fields), fields)
@@ -3687,9 +3706,9 @@ class Dispatcher:
             )
         except Exception:
             log.exception("attempt failed unexpectedly")
-            masked = masked_headers(webhook, headers)
+            masked = headers | webhook.masked_headers
             attempt = Attempt(
-                now_ms, 0, masked_url(webhook.url), masked, ERROR, "internal error"
+                now_ms, 0, webhook.masked_url, masked, ERROR, "internal error"
             )
         self._doubtful_count -= doubtful
         self._settle(lane, due, attempt)
@@ -4220,7 +4239,7 @@ class Api:
             body, Webhook(created=now, updated=now), self._destinations.check_url
         )
         webhook = self._store.add_webhook(webhook)
-        self._log_change("webhook created", id=webhook.id, url=masked_url(webhook.url))
+        self._log_change("webhook created", id=webhook.id, url=webhook.masked_url)
         path = f"/rest/api/webhooks/{webhook.id}"
         bottle.response.set_header("Location", self._link(path))
         return self._json(self._shown([webhook])[0], 201)
@@ -4245,7 +4264,7 @@ class Api:
             starts_clean=not {"active", "url"}.isdisjoint(json_value(body)),
         )
         self._dispatcher.reconsider(id)
-        self._log_change("webhook changed", id=id, url=masked_url(webhook.url))
+        self._log_change("webhook changed", id=id, url=webhook.masked_url)
         return self._json(self._shown([webhook])[0])
 
     def delete_webhook(self, id):
