@@ -4,6 +4,7 @@ Run as a program (`python3 test_webhookd.py`) it is the benchmark, its last sect
 
 import argparse
 import ast
+import asyncio
 import base64
 import collections
 import concurrent.futures
@@ -889,7 +890,8 @@ def test_ids_are_uuids_that_sort_by_time():
 
 def headers_of(**fields):
     webhook = webhookd.Webhook(url="http://x/", **fields)
-    return webhookd.request_headers(webhook, "e", "the-id", 2, b"{}", 1_700_000_000_999)
+    lines = webhookd.attempt_headers(webhook, "e", "the-id", 2, b"{}", 1_700_000_000_999)
+    return dict(webhookd.header_fields(webhook.fixed_headers + lines).values())
 
 
 def test_without_a_secret_nothing_is_signed():
@@ -999,7 +1001,7 @@ def test_a_pause_grows_with_the_failures_up_to_its_maximum(failures, seconds):
 
 def failed_attempt(**fields):
     fields = {"outcome": "FAILURE", "description": "500", "status": 500} | fields
-    return webhookd.Attempt(1_000_000, 0, "http://x/", {}, **fields)
+    return webhookd.Attempt(1_000_000, 0, "http://x/", "", **fields)
 
 
 def due_delivery(**fields):
@@ -1270,17 +1272,19 @@ def attempt(destinations, clock):
     def make(url, timeout_seconds=5.0, **fields):
         webhook = webhookd.Webhook(url=url, **fields)
         client = webhookd.Client(destinations, timeout_seconds)
-        headers = webhookd.request_headers(webhook, "e", "the-id", 1, b"{}", clock.ms)
+        headers = webhookd.attempt_headers(webhook, "e", "the-id", 1, b"{}", clock.ms)
 
         async def run():
+            made = asyncio.get_running_loop().create_future()
+            webhookd.start_attempt(
+                client, webhook, headers, b"{}", clock.ms, made.set_result
+            )
             try:
-                return await webhookd.make_attempt(
-                    client, webhook, headers, b"{}", clock.ms
-                )
+                return await made
             finally:
-                client.close_idle()
+                client.close()
 
-        return webhookd.asyncio.run(run())
+        return asyncio.run(run())
 
     return make
 
@@ -1296,10 +1300,10 @@ def test_an_attempt_records_what_was_sent_and_what_came_back(attempt, receiver, 
         receiver.url,
         "made",
     )
-    assert made.response_headers["Content-Type"] == "text/plain"
+    assert made.response()["headers"]["Content-Type"] == "text/plain"
     [request] = receiver.received
     assert request.body == b"{}"
-    assert made.request_headers.items() <= request.headers.items()
+    assert made.request("")["headers"].items() <= request.headers.items()
 
 
 @pytest.mark.parametrize("name", ["Location", "LOCATION"])
@@ -1319,7 +1323,7 @@ def test_a_password_in_the_url_is_used_and_masked(attempt, receiver):
     sent = receiver.received[0].headers["Authorization"]
     assert base64.b64decode(sent.removeprefix("Basic ")) == b"us er:pass:word"
     assert "pass" not in str(made)
-    assert made.request_headers["Authorization"] == webhookd.MASK
+    assert made.request("")["headers"]["Authorization"] == webhookd.MASK
 
 
 @pytest.mark.parametrize(
@@ -1523,7 +1527,7 @@ def add_webhook(store, *events, **fields):
 
 
 def settle(store, due, outcome="SUCCESS", **fields):
-    attempt = webhookd.Attempt(1000, 5, "http://x/", {}, outcome, "200", 200, {}, "ok")
+    attempt = webhookd.Attempt(1000, 5, "http://x/", "", outcome, "200", 200, "", "ok")
     fields = {"state": "succeeded", "next_attempt": None, "step": 0} | fields
     fields = {"health": webhookd.Health()} | fields
     store.settle(webhookd.Settlement(due, attempt, **fields))
@@ -1759,7 +1763,7 @@ def count(store, table):
 
 
 def settled(due, clock):
-    attempt = webhookd.Attempt(clock.ms, 5, "http://x/", {}, "SUCCESS", "200", 200)
+    attempt = webhookd.Attempt(clock.ms, 5, "http://x/", "", "SUCCESS", "200", 200)
     return webhookd.Settlement(due, attempt, "succeeded", None, 0, webhookd.Health())
 
 
@@ -1979,6 +1983,9 @@ def test_a_database_of_the_first_release_opens_migrated(tmp_path):
     assert (webhook.name, webhook.secret, webhook.ordered) == ("old", "s", False)
     assert (due.attempt_count, due.step) == (1, 1)
     assert (delivery.state, attempt.description) == ("pending", "500")
+    sent = {"X-Attempt": "1", "webhook-id": 'a "b"'}
+    assert attempt.request("")["headers"] == sent
+    assert attempt.response()["headers"] == {}
     assert store.health[7].failures == 1
     assert store.pending == {7: 1}
 
@@ -1994,8 +2001,8 @@ FIRST_RELEASE = (
     INSERT INTO payloads VALUES (3, CAST('{"timestamp":1000,"event":"e"}' AS BLOB));
     INSERT INTO deliveries VALUES (4, '00000000-0000-7000-8000-000000000000', 7, 3, 'e',
         1000, 'pending', 1, 4000, 'FAILURE', '500', 5);
-    INSERT INTO attempts VALUES (1, 4, 1000, 5, 'http://x/', '{}', 'FAILURE', '500', 500,
-        '{}', 'no');
+    INSERT INTO attempts VALUES (1, 4, 1000, 5, 'http://x/',
+        '{"X-Attempt":"1","webhook-id":"a \\"b\\""}', 'FAILURE', '500', 500, '{}', 'no');
     INSERT INTO statistics VALUES (7, 'e', 'FAILURE', 0, 1, 1);
     PRAGMA user_version = 1;
     """

@@ -392,6 +392,23 @@ def masked_url(url: str) -> str:
     return url.replace(f"{userinfo}@", masked, 1) if at else url
 
 
+def header_lines(headers: dict[str, str]) -> str:
+    """Headers as they go on the wire, each line with its end."""
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+
+
+def header_fields(lines: str) -> dict[str, tuple[str, str]]:
+    """Name and value of each header by its lower-case name, repeated ones joined."""
+    fields = {}
+    for line in filter(None, lines.split("\r\n")):
+        name, _, value = line.partition(":")
+        key, value = name.lower(), value.strip(" \t")
+        if key in fields:
+            name, value = fields[key][0], f"{fields[key][1]}, {value}"
+        fields[key] = name, value
+    return fields
+
+
 def base64_of(text: str) -> str:
     """Base64 of the text's UTF-8."""
     return base64.b64encode(text.encode()).decode()
@@ -452,9 +469,7 @@ class Webhook:
         password = urllib.parse.unquote(parts.password or "")
         return urllib.parse.unquote(parts.username), password
 
-    @functools.cached_property
-    def fixed_headers(self) -> dict[str, str]:
-        """The request headers that are the same in every attempt; its own win."""
+    def _fixed_headers(self):
         headers = {"Content-Type": "application/json; charset=utf-8"}
         headers["User-Agent"] = USER_AGENT
         if self.login:
@@ -463,10 +478,16 @@ class Webhook:
         return {k: v for k, v in headers.items() if k.lower() not in own} | self.headers
 
     @functools.cached_property
-    def masked_headers(self) -> dict[str, str]:
-        """Those of the fixed headers that hold secrets, masked."""
-        secret = [name for name in self.fixed_headers if name == "Authorization"]
-        return dict.fromkeys([*secret, *self.headers], MASK)
+    def fixed_headers(self) -> str:
+        """Lines of the request headers that are the same in every attempt; its own win."""
+        return header_lines(self._fixed_headers())
+
+    @functools.cached_property
+    def masked_headers(self) -> str:
+        """The fixed headers as they may be kept and shown."""
+        headers = self._fixed_headers()
+        secret = self.headers.keys() | headers.keys() & {"Authorization"}
+        return header_lines(headers | dict.fromkeys(secret, MASK))
 
     @functools.cached_property
     def _secret_texts(self):
@@ -631,13 +652,23 @@ class Attempt:
     start: int  # milliseconds
     duration: int  # milliseconds
     url: str
-    request_headers: dict
+    request_headers: str  # lines, as they went over the wire
     outcome: str
     description: str
     status: int | None = None
-    response_headers: dict = dataclasses.field(default_factory=dict)
+    response_headers: str = ""
     response_body: str | None = None
     retry_after: str | None = None  # the receiver's Retry-After, as it came
+
+    def request(self, body: str) -> dict:
+        """What was sent, as the API shows it."""
+        headers = dict(header_fields(self.request_headers).values())
+        return {"method": "POST", "url": self.url, "headers": headers, "body": body}
+
+    def response(self) -> dict:
+        """Headers and body of what came back, as the API shows them."""
+        headers = dict(header_fields(self.response_headers).values())
+        return {"headers": headers, "body": self.response_body}
 
     def shown(self, delivery_id: str, event: str, body: str | None) -> dict:
         """The invocation as the API shows it; body None: without headers and bodies."""
@@ -648,8 +679,8 @@ class Attempt:
             "statusCode": self.status,
         }
         if body is not None:
-            request |= {"headers": self.request_headers, "body": body}
-            result |= {"headers": self.response_headers, "body": self.response_body}
+            request = self.request(body)
+            result |= self.response()
         return {
             "id": delivery_id,
             "event": event,
@@ -1290,6 +1321,7 @@ def hub_signature(secret: str, body: bytes) -> str:
     return "sha256=" + hmac.digest(secret.encode(), body, "sha256").hex()
 
 
+@functools.lru_cache(1024)
 def standard_key(secret: str) -> bytes:
     """The key of a secret for Standard Webhooks: what `whsec_` encodes, else its UTF-8."""
     if secret.startswith("whsec_"):
@@ -1324,25 +1356,24 @@ def with_rotated_secret(old: Webhook, new: Webhook, now_ms: int) -> Webhook:
     )
 
 
-def request_headers(
+def attempt_headers(
     webhook: Webhook, event: str, id: str, number: int, body: bytes, now_ms: int
-) -> dict[str, str]:
-    """All headers of an attempt but Host and Content-Length."""
-    headers = webhook.fixed_headers | {
-        "X-Event-Key": event,
-        "X-Request-Id": id,
-        "X-Attempt": str(number),
-        "webhook-id": id,
-        "webhook-timestamp": str(now_ms // 1000),
-    }
+) -> str:
+    """Lines of the headers that are an attempt's own, beside the webhook's fixed ones."""
+    seconds = now_ms // 1000
+    lines = (
+        f"X-Event-Key: {event}\r\nX-Request-Id: {id}\r\nX-Attempt: {number}\r\n"
+        f"webhook-id: {id}\r\nwebhook-timestamp: {seconds}\r\n"
+    )
     if webhook.secret:
-        headers["X-Hub-Signature"] = hub_signature(webhook.secret, body)
-        headers["X-Hub-Signature-256"] = headers["X-Hub-Signature"]
-        headers["webhook-signature"] = " ".join(
-            standard_signature(secret, id, now_ms // 1000, body)
-            for secret in signing_secrets(webhook, now_ms)
+        hub = hub_signature(webhook.secret, body)
+        secrets = signing_secrets(webhook, now_ms)
+        signed = " ".join(standard_signature(s, id, seconds, body) for s in secrets)
+        lines += (
+            f"X-Hub-Signature: {hub}\r\nX-Hub-Signature-256: {hub}\r\n"
+            f"webhook-signature: {signed}\r\n"
         )
-    return headers
+    return lines
 
 
 # ======================================================================================
@@ -1635,21 +1666,19 @@ class ProtocolError(Exception):
     """What came is not one HTTP/1.1 response."""
 
 
-def request_bytes(place: Endpoint, headers: dict[str, str], body: bytes) -> bytes:
-    """A whole POST request, to be sent at once."""
-    lines = [f"POST {place.target} HTTP/1.1", f"Host: {place.host_header}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    lines += [f"Content-Length: {len(body)}", "", ""]
-    return "\r\n".join(lines).encode("latin-1") + body
-
-
-def _header_line(line):
-    match = re.fullmatch(
-        rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*", line
+def request_bytes(place: Endpoint, headers: str, body: bytes) -> bytes:
+    """A whole POST request, to be sent at once; headers: their lines."""
+    head = (
+        f"POST {place.target} HTTP/1.1\r\nHost: {place.host_header}\r\n"
+        f"{headers}Content-Length: {len(body)}\r\n\r\n"
     )
-    if not match:
-        raise ProtocolError("the answer has a malformed header")
-    return match[1].decode("latin-1"), match[2].decode("latin-1")
+    return head.encode("latin-1") + body
+
+
+STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9]\d\d)(?: [^\r\n\0]*)?", re.ASCII)
+HEADER_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\0]*)?")
+LENGTH = re.compile(r"(\d{1,18})(?:[ \t]*,[ \t]*\1)*", re.ASCII)
 
 
 class Response:
@@ -1659,11 +1688,12 @@ class Response:
 
     def __init__(self):
         self.status = 0
-        self._fields: dict[str, tuple[str, str]] = {}  # lower-case name: name and value
+        self.headers = ""  # lines, as they came
         self.body = bytearray()
         self.started = False  # something came
         self.complete = False
         self.reusable = False  # the connection, for another request
+        self._fields: dict[str, tuple[str, str]] = {}
         self._unread = bytearray()
         self._received = 0
         self._wanted = 0  # bytes of the body or of the chunk
@@ -1696,10 +1726,6 @@ class Response:
         """The value of a header by its lower-case name; None if it was not sent."""
         return self._fields.get(name, (name, None))[1]
 
-    def headers(self) -> dict[str, str]:
-        """The headers as they came, the values of one name joined by commas."""
-        return dict(self._fields.values())
-
     def _cut_off(self):
         if not self.status:
             raise ProtocolError("the answer's headers are too long")
@@ -1718,29 +1744,23 @@ class Response:
         end = self._unread.find(b"\r\n\r\n")
         if end < 0:
             return False
-        first, *lines = bytes(self._unread[:end]).split(b"\r\n")
+        first, _, lines = self._unread[:end].decode("latin-1").partition("\r\n")
         del self._unread[: end + 4]
-        match = re.fullmatch(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: [^\r\n\0]*)?", first)
+        match = STATUS_LINE.fullmatch(first)
         if not match:
             raise ProtocolError("the answer is not HTTP/1.1")
-        self._read_fields(lines)
+        if lines and not all(map(HEADER_LINE.fullmatch, lines.split("\r\n"))):
+            raise ProtocolError("the answer has a malformed header")
         status = int(match[2])
         if status == 101:
             raise ProtocolError("the receiver wants to switch protocols")
         if status >= 200:  # the others announce a final answer
-            self.status = status
+            self.status, self.headers = status, lines
+            self._fields = header_fields(lines)
             closes = "close" in (self.header("connection") or "").lower()
-            self.reusable = match[1] == b"1" and not closes
+            self.reusable = match[1] == "1" and not closes
             self._choose_framing()
         return True
-
-    def _read_fields(self, lines):
-        self._fields = {}
-        for name, value in map(_header_line, lines):
-            if name.lower() in self._fields:
-                name, earlier = self._fields[name.lower()]
-                value = f"{earlier}, {value}"
-            self._fields[name.lower()] = name, value
 
     def _choose_framing(self):
         coding, length = self.header("transfer-encoding"), self.header("content-length")
@@ -1751,12 +1771,10 @@ class Response:
                 raise ProtocolError("the answer's length is not clear")
             self._step = self._read_chunk_size
         elif length is not None:
-            lengths = set(re.split(r"[ \t]*,[ \t]*", length))
-            if len(lengths) > 1 or not re.fullmatch(
-                r"\d{1,18}", lengths.pop(), re.ASCII
-            ):
+            match = LENGTH.fullmatch(length)
+            if not match:
                 raise ProtocolError("the answer's length is not clear")
-            self._wanted = int(length.partition(",")[0])
+            self._wanted = int(match[1])
             self._step = self._read_length
         else:
             self._step, self.reusable = self._read_until_close, False
@@ -1781,7 +1799,7 @@ class Response:
         line = self._read_line()
         if line is None:
             return False
-        match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\0]*)?", line)
+        match = CHUNK_LINE.fullmatch(line)
         if not match:
             raise ProtocolError("the answer has a malformed chunk")
         self._wanted = int(match[1], 16)
@@ -1803,19 +1821,24 @@ class Response:
         return line is not None
 
 
+LATIN_CHARSET = re.compile(
+    r"charset=\"?(iso-8859-1|us-ascii|windows-1252)\b", re.IGNORECASE
+)
+BINARY = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+
+
 def kept_text(body: bytes, content_type: str | None, masked=str) -> str:
     """What is kept of a response's body: 16 KiB of text, else `<binary data>`.
 
     masked(text) is applied before the text is cut."""
-    charset = re.search(r"charset=\"?([\w-]+)", content_type or "")
-    known = charset and charset[1].lower() in ("iso-8859-1", "us-ascii", "windows-1252")
+    charset = LATIN_CHARSET.search(content_type or "")
     try:
-        decoder = codecs.getincrementaldecoder(charset[1] if known else "utf-8")()
+        decoder = codecs.getincrementaldecoder(charset[1] if charset else "utf-8")()
         # at the limit of what is read the last character may be cut
         text = decoder.decode(bytes(body), len(body) < MAX_KEPT_BODY_BYTES)
     except UnicodeError:
         return "<binary data>"
-    if re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]", text):
+    if BINARY.search(text):
         return "<binary data>"
     kept = masked(text).encode()[:MAX_KEPT_BODY_BYTES]
     return kept.decode(errors="ignore")
@@ -1828,63 +1851,125 @@ MAX_IDLE_CONNECTIONS = 256
 
 
 class Connection(asyncio.Protocol):
-    """One connection to a receiver, used by one request at a time."""
+    """One connection to a receiver, used by one exchange at a time."""
 
     def __init__(self):
-        self._response = None
-        self._answer = None  # a future of the response
         self.transport = None
-        self.idle_since = 0.0
-
-    async def exchange(self, request: bytes) -> Response:
-        """Send a request and return the answer; raises OSError or ProtocolError."""
-        self._response = Response()
-        self._answer = asyncio.get_running_loop().create_future()
-        try:
-            self.transport.write(request)
-            return await self._answer
-        finally:
-            self._answer = None
-            if self.transport.get_write_buffer_size():  # answered before it was sent
-                self._response.reusable = False
-
-    def reusable(self) -> bool:
-        """Whether another request may use it."""
-        return self._response.reusable and not self.transport.is_closing()
-
-    def unanswered(self) -> bool:
-        """Whether nothing at all came back for the last request."""
-        return not self._response.started
+        self.exchange: "Exchange | None" = None
+        self.idle_since = 0.0  # time.monotonic()
 
     def connection_made(self, transport):
         self.transport = transport
 
     def data_received(self, data):
-        if self._answer is None:  # nobody asked: must not become somebody's answer
+        if self.exchange:
+            self.exchange.received(data)
+        else:  # nobody asked: it must not become somebody's answer
             self.transport.abort()
-        elif not self._answer.done():
-            self._settle(self._response.feed, data)
 
     def eof_received(self):
-        self._closed()
+        self.connection_lost(None)
 
-    def connection_lost(self, exc):
-        self._closed(exc)
+    def connection_lost(self, error):
+        if self.exchange:
+            self.exchange.lost(error)
 
-    def _closed(self, error=None):
-        if self._answer and not self._answer.done():
-            if error:
-                self._answer.set_exception(error)
-            else:
-                self._settle(self._response.end)
 
-    def _settle(self, step, *data):
+class Exchange:
+    """One request and its answer, bounded in time; calls back once, with a Response or
+    with the exception that says why there is none.
+
+    That is AddressRefused, ProtocolError, OSError (TimeoutError among them) or a bug.
+    Callbacks and no coroutine: a task for each costs as much as the rest of it."""
+
+    def __init__(self, client, place, verify_tls, request, done):
+        self._client, self._done = client, done
+        self.place, self.verify_tls, self._request = place, verify_tls, request
+        self._connection: Connection | None = None
+        self._connecting: asyncio.Task | None = None
+        self._response = Response()
+
+    def start(self) -> None:
+        """Send on an idle connection, or else on a new one."""
+        loop, seconds = asyncio.get_running_loop(), self._client.timeout_seconds
+        self._deadline = loop.call_later(seconds, self._expire)
+        connection = self._client.take_idle(self.place, self.verify_tls)
+        self._is_reused = connection is not None
+        if connection:
+            self._send(connection)
+        else:
+            self._connect()
+
+    def received(self, data: bytes) -> None:
+        """The connection has brought something."""
         try:
-            step(*data)
+            self._response.feed(data)
         except ProtocolError as error:
-            self._answer.set_exception(error)
+            self._end(error)
         if self._response.complete:
-            self._answer.set_result(self._response)
+            self._end(self._response)
+
+    def lost(self, error: Exception | None) -> None:
+        """The connection is closed, by the receiver or by an error."""
+        if self._is_reused and not self._response.started:
+            self._is_reused = False
+            self._drop_connection()
+            self._connect()  # it had been closed while it was idle
+        elif error:
+            self._end(error)
+        else:
+            try:
+                self._response.end()
+                self._end(self._response)
+            except ProtocolError as error:
+                self._end(error)
+
+    def abandon(self) -> None:
+        """Close everything; nobody is called back."""
+        self._done = lambda answer: None
+        self._end(TimeoutError())
+
+    def _connect(self):
+        connecting = self._client.connect(self.place, self.verify_tls)
+        self._connecting = asyncio.get_running_loop().create_task(connecting)
+        self._connecting.add_done_callback(self._connected)
+
+    def _connected(self, task):
+        if not task.cancelled():
+            self._connecting = None
+            error = task.exception()
+            self._end(error) if error else self._send(task.result())
+
+    def _send(self, connection):
+        self._connection, connection.exchange = connection, self
+        connection.transport.write(self._request)
+
+    def _expire(self):
+        self._end(TimeoutError())
+
+    def _drop_connection(self):
+        self._connection.exchange = None
+        self._connection.transport.abort()
+        self._connection = None
+
+    def _end(self, answer):
+        self._deadline.cancel()
+        if self._connecting:
+            self._connecting.cancel()
+        if self._connection:
+            transport = self._connection.transport
+            if (
+                answer is self._response
+                and answer.reusable
+                and not transport.get_write_buffer_size()  # answered before it was sent
+                and not transport.is_closing()
+            ):
+                self._connection.exchange = None
+                self._client.keep_idle(self._connection, self.place, self.verify_tls)
+            else:
+                self._drop_connection()
+        self._client.ended(self)
+        self._done(answer)
 
 
 @functools.cache
@@ -1902,44 +1987,40 @@ class Client:
 
     def __init__(self, destinations: Destinations, timeout_seconds: float):
         self._destinations = destinations
-        self._timeout_seconds = timeout_seconds
-        self._idle = collections.defaultdict(list)  # (endpoint's key) -> Connections
+        self.timeout_seconds = timeout_seconds
+        self._exchanges: set[Exchange] = set()
+        self._idle = collections.defaultdict(list)  # by endpoint's key: Connections
         self._idle_count = 0
 
-    async def send(
-        self, url: str, headers: dict[str, str], body: bytes, verify_tls: bool
-    ) -> Response:
-        """POST and return the answer.
-
-        Raises AddressRefused, ProtocolError or OSError (TimeoutError among them)."""
+    def send(
+        self,
+        url: str,
+        headers: str,
+        body: bytes,
+        verify_tls: bool,
+        done: collections.abc.Callable,
+    ) -> None:
+        """POST, and call done with what an Exchange ends in."""
         place = endpoint(url)
         request = request_bytes(place, headers, body)
-        async with asyncio.timeout(self._timeout_seconds):
-            connection = self._take_idle(place, verify_tls)
-            if connection:
-                try:
-                    return await self._exchange(connection, place, verify_tls, request)
-                except (ProtocolError, ConnectionError):
-                    if not connection.unanswered():
-                        raise  # else the receiver had closed it while it was idle
-            connection = await self._connect(place, verify_tls)
-            return await self._exchange(connection, place, verify_tls, request)
+        exchange = Exchange(self, place, verify_tls, request, done)
+        self._exchanges.add(exchange)
+        exchange.start()
 
-    async def _exchange(self, connection, place, verify_tls, request):
-        try:
-            response = await connection.exchange(request)
-        except BaseException:
-            connection.transport.abort()
-            raise
-        if connection.reusable() and self._idle_count < MAX_IDLE_CONNECTIONS:
-            connection.idle_since = time.monotonic()
-            self._idle[place.tls, place.host, place.port, verify_tls].append(connection)
-            self._idle_count += 1
-        else:
-            connection.transport.abort()
-        return response
+    def close(self) -> None:
+        """Give up what is under way, without a word, and close all connections."""
+        for exchange in list(self._exchanges):
+            exchange.abandon()
+        self.close_idle()
 
-    def _take_idle(self, place, verify_tls):
+    # ---- for exchanges ----
+
+    def ended(self, exchange: Exchange) -> None:
+        """An exchange is over."""
+        self._exchanges.discard(exchange)
+
+    def take_idle(self, place: Endpoint, verify_tls: bool) -> Connection | None:
+        """A kept-alive connection to there, if there is one."""
         connections = self._idle.get((place.tls, place.host, place.port, verify_tls))
         while connections:
             self._idle_count -= 1
@@ -1948,14 +2029,23 @@ class Client:
                 return connection
         return None
 
-    async def _connect(self, place, verify_tls):
+    def keep_idle(self, connection: Connection, place: Endpoint, verify_tls: bool):
+        """Keep a connection for another exchange, or close it if there are too many."""
+        if self._idle_count >= MAX_IDLE_CONNECTIONS:
+            return connection.transport.abort()
+        connection.idle_since = time.monotonic()
+        self._idle[place.tls, place.host, place.port, verify_tls].append(connection)
+        self._idle_count += 1
+
+    async def connect(self, place: Endpoint, verify_tls: bool) -> Connection:
+        """A new connection to a checked address; raises AddressRefused or OSError."""
         addresses = await asyncio.wrap_future(self._destinations.lookup(place.host))
         for address in addresses:  # all of them, before one is used
             self._destinations.check(address, place.port)
         failure = None
         for address in addresses:
             try:
-                async with asyncio.timeout(self._timeout_seconds / len(addresses)):
+                async with asyncio.timeout(self.timeout_seconds / len(addresses)):
                     return await self._connect_to(address, place, verify_tls)
             except OSError as error:
                 failure = error
@@ -1986,25 +2076,23 @@ class Client:
 
 
 def _answered(response, masked):
-    headers = {name: masked(value) for name, value in response.headers().items()}
     description = str(response.status)
     if 300 <= response.status < 400:
         target = masked(response.header("location") or "nowhere")
         description += f", a redirect to {target}, which is not followed"
-    return {
-        "outcome": outcome_of(response.status),
-        "description": description,
-        "status": response.status,
-        "response_headers": headers,
-        "response_body": kept_text(
-            response.body, response.header("content-type"), masked
-        ),
-        "retry_after": response.header("retry-after"),
-    }
+    body = kept_text(response.body, response.header("content-type"), masked)
+    return (
+        (outcome_of(response.status), description, response.status)
+        + (masked(response.headers), body)
+        + (response.header("retry-after"),)
+    )
 
 
 def described(error: Exception) -> str:
     """Why there was no answer, in words."""
+    if not isinstance(error, (AddressRefused, ProtocolError, OSError)):
+        log.error("an attempt failed unexpectedly", exc_info=error)
+        return "internal error"
     if isinstance(error, TimeoutError):
         return "timed out"
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -2020,28 +2108,33 @@ def described(error: Exception) -> str:
     return (os.strerror(error.errno) if error.errno else str(error)).lower()
 
 
-async def make_attempt(
+def start_attempt(
     client: Client,
     webhook: Webhook,
-    headers: dict[str, str],
+    headers: str,
     body: bytes,
     start_ms: int,
-) -> Attempt:
-    """POST to a webhook and say what came of it, with every secret masked."""
+    done: collections.abc.Callable[[Attempt], None],
+) -> None:
+    """POST to a webhook, and call done with what came of it, every secret masked.
+
+    headers: the attempt's own, see attempt_headers."""
     begun = time.monotonic()
-    outcome = {"outcome": ERROR}
+
+    def judge(answer):
+        if isinstance(answer, Response):
+            outcome = _answered(answer, webhook.without_secrets)
+        else:
+            outcome = ERROR, described(answer)
+        duration = round((time.monotonic() - begun) * 1000)
+        sent = webhook.masked_headers + headers
+        done(Attempt(start_ms, duration, webhook.masked_url, sent, *outcome))
+
+    all_headers = webhook.fixed_headers + headers
     try:
-        response = await client.send(webhook.url, headers, body, webhook.verify_tls)
-        outcome = _answered(response, webhook.without_secrets)
-    except (AddressRefused, ProtocolError, OSError) as error:
-        outcome["description"] = described(error)
-    return Attempt(
-        start=start_ms,
-        duration=round((time.monotonic() - begun) * 1000),
-        url=webhook.masked_url,
-        request_headers=headers | webhook.masked_headers,
-        **outcome,
-    )
+        client.send(webhook.url, all_headers, body, webhook.verify_tls, judge)
+    except Exception as error:  # a bug costs this attempt, and not the loop
+        asyncio.get_running_loop().call_soon(judge, error)
 
 
 # ======================================================================================
@@ -2117,6 +2210,16 @@ MIGRATIONS = (  # their count is the version of the database; only ever append
     CREATE INDEX deliveries_in_order ON deliveries (webhook_id, id)
         WHERE state = 'pending';
     CREATE INDEX answers_by_age ON answers (created);
+    """,
+    # headers are kept as lines, as they were on the wire
+    """
+    UPDATE attempts SET request_headers = (
+        SELECT coalesce(group_concat(key || ': ' || value || char(13, 10), ''), '')
+        FROM json_each(request_headers)
+    ), response_headers = (
+        SELECT coalesce(group_concat(key || ': ' || value || char(13, 10), ''), '')
+        FROM json_each(response_headers)
+    );
     """,
 )
 BUSY_SECONDS = 10  # wait so long for another process that writes, as `user add`
@@ -2335,8 +2438,8 @@ def _attempt_row(id, settled):
     attempt = settled.attempt
     return (
         (id, settled.due.number, attempt.start, attempt.duration, attempt.url)
-        + (_encode(attempt.request_headers), attempt.outcome, attempt.description)
-        + (attempt.status, _encode(attempt.response_headers), attempt.response_body)
+        + (attempt.request_headers, attempt.outcome, attempt.description)
+        + (attempt.status, attempt.response_headers, attempt.response_body)
     )
 
 
@@ -2622,24 +2725,6 @@ ATTEMPT_COLUMNS = (
     "start, attempts.duration, url, request_headers, attempts.outcome,"
     " attempts.description, status, response_headers, response_body"
 )
-
-
-def _attempt(
-    start, duration, url, request_headers, outcome, description, status, *response
-):
-    headers, body = response
-    return Attempt(
-        *(
-            start,
-            duration,
-            url,
-            json.loads(request_headers),
-            outcome,
-            description,
-            status,
-        ),
-        *(json.loads(headers), body),
-    )
 
 
 def webhook_wants(webhook: Webhook, event: str, body: bytes) -> bool:
@@ -3179,7 +3264,7 @@ class Store:
         )
         if body is None:  # deleted this moment
             raise NotFound(f"there is no delivery {uuid}")
-        return delivery, body[0].decode(), [_attempt(*row) for row in attempts]
+        return delivery, body[0].decode(), [Attempt(*row) for row in attempts]
 
     def succeeded_webhooks(self) -> set[int]:
         """The webhooks that had a success, and no failure since."""
@@ -3210,7 +3295,7 @@ class Store:
         if row is None:
             return None
         uuid, event, body, *attempt = row
-        return _attempt(*attempt).shown(uuid, event, body.decode() if bodies else None)
+        return Attempt(*attempt).shown(uuid, event, body.decode() if bodies else None)
 
     def statistics(self, webhook_id: int, events: tuple[str, ...], now_ms: int) -> dict:
         """Counts of a webhook's attempts and the last of each outcome, as the API shows."""
@@ -3417,7 +3502,7 @@ class Dispatcher:
         self._busy: set[Lane] = set()
         self._awaiting: set[Lane] = set()  # a commit, see _await_commit
         self._alarms = []  # a heap of (milliseconds, webhook id)
-        self._tasks: set[asyncio.Task] = set()
+        self._in_flight = 0  # attempts
         self._inbox = collections.deque()  # appended to by any thread
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked = time.monotonic()
@@ -3470,8 +3555,12 @@ class Dispatcher:
 
     # ---- the loop ----
 
-    async def _run(self, started):
+    def _enter_loop(self):
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._ended = asyncio.Event()  # some attempt has
+
+    async def _run(self, started):
+        self._enter_loop()
         started.set()
         while not self._stop.is_set():
             self.step()
@@ -3480,11 +3569,14 @@ class Dispatcher:
             self._client.close_idle(IDLE_SECONDS)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), TICK_SECONDS)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=STOP_SECONDS)
-        for task in self._tasks:  # attempted again after the next start
-            task.cancel()
-        self._client.close_idle()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._all_ended(), STOP_SECONDS)
+        self._client.close()  # what has not ended is attempted after the next start
+
+    async def _all_ended(self):
+        while self._in_flight:
+            self._ended.clear()
+            await self._ended.wait()
 
     def run_until_idle(self) -> None:
         """Without a thread: make every attempt that is due now, and have it recorded."""
@@ -3492,15 +3584,13 @@ class Dispatcher:
         self._store.flush()
 
     async def _until_idle(self):
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._enter_loop()
         self.step()
-        while self._tasks or self._awaiting:
-            if self._tasks:
-                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-            else:
-                self._store.flush()
+        while self._in_flight or self._awaiting:
+            await self._all_ended()
+            self._store.flush()
             self.step()
-        self._client.close_idle()
+        self._client.close()
         self._loop = None
 
     def step(self) -> None:
@@ -3642,7 +3732,7 @@ class Dispatcher:
         """Those to proven webhooks first; the others never take all the places."""
         most = self._settings.max_in_flight
         doubtful = max(1, most - max(1, most // RESERVED_SHARE))
-        while len(self._tasks) < most and not self._stop.is_set():
+        while self._in_flight < most and not self._stop.is_set():
             self._end_waits()
             allowed = self._turns[: 4 if self._doubtful_count < doubtful else 2]
             turns = next(filter(None, allowed), None)
@@ -3665,18 +3755,6 @@ class Dispatcher:
                 self._start(lane, due, webhook)
             self._queue(lane)
 
-    def _start(self, lane, due, webhook):
-        lane.in_flight += 1
-        if webhook.rate_limit:
-            start = max(lane.limited_until, self._clock() * 1000)
-            lane.limited_until = start + 1000 / webhook.rate_limit
-        doubtful = not lane.proven
-        self._doubtful_count += doubtful
-        delivery = self._deliver(lane, due, webhook, doubtful)
-        task = self._loop.create_task(delivery)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     def _next(self, lane, webhook):
         if webhook is None:
             self._lanes.pop(lane.webhook_id, None)
@@ -3696,29 +3774,30 @@ class Dispatcher:
 
     # ---- one delivery ----
 
-    async def _deliver(self, lane, due, webhook, doubtful):
-        now_ms = self._now_ms()
-        number = due.attempt_count + 1
-        headers = request_headers(webhook, due.event, due.id, number, due.body, now_ms)
-        try:
-            attempt = await make_attempt(
-                self._client, webhook, headers, due.body, now_ms
-            )
-        except Exception:
-            log.exception("attempt failed unexpectedly")
-            masked = headers | webhook.masked_headers
-            attempt = Attempt(
-                now_ms, 0, webhook.masked_url, masked, ERROR, "internal error"
-            )
+    def _start(self, lane, due, webhook):
+        now_ms, number = self._now_ms(), due.attempt_count + 1
+        if webhook.rate_limit:
+            start = max(lane.limited_until, now_ms)
+            lane.limited_until = start + 1000 / webhook.rate_limit
+        doubtful = not lane.proven
+        self._doubtful_count += doubtful
+        self._in_flight += 1
+        lane.in_flight += 1
+        headers = attempt_headers(webhook, due.event, due.id, number, due.body, now_ms)
+        done = functools.partial(self._finish, lane, due, doubtful)
+        start_attempt(self._client, webhook, headers, due.body, now_ms, done)
+
+    def _finish(self, lane, due, doubtful, attempt):
         self._doubtful_count -= doubtful
+        self._in_flight -= 1
+        lane.in_flight -= 1
         self._settle(lane, due, attempt)
-        self._tasks.discard(asyncio.current_task())  # its place is free at once
         self._queue(lane)
         self._start_attempts()
+        self._ended.set()
 
     def _settle(self, lane, due, attempt):
         settled = settlement(due, attempt, lane.health, self._settings, self._jitter())
-        lane.in_flight -= 1
         lane.uncommitted.append((self._store.settle(settled), due.number))
         lane.release(self._store.settled_count)
         failures = settled.health.failures
@@ -4331,19 +4410,10 @@ class Api:
             url=attempt.url,
             result=attempt.description,
         )
-        request = {
-            "method": "POST",
-            "url": attempt.url,
-            "headers": attempt.request_headers,
-        }
-        answer = {"request": request | {"body": PING.decode()}, "response": None}
+        answer = {"request": attempt.request(PING.decode()), "response": None}
         if attempt.status is None:
             return self._json(answer | {"error": attempt.description})
-        answer["response"] = {
-            "status": attempt.status,
-            "headers": attempt.response_headers,
-            "body": attempt.response_body,
-        }
+        answer["response"] = {"status": attempt.status} | attempt.response()
         return self._json(answer)
 
     def _webhook_to_test(self, query):
@@ -4359,12 +4429,13 @@ class Api:
 
     async def _ping(self, webhook):
         client = Client(self._destinations, self._settings.delivery_timeout)
-        now = self._now_ms()
-        headers = request_headers(webhook, "diagnostics:ping", uuid7(now), 1, PING, now)
+        now, made = self._now_ms(), asyncio.get_running_loop().create_future()
+        headers = attempt_headers(webhook, "diagnostics:ping", uuid7(now), 1, PING, now)
+        start_attempt(client, webhook, headers, PING, now, made.set_result)
         try:
-            return await make_attempt(client, webhook, headers, PING, now)
+            return await made
         finally:
-            client.close_idle()
+            client.close()
 
     # ---- events and deliveries ----
 
