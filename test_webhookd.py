@@ -357,7 +357,8 @@ def test_readme_names_every_route_setting_and_subcommand_and_no_other(wsgi):
     assert named == routes
     assert set(re.findall(r"`(WEBHOOKD_[A-Z_]+)`", readme)) == variables
     assert flags <= set(re.findall(r"`(--[a-z-]+)`", readme))
-    commands = set(re.findall(r"webhookd(?:\.py)? (user (?:add|list|remove))", readme))
+    words = r"webhookd(?:\.py)? (user (?:add|list|remove))"
+    commands = set(re.findall(words, readme))
     assert commands == {"user add", "user list", "user remove"}
 
 
@@ -3535,19 +3536,64 @@ def test_health_names_what_stands_still(api, store, dispatcher, monkeypatch):
     ]
 
 
-def test_changes_are_logged_with_who_and_what(api, caplog):
-    caplog.set_level("INFO")
-    api.create("http://u:p@127.0.0.1:1/")
-    api.put_json(f"{WEBHOOKS}/1", {"name": "x"})
-    api.delete(f"{WEBHOOKS}/1")
+CHANGES = [
+    ("POST", WEBHOOKS, {"url": "http://u:pw@127.0.0.1:1/", "events": ["e"]}),
+    ("PUT", f"{WEBHOOKS}/1", {"name": "x", "configuration": {"secret": "geheim"}}),
+    ("PUT", f"{WEBHOOKS}/1", {"sslVerificationRequired": False, "rateLimit": 5}),
+    ("PUT", f"{WEBHOOKS}/1", {"active": False}),
+    ("PUT", f"{WEBHOOKS}/1", {"active": True, "headers": {"X-Key": "geheim"}}),
+    ("PUT", f"{WEBHOOKS}/1", {"configuration": {"secret": "geheim"}}),
+    ("POST", f"{WEBHOOKS}/test?webhookId=1", None),
+    ("DELETE", f"{EVENTS}/1", None),
+    ("POST", f"{WEBHOOKS}/1/replay", None),
+    ("POST", f"{WEBHOOKS}/1/redeliver", {"outcome": "ERROR"}),
+    ("DELETE", f"{WEBHOOKS}/1", None),
+]
 
-    lines = [line for line in caplog.messages if line.startswith("webhook ")]
-    assert [line.split(" id=")[0] for line in lines] == [
-        "webhook created",
-        "webhook changed",
-        "webhook deleted",
+
+def test_every_change_is_logged_with_who_what_and_which(api, dispatcher, caplog):
+    api.publish()
+    api.publish(text="geheim")
+    caplog.set_level("INFO")
+
+    for method, path, fields in CHANGES:
+        call = getattr(api, f"{method.lower()}_json")
+        assert call(path, *[fields] * (fields is not None)).status_int < 300
+        dispatcher.run_until_idle()
+
+    lines = [line for line in caplog.messages if " by=" in line]
+    url = "url=http://u:********@127.0.0.1:1/"
+    assert [line.removesuffix(" by=admin address=None") for line in lines] == [
+        f"webhook created id=1 {url}",
+        f"webhook changed id=1 fields=name,configuration.secret {url}",
+        f"webhook changed id=1 fields=sslVerificationRequired,rateLimit {url}",
+        f"webhook deactivated id=1 fields=active {url}",
+        f"webhook activated id=1 fields=active,headers {url}",
+        f"webhook changed id=1 fields=none {url}",
+        f'webhook tested id=1 {url} result="connection refused"',
+        "event deleted id=1",
+        "events replayed webhook=1 count=1",
+        "deliveries redelivered webhook=1 count=1",
+        "webhook deleted id=1",
     ]
-    assert all("id=1" in line and "by=admin" in line for line in lines)
+    assert "geheim" not in caplog.text and ":pw@" not in caplog.text
+
+
+def test_redelivering_one_is_logged_and_counting_and_publishing_are_not(
+    api, receiver, dispatcher, caplog
+):
+    webhook = api.create(receiver.url)
+    caplog.set_level("INFO")
+    api.publish()
+    dispatcher.run_until_idle()
+    [delivery] = api.deliveries(webhook)
+    api.post_json(f"{WEBHOOKS}/1/redeliver", {"outcome": "SUCCESS", "dryRun": True})
+    assert caplog.messages == []
+
+    api.post(f"/rest/api/deliveries/{delivery['id']}/redeliver")
+
+    [line] = caplog.messages
+    assert line.startswith(f"delivery redelivered id={delivery['id']} webhook=1 by=")
 
 
 # ---- operations ----
@@ -3868,6 +3914,31 @@ def test_users_come_and_go_beside_the_running_service(daemon):
     assert run("user", "remove", "app", *on_it).returncode == 0
     assert daemon.call("POST", EVENTS, {"event": "e"}, **bearer)[0] == 401
     assert run("user", "remove", "app", *on_it).returncode == 1
+
+
+def test_users_that_come_and_go_are_logged(tmp_path):
+    on_it = ["--database", str(tmp_path / "test.db")]
+
+    added = run("user", "add", "app", "--role", "publisher", *on_it)
+    removed = run("user", "remove", "app", *on_it)
+
+    assert re.search(r" user added name=app role=publisher by=\w+\n", added.stderr)
+    assert re.search(r" user removed name=app by=\w+\n", removed.stderr)
+    assert added.stdout.strip() not in added.stderr
+
+
+def test_start_migration_and_stop_are_logged_each_on_a_line(daemon):
+    daemon.start()
+    daemon.call("GET", "/health")
+    daemon.end(signal.SIGTERM)
+
+    facts = [line.split(" ", 2)[2] for line in "".join(daemon.log).splitlines()]
+    assert facts == [
+        f"database migrated old=0 new={len(webhookd.MIGRATIONS)}",
+        f"starting version={webhookd.VERSION} database={daemon.database}",
+        f"ready listen=127.0.0.1:{daemon.port}",
+        "stopping",
+    ]
 
 
 def raw_request(port, request):

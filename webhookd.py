@@ -3998,6 +3998,12 @@ JSON_TYPE = "application/json"
 NDJSON_TYPE = "application/x-ndjson"
 MAX_TESTS = 4  # at one moment: each holds one of the server's threads
 PING = b'{"test": true}'
+LOGGED_NAMES = {  # of a webhook's fields, where the API has another or none
+    "verify_tls": "sslVerificationRequired",
+    "rate_limit": "rateLimit",
+    "secret": "configuration.secret",
+    **dict.fromkeys(("previous_secret", "previous_secret_until", "updated")),
+}
 
 
 def _site(origin):
@@ -4013,6 +4019,21 @@ def _published_one(events):
 
 def _published_list(events):
     return json_bytes({"results": [event.shown() for event in events]})
+
+
+def changed_fields(old: Webhook, new: Webhook) -> str:
+    """The names of the fields that differ, as the API has them; no values."""
+    names = [field.name for field in dataclasses.fields(Webhook)]
+    differ = [name for name in names if getattr(old, name) != getattr(new, name)]
+    shown = [LOGGED_NAMES.get(name, name) for name in differ]
+    return ",".join(name for name in shown if name) or "none"
+
+
+def change_in_words(old: Webhook, new: Webhook) -> str:
+    """What a change does to a webhook."""
+    if old.active == new.active:
+        return "webhook changed"
+    return "webhook activated" if new.active else "webhook deactivated"
 
 
 class Api:
@@ -4237,15 +4258,21 @@ class Api:
         # looking its host up takes time, so the writer reads it again without that
         read_webhook(body, old, self._destinations.check_url)
         now = self._now_ms()
+
+        def change(current):
+            nonlocal old
+            old = current
+            new = dataclasses.replace(read_webhook(body, old), updated=now)
+            return with_rotated_secret(old, new, now)
+
         webhook = self._store.change_webhook(
             id,
-            lambda old: with_rotated_secret(
-                old, dataclasses.replace(read_webhook(body, old), updated=now), now
-            ),
+            change,
             starts_clean=not {"active", "url"}.isdisjoint(json_value(body)),
         )
         self._dispatcher.reconsider(id)
-        self._log_change("webhook changed", id=id, url=masked_url(webhook.url))
+        fields, url = changed_fields(old, webhook), masked_url(webhook.url)
+        self._log_change(change_in_words(old, webhook), id=id, fields=fields, url=url)
         return self._json(self._shown([webhook])[0])
 
     def delete_webhook(self, id):
@@ -4609,6 +4636,7 @@ def serve(settings: Settings) -> None:
     with contextlib.ExitStack() as parts:
         listener = parts.enter_context(listen(settings.listen))
         store = parts.enter_context(Store(settings.database))
+        fact("starting", version=VERSION, database=settings.database)
         secret = ensure_admin(store, settings.admin_password)
         if secret:
             print(f"user admin was created, its secret is: {secret}", flush=True)
@@ -4658,6 +4686,11 @@ def database_beside_service(path: str, creates: bool = False):
         raise DatabaseError(f"{path}: {error}") from error
 
 
+def operator() -> str:
+    """Who runs this command, as far as the environment tells."""
+    return os.environ.get("SUDO_USER") or getpass.getuser()
+
+
 def read_password() -> str:
     """A password from the terminal, or the first line of standard input."""
     if sys.stdin.isatty():
@@ -4681,6 +4714,7 @@ def add_user(path: str, name: str, role: str, with_password: bool) -> None:
         if any(user.name == name for user in load_users(connection)):
             raise CommandError(f"there is a user {name} already")
         save_user(connection, User(name, role, record))
+    fact("user added", name=name, role=role, by=operator())
     if not with_password:
         print(secret)
 
@@ -4697,6 +4731,7 @@ def remove_user(path: str, name: str) -> None:
     with database_beside_service(path) as connection:
         if not connection.execute("DELETE FROM users WHERE name = ?", [name]).rowcount:
             raise CommandError(f"there is no user {name}")
+    fact("user removed", name=name, by=operator())
 
 
 class OneLineParser(argparse.ArgumentParser):
