@@ -216,7 +216,9 @@ def wsgi(store, dispatcher, destinations, settings, clock):
     for role in webhookd.ROLES:
         user = webhookd.User(role, role, webhookd.secret_record(SECRETS[role]))
         store.write(lambda connection, user=user: webhookd.save_user(connection, user))
-    return webhookd.Api(store, dispatcher, destinations, settings, clock).app
+    app = webhookd.Api(store, dispatcher, destinations, settings, clock).app
+    webhookd.Metrics(store, dispatcher, settings, clock).add_to(app)
+    return app
 
 
 @pytest.fixture
@@ -2816,6 +2818,7 @@ ROUTES = [
     ("POST", WEBHOOKS + "/1/redeliver", "admin"),
     ("POST", WEBHOOKS + "/1/replay", "admin"),
     ("DELETE", EVENTS + "/1", "admin"),
+    ("GET", "/metrics", "admin viewer"),
 ]
 
 
@@ -3761,6 +3764,180 @@ def files_of(store):
     store.flush()
     paths = [store._path + suffix for suffix in ("", "-wal")]
     return b"".join(pathlib.Path(path).read_bytes() for path in paths)
+
+
+# ======================================================================================
+# Metrics
+# ======================================================================================
+
+
+def scrape(api):
+    """What /metrics says: values by name and labels."""
+    answer = api.get("/metrics")
+    assert answer.headers["Content-Type"] == webhookd.METRICS_TYPE
+    lines = [line for line in answer.text.splitlines() if line[0] != "#"]
+    return {name: float(value) for name, _, value in (s.rpartition(" ") for s in lines)}
+
+
+def of_webhook(samples, name, outcomes=("success", "failure", "error")):
+    """The values of a counter of webhook 1, by outcome."""
+    labels = [f'{{webhook="1",outcome="{outcome}"}}' for outcome in outcomes]
+    return [samples[f"webhookd_{name}_total{label}"] for label in labels]
+
+
+def test_metrics_count_events_attempts_and_deliveries(api, receiver, dispatcher, clock):
+    api.create(receiver.url)
+    receiver.answers(500, times=1)
+    api.publish()
+    api.post_json(EVENTS, [{"event": "e"}, {"event": "nobody_wants_it"}])
+    dispatcher.run_until_idle()
+    clock.advance(11)
+    dispatcher.run_until_idle()
+    receiver.answers(500)
+    api.publish()
+    for seconds in (0, 11, 111):
+        clock.advance(seconds)
+        dispatcher.run_until_idle()
+
+    samples = scrape(api)
+
+    assert samples["webhookd_events_total"] == 4
+    assert of_webhook(samples, "attempts") == [2, 4, 0]
+    assert of_webhook(samples, "deliveries") == [2, 1, 0]
+    assert samples["webhookd_attempt_duration_seconds_count"] == 6
+    assert samples['webhookd_attempt_duration_seconds_bucket{le="+Inf"}'] == 6
+
+
+def test_a_repeated_publication_is_counted_once(api):
+    for _ in range(2):
+        api.post_json(EVENTS, {"event": "e"}, headers={"Idempotency-Key": "k"})
+
+    assert scrape(api)["webhookd_events_total"] == 1
+
+
+def test_counters_do_not_go_down_when_rows_go(api, receiver, dispatcher, store, clock):
+    api.create(receiver.url)
+    api.create(receiver.url)
+    api.publish()
+    api.publish()
+    dispatcher.run_until_idle()
+    before = scrape(api)
+
+    store.prune(clock.ms + 1, 0)
+    api.delete(f"{EVENTS}/1")
+    api.delete(f"{WEBHOOKS}/2")
+    dispatcher.run_until_idle()
+    after = scrape(api)
+
+    totals = {name for name in before if "_total" in name and "process" not in name}
+    assert {name for name in totals if name not in after} == {
+        name for name in totals if 'webhook="2"' in name
+    }
+    assert all(after[name] == before[name] for name in totals & after.keys())
+
+
+def test_metrics_show_what_waits_and_for_how_long(api, dispatcher, clock, closed_url):
+    api.create(closed_url)
+    api.create(closed_url, "other")
+    api.publish()
+    clock.advance(60)
+    api.publish()
+    dispatcher.run_until_idle()
+    clock.advance(30)
+
+    samples = scrape(api)
+
+    assert samples['webhookd_pending_deliveries{webhook="1"}'] == 2
+    assert samples['webhookd_pending_deliveries{webhook="2"}'] == 0
+    assert samples['webhookd_oldest_pending_age_seconds{webhook="1"}'] == 90
+    assert samples['webhookd_oldest_pending_age_seconds{webhook="2"}'] == 0
+    assert samples['webhookd_webhook_consecutive_failures{webhook="1"}'] == 2
+
+
+def test_metrics_show_who_is_paused_or_disabled(api, receiver, dispatcher):
+    receiver.answers(500)
+    api.create(receiver.url)
+    for _ in range(5):
+        api.publish()
+    dispatcher.run_until_idle()
+    assert scrape(api)['webhookd_webhook_paused{webhook="1"}'] == 1
+
+    receiver.answers(410)
+    api.create(receiver.url, "gone")
+    api.publish("gone")
+    dispatcher.run_until_idle()
+    samples = scrape(api)
+
+    assert samples['webhookd_webhook_disabled{webhook="1"}'] == 0
+    assert samples['webhookd_webhook_disabled{webhook="2"}'] == 1
+    assert samples['webhookd_webhook_paused{webhook="2"}'] == 0
+
+
+def test_metrics_show_what_the_process_needs(api, store):
+    samples = scrape(api)
+
+    assert samples["process_resident_memory_bytes"] > 1 << 20
+    assert samples["webhookd_database_size_bytes"] == store.size_bytes()
+    assert samples["webhookd_database_size_limit_bytes"] == 2 << 30
+
+
+def test_a_duration_falls_into_the_bucket_that_still_holds_it():
+    samples = dict(webhookd.histogram((5, 10), [1, 2, 3], 1500))
+
+    assert samples == {
+        '_bucket{le="0.005"}': 1,
+        '_bucket{le="0.01"}': 3,
+        '_bucket{le="+Inf"}': 6,
+        "_sum": 1.5,
+        "_count": 6,
+    }
+
+
+def test_labels_are_escaped():
+    assert webhookd.labels(a=1, b='\\ " \n é') == r'{a="1",b="\\ \" \n é"}'
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
+def test_promtool_has_nothing_to_say_about_the_metrics(api, receiver, dispatcher):
+    api.create(receiver.url, name='a "name"\n with \\')
+    api.publish()
+    dispatcher.run_until_idle()
+
+    text = api.get("/metrics").body
+    result = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True
+    )
+
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
+def test_promtool_takes_the_alert_rules_of_readme(tmp_path, api):
+    readme = (HERE / "README.md").read_text()
+    rules = re.search(r"```yaml\n(groups:.*?)```", readme, re.DOTALL)[1]
+    (tmp_path / "rules.yml").write_text(rules)
+
+    result = subprocess.run(
+        ["promtool", "check", "rules", tmp_path / "rules.yml"], capture_output=True
+    )
+
+    assert result.returncode == 0, result.stderr
+    api.create("http://127.0.0.1:1/")
+    families = set(re.findall(r"^# TYPE (\w+)", api.get("/metrics").text, re.MULTILINE))
+    assert set(re.findall(r"(webhookd_\w+)[\[{ ]", rules)) <= families
+
+
+def test_the_oldest_that_waits_is_found_by_an_index(store):
+    plans = []
+    store.reader().set_trace_callback(plans.append)
+    store.oldest_pending()
+    store.reader().set_trace_callback(None)
+
+    plan = store.reader().execute(f"EXPLAIN QUERY PLAN {plans[0]}").fetchall()
+
+    searches = [row[3] for row in plan if "deliveries" in row[3]]
+    index = "INDEX deliveries_in_order (webhook_id=?)"
+    assert searches == [f"SEARCH deliveries USING {index}"]
 
 
 # ======================================================================================

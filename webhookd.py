@@ -34,13 +34,14 @@ and one for each name that is being looked up. The sections, in the order in whi
 builds on itself (`grep '^# ==='` finds them):
 
     constants and logging   settings   errors   model   reading input   signatures
-    policy   outbound HTTP   store   dispatcher   users   REST API   systemd
-    command line
+    policy   outbound HTTP   store   dispatcher   users   REST API   metrics
+    systemd   command line
 """
 
 import argparse
 import asyncio
 import base64
+import bisect
 import codecs
 import collections
 import collections.abc
@@ -2430,6 +2431,7 @@ class Batch:
         self.changed_health: dict[int, Health] = {}
         self.pending_change = collections.Counter()  # by webhook
         self.due: list[DueDelivery] = []
+        self.published_count = 0
         self._events, self._payloads, self._deliveries = [], [], []
         self._answers = {}
 
@@ -2518,6 +2520,7 @@ class Batch:
 
     def _add(self, event, now_ms):
         event_id = next(self._ids.events)
+        self.published_count += 1
         webhook_ids = self.webhooks.wanting(event)
         self._events.append((event_id, event.name, event.timestamp, now_ms))
         self._payloads.append((event_id, event.body))
@@ -2677,6 +2680,7 @@ class Store:
         self.health: dict[int, Health] = {}
         self.pending = collections.Counter()  # deliveries that wait, by webhook
         self.settled_count = 0  # of settlements
+        self.published_count = 0  # of events, since the start
         self.full = False  # MAX_DATABASE_SIZE is reached, and nothing can go
         self.problem: str | None = None  # why the last commit failed
         self._committing_since: float | None = None  # time.monotonic()
@@ -3038,6 +3042,7 @@ class Store:
         self.webhooks = batch.webhooks
         self.health.update(batch.changed_health)
         self.pending.update(batch.pending_change)
+        self.published_count += batch.published_count
         self.settled_count += len(settlements)  # after what the settlements changed
         if self.problem:
             fact("the database can be written again")
@@ -3308,6 +3313,16 @@ class Store:
             *(webhook_id, now_ms),
         )[0]
 
+    def oldest_pending(self) -> dict[int, int]:
+        """When each webhook's oldest pending delivery was made; milliseconds."""
+        row = self._row(  # one row, because each gives up the GIL
+            "SELECT json_group_object(id, (SELECT created FROM deliveries"
+            " WHERE state = 'pending' AND webhook_id = webhooks.id"
+            " ORDER BY deliveries.id LIMIT 1)) FROM webhooks"
+        )
+        created = json.loads(row[0])
+        return {int(id): ms for id, ms in created.items() if ms is not None}
+
 
 # ======================================================================================
 # Dispatcher: the delivery loop
@@ -3322,6 +3337,7 @@ PRUNING_SECONDS = 60
 STEP_REST_SECONDS = 0.02  # between two steps others have the writer to themselves
 CLOCK_JUMP_SECONDS = 2
 STOP_SECONDS = 10  # what is in flight at the end has this long
+DURATION_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
 
 
 class Lane:
@@ -3345,6 +3361,9 @@ class Lane:
         self.limited_until = 0.0  # milliseconds, by its rateLimit
         self.not_before = 0.0  # milliseconds: nothing is started earlier
         self.alarm: float | None = None  # milliseconds, when it is asked again
+        # since the start, by outcome
+        self.attempts = dict.fromkeys(OUTCOMES, 0)
+        self.finished = dict.fromkeys(OUTCOMES, 0)  # deliveries
 
     def rests_until(self) -> float:
         """Milliseconds before which nothing may start."""
@@ -3373,7 +3392,7 @@ class Lane:
 class Dispatcher:
     """Attempts what is due. `with` runs its loop in a thread of its own.
 
-    Everything but `offer`, `reconsider` and `problem` runs in the loop's thread.
+    Everything but what is called by other threads, see below, runs in the loop's.
     Webhooks take turns, and each has a share of the attempts in flight, so that none
     waits for another; first attempts come before retries."""
 
@@ -3402,6 +3421,8 @@ class Dispatcher:
         self._inbox = collections.deque()  # appended to by any thread
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked = time.monotonic()
+        self.duration_counts = [0] * (len(DURATION_BUCKETS_MS) + 1)  # of attempts
+        self.duration_sum_ms = 0
         for webhook_id in store.webhooks.by_id:
             self.reconsider(webhook_id)
         store.on_commit(self.offer)
@@ -3443,6 +3464,15 @@ class Dispatcher:
         if time.monotonic() - self._ticked > STANDSTILL_SECONDS:
             return "the delivery loop stands still"
         return None
+
+    def counts(self, webhook_id: int) -> tuple[dict[str, int], dict[str, int]]:
+        """A webhook's attempts and finished deliveries by outcome, since the start."""
+        lane = self._lanes.get(webhook_id) or Lane(webhook_id, Health())
+        return lane.attempts, lane.finished
+
+    def in_flight(self) -> int:
+        """How many attempts are being made."""
+        return len(self._tasks)
 
     def _wake(self):
         with contextlib.suppress(RuntimeError):  # the loop has ended: the next start
@@ -3708,6 +3738,7 @@ class Dispatcher:
             lane.width = min(lane.width + 1, self._settings.webhook_concurrency)
         else:
             lane.width = 1
+        self._count(lane, settled)
         self._log(lane, settled)
         lane.health = settled.health
         retries_in_order = settled.state == PENDING and self._is_ordered(lane)
@@ -3723,6 +3754,15 @@ class Dispatcher:
     def _is_ordered(self, lane):
         webhook = self._store.webhooks.by_id.get(lane.webhook_id)
         return webhook is not None and webhook.ordered
+
+    def _count(self, lane, settled):
+        attempt = settled.attempt
+        lane.attempts[attempt.outcome] += 1
+        if settled.state != PENDING:
+            lane.finished[attempt.outcome] += 1
+        bucket = bisect.bisect_left(DURATION_BUCKETS_MS, attempt.duration)
+        self.duration_counts[bucket] += 1
+        self.duration_sum_ms += attempt.duration
 
     def _log(self, lane, settled):
         before, after = lane.health, settled.health
@@ -4507,6 +4547,135 @@ def render_server_error(
 
 
 # ======================================================================================
+# Metrics: what Prometheus is told; counters begin anew with the process
+# ======================================================================================
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+def labels(**values: object) -> str:
+    """The labels of a sample."""
+    escaped = {name: str(v).translate(LABEL_ESCAPES) for name, v in values.items()}
+    pairs = [f'{name}="{text}"' for name, text in escaped.items()]
+    return "{" + ",".join(pairs) + "}"
+
+
+def family(
+    name: str, kind: str, text: str, samples: collections.abc.Iterable[tuple]
+) -> collections.abc.Iterator[str]:
+    """The lines of one metric; a sample is a suffix of its name, with labels, and a value."""
+    yield f"# HELP {name} {text}"
+    yield f"# TYPE {name} {kind}"
+    for suffix, value in samples:
+        yield f"{name}{suffix} {value}"
+
+
+def histogram(bounds_ms: tuple[int, ...], counts: list[int], sum_ms: int) -> list:
+    """The samples of a histogram in seconds; counts has one more for what is longer."""
+    les = [str(bound / 1000) for bound in bounds_ms] + ["+Inf"]
+    totals = list(itertools.accumulate(counts))
+    buckets = [(f'_bucket{{le="{le}"}}', n) for le, n in zip(les, totals)]
+    return [*buckets, ("_sum", sum_ms / 1000), ("_count", totals[-1])]
+
+
+def single(name: str, kind: str, text: str, value: float) -> tuple:
+    """What `family` takes for a metric of one sample."""
+    return name, kind, text, [("", value)]
+
+
+def resident_memory_bytes() -> int:
+    """How much memory this process has."""
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Metrics:
+    """GET /metrics. Nothing is counted here: that is done where it happens."""
+
+    def __init__(
+        self,
+        store: Store,
+        dispatcher: Dispatcher,
+        settings: Settings,
+        clock: collections.abc.Callable[[], float] = time.time,
+    ):
+        self._store, self._dispatcher = store, dispatcher
+        self._settings, self._clock = settings, clock
+
+    def add_to(self, app: bottle.Bottle) -> None:
+        """Serve beside the routes of an Api, with its logins."""
+        app.route("/metrics", "GET", self.metrics, roles=READERS)
+
+    def metrics(self):
+        bottle.response.content_type = METRICS_TYPE
+        families = itertools.chain(self._of_process(), self._of_webhooks())
+        lines = itertools.chain.from_iterable(itertools.starmap(family, families))
+        return ("\n".join(lines) + "\n").encode()
+
+    def _of_process(self):
+        store, loop = self._store, self._dispatcher
+        name, text = "webhookd_events_total", "Events published."
+        yield single(name, "counter", text, store.published_count)
+        name, text = "webhookd_attempt_duration_seconds", "How long attempts took."
+        counts, sum_ms = list(loop.duration_counts), loop.duration_sum_ms
+        yield name, "histogram", text, histogram(DURATION_BUCKETS_MS, counts, sum_ms)
+        name, text = "webhookd_attempts_in_flight", "Attempts being made."
+        yield single(name, "gauge", text, loop.in_flight())
+        name, text = "webhookd_database_size_bytes", "Size in use."
+        yield single(name, "gauge", text, store.size_bytes())
+        name, text = "webhookd_database_size_limit_bytes", "The most it may have."
+        yield single(name, "gauge", text, self._settings.max_database_size)
+        name, text = "process_resident_memory_bytes", "Resident memory."
+        yield single(name, "gauge", text, resident_memory_bytes())
+        name, text = "process_cpu_seconds_total", "CPU time."
+        yield single(name, "counter", text, time.process_time())
+
+    def _of_webhooks(self):
+        webhooks = self._store.webhooks.by_id.values()
+        counts = {
+            webhook.id: self._dispatcher.counts(webhook.id) for webhook in webhooks
+        }
+        for index, name, text in (
+            (0, "attempts", "Attempts by outcome."),
+            (1, "deliveries", "Deliveries done or given up, by the last outcome."),
+        ):
+            samples = [
+                (f'{{webhook="{id}",outcome="{outcome.lower()}"}}', count)
+                for id, pair in counts.items()
+                for outcome, count in pair[index].items()
+            ]
+            yield f"webhookd_{name}_total", "counter", text, samples
+        for name, text, values in self._gauges(webhooks):
+            samples = [(f'{{webhook="{id}"}}', value) for id, value in values.items()]
+            yield f"webhookd_{name}", "gauge", text, samples
+        names = [(labels(webhook=w.id, name=w.name), 1) for w in webhooks]
+        yield "webhookd_webhook_info", "gauge", "Always 1; the name.", names
+
+    def _gauges(self, webhooks):
+        """Name, text and a value for each webhook."""
+        now_ms, store = int(self._clock() * 1000), self._store
+        ids = [webhook.id for webhook in webhooks]
+        healths = {id: store.health.get(id, Health()) for id in ids}
+        states = {w.id: healths[w.id].state(w.active) for w in webhooks}
+        oldest = store.oldest_pending()
+        ages = {id: max(0, now_ms - oldest.get(id, now_ms)) / 1000 for id in ids}
+        pending = {id: store.pending[id] for id in ids}
+        failures = {id: health.failures for id, health in healths.items()}
+        yield "pending_deliveries", "Deliveries that wait.", pending
+        text = "How long ago the oldest of them was made; 0 if none waits."
+        yield "oldest_pending_age_seconds", text, ages
+        for state, text in (
+            ("paused", "Whether it is paused after failures."),
+            ("disabled", "Whether it was disabled after failures."),
+        ):
+            values = {id: int(states[id] == state) for id in ids}
+            yield f"webhook_{state}", text, values
+        text = "Failures in a row."
+        yield "webhook_consecutive_failures", text, failures
+
+
+# ======================================================================================
 # systemd
 # ======================================================================================
 
@@ -4647,6 +4816,7 @@ def serve(settings: Settings) -> None:
         parts.enter_context(dispatcher)
         parts.enter_context(Upkeep(store, dispatcher, settings))
         api = Api(store, dispatcher, destinations, settings)
+        Metrics(store, dispatcher, settings).add_to(api.app)
         server = make_server(api.app, listener, settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)
