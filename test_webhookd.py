@@ -20,6 +20,7 @@ import os
 import pathlib
 import platform
 import re
+import resource
 import select
 import shutil
 import signal
@@ -359,9 +360,9 @@ def test_readme_names_every_route_setting_and_subcommand_and_no_other(wsgi):
     assert named == routes
     assert set(re.findall(r"`(WEBHOOKD_[A-Z_]+)`", readme)) == variables
     assert flags <= set(re.findall(r"`(--[a-z-]+)`", readme))
-    words = r"webhookd(?:\.py)? (user (?:add|list|remove))"
+    words = r"webhookd(?:\.py)? (user (?:add|list|remove)|backup)\b"
     commands = set(re.findall(words, readme))
-    assert commands == {"user add", "user list", "user remove"}
+    assert commands == {"user add", "user list", "user remove", "backup"}
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
@@ -4116,6 +4117,123 @@ def test_start_migration_and_stop_are_logged_each_on_a_line(daemon):
         f"ready listen=127.0.0.1:{daemon.port}",
         "stopping",
     ]
+
+
+# ---- backup ----
+
+
+@pytest.fixture
+def back_up(tmp_path):
+    """Runs a backup of the daemon's database into a file of a folder."""
+    folder = tmp_path / "backups"
+    folder.mkdir()
+
+    def back_up(database=tmp_path / "daemon.db", file="copy.db", **options):
+        target = str(folder / file)
+        return run("backup", target, "--database", str(database), **options)
+
+    back_up.folder, back_up.file = folder, folder / "copy.db"
+    return back_up
+
+
+def fill(path, megabytes):
+    """A database of webhookd with so many megabytes of events."""
+    with contextlib.closing(webhookd.open_database(str(path))) as connection:
+        webhookd.migrate(connection)
+        with webhookd.transaction(connection):
+            rows = [(number, bytes(1 << 20)) for number in range(megabytes)]
+            webhookd.insert(connection, "payloads", rows)
+
+
+def test_a_backup_is_a_whole_database_of_one_moment(daemon, back_up):
+    fill(daemon.database, 20)
+    daemon.start()
+    ended = threading.Event()
+
+    def publish():
+        while not ended.is_set():
+            daemon.call("POST", EVENTS, [{"event": "e"}] * 2)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        publishing = pool.submit(publish)
+        wait_until(lambda: daemon.call("GET", EVENTS)[1]["totalCount"])
+        result = back_up()
+        ended.set()
+    assert publishing.exception() is None
+
+    assert (result.returncode, result.stdout) == (0, "")
+    assert "backup written" in result.stderr
+    assert back_up.file.stat().st_mode & 0o777 == 0o600
+    with contextlib.closing(sqlite3.connect(back_up.file)) as copy:
+        assert copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        [(count,)] = copy.execute("SELECT count(*) FROM events")
+        assert count and count % 2 == 0
+    assert list(back_up.folder.iterdir()) == [back_up.file]
+    with webhookd.Store(str(back_up.file)) as store:
+        assert store.events(webhookd.Filter(), webhookd.Page())[1] == count
+
+
+def test_a_backup_replaces_the_one_before(daemon, back_up):
+    fill(daemon.database, 1)
+    back_up.file.write_text("the one before")
+
+    assert back_up().returncode == 0
+    assert back_up.file.read_bytes().startswith(b"SQLite format 3\0")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_backup_that_is_ended_leaves_the_one_before(daemon, back_up, number):
+    fill(daemon.database, 50)
+    back_up.file.write_text("the one before")
+    command = [sys.executable, str(HERE / "webhookd.py"), "backup", str(back_up.file)]
+    process = subprocess.Popen(
+        [*command, "--database", daemon.database], stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: [f for f in back_up.folder.glob(".copy*") if f.stat().st_size])
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+
+    assert back_up.file.read_text() == "the one before"
+    if number != signal.SIGKILL:
+        assert (process.returncode, error) == (1, "webhookd: interrupted\n")
+        assert list(back_up.folder.iterdir()) == [back_up.file]
+
+
+def test_a_full_disk_leaves_the_backup_before(daemon, back_up):
+    fill(daemon.database, 5)
+    back_up.file.write_text("the one before")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    result = back_up(preexec_fn=limit)
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert back_up.file.read_text() == "the one before"
+    assert list(back_up.folder.iterdir()) == [back_up.file]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"database": "nowhere.db"}, "nowhere.db does not exist"),
+        ({"database": HERE / "README.md"}, "file is not a database"),
+        ({"database": "/dev/null"}, "not a database of webhookd"),
+        ({"file": "nowhere/copy.db"}, "No such file or directory"),
+        ({"file": "."}, "is not a file"),
+        ({"file": "../daemon.db"}, "is the database itself"),
+        ({"file": "used.db"}, "used.db-wal exists"),
+    ],
+)
+def test_a_backup_that_cannot_be_says_why_in_one_line(daemon, back_up, options, words):
+    fill(daemon.database, 1)
+    (back_up.folder / "used.db-wal").touch()
+
+    result = back_up(**options)
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert words in result.stderr
+    assert [file.name for file in back_up.folder.iterdir()] == ["used.db-wal"]
 
 
 def raw_request(port, request):

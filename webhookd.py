@@ -74,6 +74,7 @@ import socket
 import sqlite3
 import ssl
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -4729,6 +4730,7 @@ def start_logging() -> None:
 
 SERVER_THREADS = 16  # so many publications can share one commit
 MAX_CONNECTIONS = 1000
+PAGES_PER_COPY_STEP = 256  # 1 MB: a publication waits for one step at most
 
 
 def printable_address(host: str, port: int) -> str:
@@ -4904,6 +4906,93 @@ def remove_user(path: str, name: str) -> None:
     fact("user removed", name=name, by=operator())
 
 
+# ---- backup ----
+
+
+def _check_backup(path, target):
+    if not os.path.exists(path):
+        raise DatabaseError(f"{path} does not exist")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise CommandError(f"{target} is not a file")
+    if os.path.exists(target) and os.path.samefile(path, target):
+        raise CommandError(f"{target} is the database itself")
+    for beside in (f"{target}-wal", f"{target}-journal"):
+        if os.path.exists(beside):  # SQLite would take it for a part of the copy
+            raise CommandError(f"{beside} exists: {target} is a database in use")
+
+
+@contextlib.contextmanager
+def new_file(target: str):
+    """A file under another name beside the target; it becomes the target, on disk and
+    complete, or it goes. Yields its handle and its name."""
+    folder, name = os.path.split(target)
+    handle, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # mode 600
+    try:
+        yield handle, partial
+        os.fsync(handle)
+        os.replace(partial, target)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    finally:
+        os.close(handle)
+    folder_handle = os.open(folder, os.O_RDONLY)
+    os.fsync(folder_handle)  # else a power cut may undo the renaming
+    os.close(folder_handle)
+
+
+def _pace(handle):
+    begun = time.monotonic()
+
+    def rest(*counts):
+        nonlocal begun
+        os.fdatasync(handle)
+        time.sleep(time.monotonic() - begun)
+        begun = time.monotonic()
+
+    return rest
+
+
+def copy_database(source: sqlite3.Connection, partial: str, handle: int) -> None:
+    """Copy what the source's transaction sees into an empty file.
+
+    A service beside it hardly notices: each step goes to the disk by itself, and is
+    followed by as long a rest."""
+    with contextlib.closing(connect(partial)) as copy:
+        copy.execute("PRAGMA journal_mode = OFF")
+        copy.execute("PRAGMA synchronous = OFF")
+        source.backup(copy, pages=PAGES_PER_COPY_STEP, progress=_pace(handle))
+    # as a database without a log beside it (SQLite's file format, 1.3.3)
+    os.pwrite(handle, b"\1\1", 18)
+
+
+def _interrupt(number, frame):
+    raise CommandError("interrupted")
+
+
+def backup(path: str, target: str) -> None:
+    """Write a consistent copy; what had its name stays until the copy is complete."""
+    target = os.path.realpath(target)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    os.nice(10)
+    try:
+        _check_backup(path, target)
+        with (
+            contextlib.closing(connect(path)) as source,
+            new_file(target) as (handle, partial),
+        ):
+            source.execute("BEGIN")  # one moment, however long the steps take
+            if not schema_version(source):
+                raise DatabaseError(f"{path} is not a database of webhookd")
+            copy_database(source, partial, handle)
+    except sqlite3.Error as error:
+        raise CommandError(f"{path} to {target}: {error}") from error
+    except OSError as error:
+        raise CommandError(f"{target}: {error.strerror}") from error
+    fact("backup written", file=target, bytes=os.path.getsize(target), by=operator())
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line."""
 
@@ -4932,6 +5021,17 @@ def _add_user_commands(parser):
         command.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
 
 
+def _add_backup_command(subcommands):
+    backing_up = subcommands.add_parser(
+        "backup", help="write a consistent copy, also while the service runs"
+    )
+    backing_up.add_argument(
+        "file", metavar="FILE", help="replaced once the copy is complete"
+    )
+    backing_up.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
+    backing_up.set_defaults(run=lambda given, path: backup(path, given.file))
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """The command line: every setting is a flag, serving is what it does unasked."""
     parser = OneLineParser(
@@ -4953,6 +5053,7 @@ def argument_parser() -> argparse.ArgumentParser:
     _add_user_commands(
         subcommands.add_parser("user", help="who may log in: add, list, remove")
     )
+    _add_backup_command(subcommands)
     return parser
 
 
