@@ -33,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 
 import bottle
 import pytest
@@ -360,9 +361,9 @@ def test_readme_names_every_route_setting_and_subcommand_and_no_other(wsgi):
     assert named == routes
     assert set(re.findall(r"`(WEBHOOKD_[A-Z_]+)`", readme)) == variables
     assert flags <= set(re.findall(r"`(--[a-z-]+)`", readme))
-    words = r"webhookd(?:\.py)? (user (?:add|list|remove)|backup)\b"
+    words = r"webhookd(?:\.py)? (user (?:add|list|remove)|backup|sink)\b"
     commands = set(re.findall(words, readme))
-    assert commands == {"user add", "user list", "user remove", "backup"}
+    assert commands == {"user add", "user list", "user remove", "backup", "sink"}
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
@@ -932,6 +933,42 @@ def test_credentials_are_basic_authentication():
     pair = headers_of(credentials=login)["Authorization"].removeprefix("Basic ")
 
     assert base64.b64decode(pair).decode() == "u:p:ä"
+
+
+NOW = 1_700_000_000
+SIGNED = webhookd.standard_signature("s", "id", NOW, b"{}")
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({}, None),
+        ({"signatures": f"v1,other {SIGNED} v2,other"}, None),
+        ({"now": NOW + 299}, None),
+        ({"now": NOW + 301}, "webhook-timestamp is more than 5 minutes off"),
+        ({"now": NOW - 301}, "webhook-timestamp is more than 5 minutes off"),
+        ({"timestamp": "now"}, "webhook-timestamp is no number"),
+        ({"timestamp": ""}, "webhook-timestamp is no number"),
+        ({"id": "other"}, "another secret, or another body"),
+        ({"body": b"{ }"}, "another secret, or another body"),
+        ({"secret": "other"}, "another secret, or another body"),
+        ({"signatures": "é"}, "another secret, or another body"),
+        ({"signatures": ""}, "another secret, or another body"),
+    ],
+)
+def test_a_standard_signature_verifies_or_it_is_said_why(change, fault):
+    given = {"secret": "s", "id": "id", "timestamp": str(NOW), "signatures": SIGNED}
+    given |= {"body": b"{}", "now": NOW}
+
+    assert webhookd.standard_fault(**given | change) == fault
+
+
+@pytest.mark.parametrize("secret, genuine", [("s", True), ("other", False)])
+def test_every_hub_signature_must_verify(secret, genuine):
+    right, wrong = webhookd.hub_signature("s", b"{}"), "sha256=é"
+
+    assert (webhookd.hub_fault(secret, [right, right], b"{}") is None) == genuine
+    assert webhookd.hub_fault(secret, [right, wrong], b"{}")
 
 
 # ======================================================================================
@@ -3967,6 +4004,175 @@ def test_a_log_line_is_one_line_with_a_priority_or_a_time(journal, line):
     formatted = webhookd.LineFormatter(journal).format(record)
 
     assert formatted == line if journal else re.fullmatch(line, formatted)
+
+
+# ======================================================================================
+# Sink: the program itself
+# ======================================================================================
+
+
+@pytest.fixture
+def sink():
+    """Starts a sink; its address, and what it has printed so far."""
+    processes = []
+
+    def start(*flags):
+        command = [sys.executable, str(HERE / "webhookd.py"), "sink"]
+        process = subprocess.Popen(
+            [*command, "--listen", "127.0.0.1:0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+        line = process.stdout.readline()
+        process.url = re.search(r"listening on (http://127\.0\.0\.1:\d+/)", line)[1]
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def printed_by(sink, number=signal.SIGTERM):
+    """What the sink has printed until a signal stopped it, with status 0."""
+    sink.send_signal(number)
+    printed, _ = sink.communicate(timeout=30)
+    assert sink.returncode == 0 and "Traceback" not in printed
+    return printed
+
+
+def deliver(api, dispatcher, url, **fields):
+    """Have one event delivered to a new webhook; what came back."""
+    webhook = api.create(url, **fields)
+    api.publish(text="Grüße")
+    dispatcher.run_until_idle()
+    return api.get(f"{WEBHOOKS}/{webhook['id']}/latest").json["result"]
+
+
+@pytest.fixture
+def now(clock):
+    clock.now = time.time()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sink_prints_a_delivery_and_that_it_is_genuine(
+    api, dispatcher, sink, now, number
+):
+    sink = sink("--secret", "s")
+
+    result = deliver(api, dispatcher, sink.url, configuration={"secret": "s"})
+
+    assert result["statusCode"] == 200
+    printed = printed_by(sink, number)
+    assert "\n  X-Event-Key: e\n" in printed and '"text":"Grüße"}\n' in printed
+    assert "X-Hub-Signature: signature ok\n" in printed
+    assert "Standard Webhooks: signature ok\n" in printed
+
+
+def test_a_sink_tells_what_is_not_genuine(api, dispatcher, sink, now):
+    sink = sink("--secret", "other")
+
+    deliver(api, dispatcher, sink.url, configuration={"secret": "s"})
+
+    printed = printed_by(sink)
+    assert "X-Hub-Signature: does NOT verify" in printed
+    assert "Standard Webhooks: does NOT verify" in printed
+
+
+def test_a_sink_tells_what_is_not_signed(api, dispatcher, sink, now):
+    sink = sink("--secret", "s")
+
+    deliver(api, dispatcher, sink.url)
+
+    printed = printed_by(sink)
+    assert "X-Hub-Signature: not signed\n" in printed
+    assert "Standard Webhooks: not signed\n" in printed
+
+
+def test_a_sink_with_the_old_secret_takes_the_new_ones_standard_signature(
+    api, dispatcher, sink, now
+):
+    sink = sink("--secret", "old")
+    webhook = api.create(sink.url, configuration={"secret": "old"})
+    api.put_json(f"{WEBHOOKS}/{webhook['id']}", {"configuration": {"secret": "new"}})
+    api.publish()
+    dispatcher.run_until_idle()
+
+    printed = printed_by(sink)
+
+    assert "X-Hub-Signature: does NOT verify" in printed
+    assert "Standard Webhooks: signature ok\n" in printed
+
+
+@pytest.mark.parametrize("status", [204, 302, 304, 410, 429, 503])
+def test_a_sink_answers_what_it_is_told(api, dispatcher, sink, now, status):
+    sink = sink("--answer", str(status))
+
+    assert deliver(api, dispatcher, sink.url)["statusCode"] == status
+
+
+def test_a_sink_keeps_connections_and_survives_bad_requests(sink):
+    sink = sink()
+    port = int(sink.url.rstrip("/").rpartition(":")[2])
+    good = b"POST /%d HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}"
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
+        for number in range(2):
+            kept.sendall(good % number)
+            assert kept.recv(1000).startswith(b"HTTP/1.1 200 ")
+        for bad in (
+            b"\x1b[31m\xff\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n",
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nshort",
+        ):
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as other:
+                other.sendall(bad)
+                other.shutdown(socket.SHUT_WR)
+                assert b"HTTP/1.1 2" not in other.makefile("rb").read()
+        kept.sendall(good % 2)
+        assert kept.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+    printed = printed_by(sink)
+
+    assert all(f"POST /{number} HTTP/1.1" in printed for number in range(3))
+    assert printed.replace("\n", "").isprintable()
+
+
+def test_nothing_that_arrives_reaches_the_terminal_as_a_command(sink):
+    sink = sink()
+    request = urllib.request.Request(
+        sink.url,
+        b'{"a": "\x1b[2J\x07\x9b\xe2\x80\xae\xff"}\r\nb',
+        {"X-Colour": "\x1b[31m"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.status == 200
+
+    printed = printed_by(sink)
+
+    assert printed.replace("\n", "").isprintable()
+    assert r'  {"a": "\x1b[2J\x07\x9b\u202e\xff"}\r\nb' in printed
+    assert r"  X-Colour: \x1b[31m" in printed
+
+
+@pytest.mark.parametrize(
+    "flags, status",
+    [
+        (("--listen", "nowhere"), 1),
+        (("--listen", "127.0.0.1:{port}"), 1),
+        (("--answer", "99"), 2),
+        (("--secret", "\udcff"), 1),
+    ],
+)
+def test_a_sink_that_cannot_start_says_why_in_one_line(receiver, flags, status):
+    result = run("sink", *(flag.format(port=receiver.server_port) for flag in flags))
+
+    assert (result.returncode, result.stdout) == (status, "")
+    assert len(result.stderr.splitlines()) == 1
 
 
 # ======================================================================================

@@ -35,7 +35,7 @@ builds on itself (`grep '^# ==='` finds them):
 
     constants and logging   settings   errors   model   reading input   signatures
     policy   outbound HTTP   store   dispatcher   users   REST API   metrics
-    systemd   command line
+    systemd   sink   command line
 """
 
 import argparse
@@ -59,6 +59,7 @@ import heapq
 import hmac
 import html
 import http
+import http.server
 import ipaddress
 import itertools
 import json
@@ -71,6 +72,7 @@ import secrets
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import ssl
 import sys
@@ -1220,6 +1222,7 @@ def read_events(
 
 
 ROTATION_SECONDS = 86400
+SIGNATURE_TOLERANCE_SECONDS = 300  # what Standard Webhooks asks of receivers
 
 
 def uuid7(now_ms: int) -> str:
@@ -1335,6 +1338,32 @@ def without_secrets(text: str, texts: list[str]) -> str:
     for secret in texts:
         text = text.replace(secret, MASK)
     return text
+
+
+def _is_among(expected, given):
+    return any([hmac.compare_digest(expected.encode(), g.encode()) for g in given])
+
+
+def hub_fault(secret: str, signatures: list[str], body: bytes) -> str | None:
+    """Why X-Hub-Signature headers do not verify, or None if all of them do."""
+    expected = hub_signature(secret, body)
+    if all([_is_among(expected, [signature]) for signature in signatures]):
+        return None
+    return "another secret, or another body"
+
+
+def standard_fault(
+    secret: str, id: str, timestamp: str, signatures: str, body: bytes, now: float
+) -> str | None:
+    """Why a webhook-signature does not verify, or None; any of several may match."""
+    if not re.fullmatch(r"\d{1,15}", timestamp, re.ASCII):
+        return "webhook-timestamp is no number"
+    if abs(now - int(timestamp)) > SIGNATURE_TOLERANCE_SECONDS:
+        return "webhook-timestamp is more than 5 minutes off"
+    expected = standard_signature(secret, id, int(timestamp), body)
+    if _is_among(expected, signatures.split()):
+        return None
+    return "another secret, or another body"
 
 
 # ======================================================================================
@@ -4725,6 +4754,122 @@ def start_logging() -> None:
 
 
 # ======================================================================================
+# Sink: a receiver for trying things out
+# ======================================================================================
+
+SINK_LISTEN = "127.0.0.1:9000"
+UNSHOWN_HEADERS = {"host", "content-length", "connection"}
+
+
+def printable(text: str) -> str:
+    """The text with what could disturb a terminal escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _verdict(signature, secret, fault):
+    if not signature:
+        return "not signed"
+    if secret is None:
+        return "signed; say --secret to have it verified"
+    why = fault()
+    return f"does NOT verify: {why}" if why else "signature ok"
+
+
+def verdicts(headers, body: bytes, secret: str | None, now: float) -> list[str]:
+    """A line for each of the two signature schemes; headers as http.server has them."""
+    names = ("X-Hub-Signature", "X-Hub-Signature-256")
+    hub = [value for name in names for value in headers.get_all(name, ())]
+    id, timestamp, standard = (
+        headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature")
+    )
+    hub_verdict = _verdict(hub, secret, lambda: hub_fault(secret, hub, body))
+    standard_verdict = _verdict(
+        standard,
+        secret,
+        lambda: standard_fault(secret, id, timestamp, standard, body, now),
+    )
+    return [f"X-Hub-Signature: {hub_verdict}", f"Standard Webhooks: {standard_verdict}"]
+
+
+class SinkHandler(http.server.BaseHTTPRequestHandler):
+    """Prints deliveries, and a line for what is none."""
+
+    protocol_version = "HTTP/1.1"  # keeps connections alive
+    disable_nagle_algorithm = True
+    error_content_type = "text/plain"
+    error_message_format = "%(code)d %(message)s\n"
+
+    def do_POST(self):
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch(r"\d{1,15}", length, re.ASCII):
+            self.send_error(http.HTTPStatus.LENGTH_REQUIRED)
+        elif int(length) > MAX_REQUEST_BYTES:
+            self.send_error(http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        else:
+            body = self.rfile.read(int(length))
+            if len(body) < int(length):
+                raise ConnectionError("the body was cut off")
+            self.server.show(*self._delivery(body))
+            self._answer()
+
+    def _delivery(self, body):
+        yield self.requestline
+        for name, value in self.headers.items():
+            if name.lower() not in UNSHOWN_HEADERS:
+                yield f"  {name}: {value}"
+        yield ""
+        yield "  " + body.decode(errors="backslashreplace")
+        yield ""
+        for line in verdicts(self.headers, body, self.server.secret, time.time()):
+            yield f"  {line}"
+        yield ""
+
+    def _answer(self):
+        status = self.server.answer
+        self.send_response(status)
+        if 300 <= status < 400:
+            self.send_header("Location", "/elsewhere")
+        if status not in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED):
+            self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def version_string(self):
+        return USER_AGENT
+
+    def log_request(self, code="-", size="-"):
+        pass  # what came is printed in full
+
+    def log_message(self, format, *args):
+        self.server.show(f"refused: {format % args}")
+
+
+class Sink(http.server.ThreadingHTTPServer):
+    """Receives deliveries, prints them and gives them all the same answer.
+
+    A thread for each connection; what they print comes out whole."""
+
+    server_bind = socketserver.TCPServer.server_bind  # http.server's asks the resolver
+
+    def __init__(self, address: tuple[str, int], secret: str | None, answer: int):
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.secret, self.answer = secret, answer
+        self._printing = threading.Lock()
+        super().__init__(address, SinkHandler)
+
+    def show(self, *lines: str) -> None:
+        """Print lines, so that they harm no terminal."""
+        text = "\n".join(map(printable, lines))
+        with self._printing:
+            print(text, flush=True)
+
+    def handle_error(self, request, client_address):
+        """A connection ended before its time."""
+        self.show(f"connection lost: {sys.exc_info()[1]}")
+
+
+# ======================================================================================
 # Command line
 # ======================================================================================
 
@@ -4993,6 +5138,27 @@ def backup(path: str, target: str) -> None:
     fact("backup written", file=target, bytes=os.path.getsize(target), by=operator())
 
 
+# ---- sink ----
+
+
+def run_sink(listen_text: str, secret: str | None, answer: int) -> None:
+    """Receive deliveries until SIGTERM or SIGINT."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        address = listen_address(listen_text)
+        sink = Sink(address, password(secret) if secret else None, answer)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    except OSError as error:
+        raise CommandError(f"--listen {listen_text}: {error.strerror}") from None
+    with sink:
+        where = printable_address(*sink.server_address[:2])
+        sink.show(f"listening on http://{where}/ and answering {answer}", "")
+        sink.serve_forever()
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line."""
 
@@ -5021,6 +5187,12 @@ def _add_user_commands(parser):
         command.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
 
 
+def _status(text):
+    if not re.fullmatch("[2-5][0-9][0-9]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a status from 200 to 599")
+    return int(text)
+
+
 def _add_backup_command(subcommands):
     backing_up = subcommands.add_parser(
         "backup", help="write a consistent copy, also while the service runs"
@@ -5030,6 +5202,27 @@ def _add_backup_command(subcommands):
     )
     backing_up.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
     backing_up.set_defaults(run=lambda given, path: backup(path, given.file))
+
+
+def _add_sink_command(subcommands):
+    sink = subcommands.add_parser(
+        "sink", help="receive deliveries, print them and verify their signatures"
+    )
+    sink.add_argument(
+        "--listen",
+        default=argparse.SUPPRESS,
+        metavar="HOST:PORT",
+        help=f"default {SINK_LISTEN}, port 0 picks one",
+    )
+    sink.add_argument("--secret", help="of the webhook, to verify signatures")
+    sink.add_argument(
+        "--answer", type=_status, default=200, metavar="STATUS", help="default 200"
+    )
+    sink.set_defaults(
+        run=lambda given, path: run_sink(
+            given.listen or SINK_LISTEN, given.secret, given.answer
+        )
+    )
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -5054,6 +5247,7 @@ def argument_parser() -> argparse.ArgumentParser:
         subcommands.add_parser("user", help="who may log in: add, list, remove")
     )
     _add_backup_command(subcommands)
+    _add_sink_command(subcommands)
     return parser
 
 
