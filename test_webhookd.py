@@ -21,6 +21,7 @@ import os
 import pathlib
 import platform
 import re
+import resource
 import select
 import shutil
 import signal
@@ -33,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 
 import bottle
 import pytest
@@ -217,7 +219,9 @@ def wsgi(store, dispatcher, destinations, settings, clock):
     for role in webhookd.ROLES:
         user = webhookd.User(role, role, webhookd.secret_record(SECRETS[role]))
         store.write(lambda connection, user=user: webhookd.save_user(connection, user))
-    return webhookd.Api(store, dispatcher, destinations, settings, clock).app
+    app = webhookd.Api(store, dispatcher, destinations, settings, clock).app
+    webhookd.Metrics(store, dispatcher, settings, clock).add_to(app)
+    return app
 
 
 @pytest.fixture
@@ -358,8 +362,9 @@ def test_readme_names_every_route_setting_and_subcommand_and_no_other(wsgi):
     assert named == routes
     assert set(re.findall(r"`(WEBHOOKD_[A-Z_]+)`", readme)) == variables
     assert flags <= set(re.findall(r"`(--[a-z-]+)`", readme))
-    commands = set(re.findall(r"webhookd(?:\.py)? (user (?:add|list|remove))", readme))
-    assert commands == {"user add", "user list", "user remove"}
+    words = r"webhookd(?:\.py)? (user (?:add|list|remove)|backup|sink)\b"
+    commands = set(re.findall(words, readme))
+    assert commands == {"user add", "user list", "user remove", "backup", "sink"}
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
@@ -930,6 +935,42 @@ def test_credentials_are_basic_authentication():
     pair = headers_of(credentials=login)["Authorization"].removeprefix("Basic ")
 
     assert base64.b64decode(pair).decode() == "u:p:ä"
+
+
+NOW = 1_700_000_000
+SIGNED = webhookd.standard_signature("s", "id", NOW, b"{}")
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({}, None),
+        ({"signatures": f"v1,other {SIGNED} v2,other"}, None),
+        ({"now": NOW + 299}, None),
+        ({"now": NOW + 301}, "webhook-timestamp is more than 5 minutes off"),
+        ({"now": NOW - 301}, "webhook-timestamp is more than 5 minutes off"),
+        ({"timestamp": "now"}, "webhook-timestamp is no number"),
+        ({"timestamp": ""}, "webhook-timestamp is no number"),
+        ({"id": "other"}, "another secret, or another body"),
+        ({"body": b"{ }"}, "another secret, or another body"),
+        ({"secret": "other"}, "another secret, or another body"),
+        ({"signatures": "é"}, "another secret, or another body"),
+        ({"signatures": ""}, "another secret, or another body"),
+    ],
+)
+def test_a_standard_signature_verifies_or_it_is_said_why(change, fault):
+    given = {"secret": "s", "id": "id", "timestamp": str(NOW), "signatures": SIGNED}
+    given |= {"body": b"{}", "now": NOW}
+
+    assert webhookd.standard_fault(**given | change) == fault
+
+
+@pytest.mark.parametrize("secret, genuine", [("s", True), ("other", False)])
+def test_every_hub_signature_must_verify(secret, genuine):
+    right, wrong = webhookd.hub_signature("s", b"{}"), "sha256=é"
+
+    assert (webhookd.hub_fault(secret, [right, right], b"{}") is None) == genuine
+    assert webhookd.hub_fault(secret, [right, wrong], b"{}")
 
 
 # ======================================================================================
@@ -2822,6 +2863,7 @@ ROUTES = [
     ("POST", WEBHOOKS + "/1/redeliver", "admin"),
     ("POST", WEBHOOKS + "/1/replay", "admin"),
     ("DELETE", EVENTS + "/1", "admin"),
+    ("GET", "/metrics", "admin viewer"),
 ]
 
 
@@ -3542,19 +3584,64 @@ def test_health_names_what_stands_still(api, store, dispatcher, monkeypatch):
     ]
 
 
-def test_changes_are_logged_with_who_and_what(api, caplog):
-    caplog.set_level("INFO")
-    api.create("http://u:p@127.0.0.1:1/")
-    api.put_json(f"{WEBHOOKS}/1", {"name": "x"})
-    api.delete(f"{WEBHOOKS}/1")
+CHANGES = [
+    ("POST", WEBHOOKS, {"url": "http://u:pw@127.0.0.1:1/", "events": ["e"]}),
+    ("PUT", f"{WEBHOOKS}/1", {"name": "x", "configuration": {"secret": "geheim"}}),
+    ("PUT", f"{WEBHOOKS}/1", {"sslVerificationRequired": False, "rateLimit": 5}),
+    ("PUT", f"{WEBHOOKS}/1", {"active": False}),
+    ("PUT", f"{WEBHOOKS}/1", {"active": True, "headers": {"X-Key": "geheim"}}),
+    ("PUT", f"{WEBHOOKS}/1", {"configuration": {"secret": "geheim"}}),
+    ("POST", f"{WEBHOOKS}/test?webhookId=1", None),
+    ("DELETE", f"{EVENTS}/1", None),
+    ("POST", f"{WEBHOOKS}/1/replay", None),
+    ("POST", f"{WEBHOOKS}/1/redeliver", {"outcome": "ERROR"}),
+    ("DELETE", f"{WEBHOOKS}/1", None),
+]
 
-    lines = [line for line in caplog.messages if line.startswith("webhook ")]
-    assert [line.split(" id=")[0] for line in lines] == [
-        "webhook created",
-        "webhook changed",
-        "webhook deleted",
+
+def test_every_change_is_logged_with_who_what_and_which(api, dispatcher, caplog):
+    api.publish()
+    api.publish(text="geheim")
+    caplog.set_level("INFO")
+
+    for method, path, fields in CHANGES:
+        call = getattr(api, f"{method.lower()}_json")
+        assert call(path, *[fields] * (fields is not None)).status_int < 300
+        dispatcher.run_until_idle()
+
+    lines = [line for line in caplog.messages if " by=" in line]
+    url = "url=http://u:********@127.0.0.1:1/"
+    assert [line.removesuffix(" by=admin address=None") for line in lines] == [
+        f"webhook created id=1 {url}",
+        f"webhook changed id=1 fields=name,configuration.secret {url}",
+        f"webhook changed id=1 fields=sslVerificationRequired,rateLimit {url}",
+        f"webhook deactivated id=1 fields=active {url}",
+        f"webhook activated id=1 fields=active,headers {url}",
+        f"webhook changed id=1 fields=none {url}",
+        f'webhook tested id=1 {url} result="connection refused"',
+        "event deleted id=1",
+        "events replayed webhook=1 count=1",
+        "deliveries redelivered webhook=1 count=1",
+        "webhook deleted id=1",
     ]
-    assert all("id=1" in line and "by=admin" in line for line in lines)
+    assert "geheim" not in caplog.text and ":pw@" not in caplog.text
+
+
+def test_redelivering_one_is_logged_and_counting_and_publishing_are_not(
+    api, receiver, dispatcher, caplog
+):
+    webhook = api.create(receiver.url)
+    caplog.set_level("INFO")
+    api.publish()
+    dispatcher.run_until_idle()
+    [delivery] = api.deliveries(webhook)
+    api.post_json(f"{WEBHOOKS}/1/redeliver", {"outcome": "SUCCESS", "dryRun": True})
+    assert caplog.messages == []
+
+    api.post(f"/rest/api/deliveries/{delivery['id']}/redeliver")
+
+    [line] = caplog.messages
+    assert line.startswith(f"delivery redelivered id={delivery['id']} webhook=1 by=")
 
 
 # ---- operations ----
@@ -3725,6 +3812,180 @@ def files_of(store):
 
 
 # ======================================================================================
+# Metrics
+# ======================================================================================
+
+
+def scrape(api):
+    """What /metrics says: values by name and labels."""
+    answer = api.get("/metrics")
+    assert answer.headers["Content-Type"] == webhookd.METRICS_TYPE
+    lines = [line for line in answer.text.splitlines() if line[0] != "#"]
+    return {name: float(value) for name, _, value in (s.rpartition(" ") for s in lines)}
+
+
+def of_webhook(samples, name, outcomes=("success", "failure", "error")):
+    """The values of a counter of webhook 1, by outcome."""
+    labels = [f'{{webhook="1",outcome="{outcome}"}}' for outcome in outcomes]
+    return [samples[f"webhookd_{name}_total{label}"] for label in labels]
+
+
+def test_metrics_count_events_attempts_and_deliveries(api, receiver, dispatcher, clock):
+    api.create(receiver.url)
+    receiver.answers(500, times=1)
+    api.publish()
+    api.post_json(EVENTS, [{"event": "e"}, {"event": "nobody_wants_it"}])
+    dispatcher.run_until_idle()
+    clock.advance(11)
+    dispatcher.run_until_idle()
+    receiver.answers(500)
+    api.publish()
+    for seconds in (0, 11, 111):
+        clock.advance(seconds)
+        dispatcher.run_until_idle()
+
+    samples = scrape(api)
+
+    assert samples["webhookd_events_total"] == 4
+    assert of_webhook(samples, "attempts") == [2, 4, 0]
+    assert of_webhook(samples, "deliveries") == [2, 1, 0]
+    assert samples["webhookd_attempt_duration_seconds_count"] == 6
+    assert samples['webhookd_attempt_duration_seconds_bucket{le="+Inf"}'] == 6
+
+
+def test_a_repeated_publication_is_counted_once(api):
+    for _ in range(2):
+        api.post_json(EVENTS, {"event": "e"}, headers={"Idempotency-Key": "k"})
+
+    assert scrape(api)["webhookd_events_total"] == 1
+
+
+def test_counters_do_not_go_down_when_rows_go(api, receiver, dispatcher, store, clock):
+    api.create(receiver.url)
+    api.create(receiver.url)
+    api.publish()
+    api.publish()
+    dispatcher.run_until_idle()
+    before = scrape(api)
+
+    store.prune(clock.ms + 1, 0)
+    api.delete(f"{EVENTS}/1")
+    api.delete(f"{WEBHOOKS}/2")
+    dispatcher.run_until_idle()
+    after = scrape(api)
+
+    totals = {name for name in before if "_total" in name and "process" not in name}
+    assert {name for name in totals if name not in after} == {
+        name for name in totals if 'webhook="2"' in name
+    }
+    assert all(after[name] == before[name] for name in totals & after.keys())
+
+
+def test_metrics_show_what_waits_and_for_how_long(api, dispatcher, clock, closed_url):
+    api.create(closed_url)
+    api.create(closed_url, "other")
+    api.publish()
+    clock.advance(60)
+    api.publish()
+    dispatcher.run_until_idle()
+    clock.advance(30)
+
+    samples = scrape(api)
+
+    assert samples['webhookd_pending_deliveries{webhook="1"}'] == 2
+    assert samples['webhookd_pending_deliveries{webhook="2"}'] == 0
+    assert samples['webhookd_oldest_pending_age_seconds{webhook="1"}'] == 90
+    assert samples['webhookd_oldest_pending_age_seconds{webhook="2"}'] == 0
+    assert samples['webhookd_webhook_consecutive_failures{webhook="1"}'] == 2
+
+
+def test_metrics_show_who_is_paused_or_disabled(api, receiver, dispatcher):
+    receiver.answers(500)
+    api.create(receiver.url)
+    for _ in range(5):
+        api.publish()
+    dispatcher.run_until_idle()
+    assert scrape(api)['webhookd_webhook_paused{webhook="1"}'] == 1
+
+    receiver.answers(410)
+    api.create(receiver.url, "gone")
+    api.publish("gone")
+    dispatcher.run_until_idle()
+    samples = scrape(api)
+
+    assert samples['webhookd_webhook_disabled{webhook="1"}'] == 0
+    assert samples['webhookd_webhook_disabled{webhook="2"}'] == 1
+    assert samples['webhookd_webhook_paused{webhook="2"}'] == 0
+
+
+def test_metrics_show_what_the_process_needs(api, store):
+    samples = scrape(api)
+
+    assert samples["process_resident_memory_bytes"] > 1 << 20
+    assert samples["webhookd_database_size_bytes"] == store.size_bytes()
+    assert samples["webhookd_database_size_limit_bytes"] == 2 << 30
+
+
+def test_a_duration_falls_into_the_bucket_that_still_holds_it():
+    samples = dict(webhookd.histogram((5, 10), [1, 2, 3], 1500))
+
+    assert samples == {
+        '_bucket{le="0.005"}': 1,
+        '_bucket{le="0.01"}': 3,
+        '_bucket{le="+Inf"}': 6,
+        "_sum": 1.5,
+        "_count": 6,
+    }
+
+
+def test_labels_are_escaped():
+    assert webhookd.labels(a=1, b='\\ " \n é') == r'{a="1",b="\\ \" \n é"}'
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
+def test_promtool_has_nothing_to_say_about_the_metrics(api, receiver, dispatcher):
+    api.create(receiver.url, name='a "name"\n with \\')
+    api.publish()
+    dispatcher.run_until_idle()
+
+    text = api.get("/metrics").body
+    result = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True
+    )
+
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
+def test_promtool_takes_the_alert_rules_of_readme(tmp_path, api):
+    readme = (HERE / "README.md").read_text()
+    rules = re.search(r"```yaml\n(groups:.*?)```", readme, re.DOTALL)[1]
+    (tmp_path / "rules.yml").write_text(rules)
+
+    result = subprocess.run(
+        ["promtool", "check", "rules", tmp_path / "rules.yml"], capture_output=True
+    )
+
+    assert result.returncode == 0, result.stderr
+    api.create("http://127.0.0.1:1/")
+    families = set(re.findall(r"^# TYPE (\w+)", api.get("/metrics").text, re.MULTILINE))
+    assert set(re.findall(r"(webhookd_\w+)[\[{ ]", rules)) <= families
+
+
+def test_the_oldest_that_waits_is_found_by_an_index(store):
+    plans = []
+    store.reader().set_trace_callback(plans.append)
+    store.oldest_pending()
+    store.reader().set_trace_callback(None)
+
+    plan = store.reader().execute(f"EXPLAIN QUERY PLAN {plans[0]}").fetchall()
+
+    searches = [row[3] for row in plan if "deliveries" in row[3]]
+    index = "INDEX deliveries_in_order (webhook_id=?)"
+    assert searches == [f"SEARCH deliveries USING {index}"]
+
+
+# ======================================================================================
 # systemd
 # ======================================================================================
 
@@ -3750,6 +4011,175 @@ def test_a_log_line_is_one_line_with_a_priority_or_a_time(journal, line):
     formatted = webhookd.LineFormatter(journal).format(record)
 
     assert formatted == line if journal else re.fullmatch(line, formatted)
+
+
+# ======================================================================================
+# Sink: the program itself
+# ======================================================================================
+
+
+@pytest.fixture
+def sink():
+    """Starts a sink; its address, and what it has printed so far."""
+    processes = []
+
+    def start(*flags):
+        command = [sys.executable, str(HERE / "webhookd.py"), "sink"]
+        process = subprocess.Popen(
+            [*command, "--listen", "127.0.0.1:0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+        line = process.stdout.readline()
+        process.url = re.search(r"listening on (http://127\.0\.0\.1:\d+/)", line)[1]
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def printed_by(sink, number=signal.SIGTERM):
+    """What the sink has printed until a signal stopped it, with status 0."""
+    sink.send_signal(number)
+    printed, _ = sink.communicate(timeout=30)
+    assert sink.returncode == 0 and "Traceback" not in printed
+    return printed
+
+
+def deliver(api, dispatcher, url, **fields):
+    """Have one event delivered to a new webhook; what came back."""
+    webhook = api.create(url, **fields)
+    api.publish(text="Grüße")
+    dispatcher.run_until_idle()
+    return api.get(f"{WEBHOOKS}/{webhook['id']}/latest").json["result"]
+
+
+@pytest.fixture
+def now(clock):
+    clock.now = time.time()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sink_prints_a_delivery_and_that_it_is_genuine(
+    api, dispatcher, sink, now, number
+):
+    sink = sink("--secret", "s")
+
+    result = deliver(api, dispatcher, sink.url, configuration={"secret": "s"})
+
+    assert result["statusCode"] == 200
+    printed = printed_by(sink, number)
+    assert "\n  X-Event-Key: e\n" in printed and '"text":"Grüße"}\n' in printed
+    assert "X-Hub-Signature: signature ok\n" in printed
+    assert "Standard Webhooks: signature ok\n" in printed
+
+
+def test_a_sink_tells_what_is_not_genuine(api, dispatcher, sink, now):
+    sink = sink("--secret", "other")
+
+    deliver(api, dispatcher, sink.url, configuration={"secret": "s"})
+
+    printed = printed_by(sink)
+    assert "X-Hub-Signature: does NOT verify" in printed
+    assert "Standard Webhooks: does NOT verify" in printed
+
+
+def test_a_sink_tells_what_is_not_signed(api, dispatcher, sink, now):
+    sink = sink("--secret", "s")
+
+    deliver(api, dispatcher, sink.url)
+
+    printed = printed_by(sink)
+    assert "X-Hub-Signature: not signed\n" in printed
+    assert "Standard Webhooks: not signed\n" in printed
+
+
+def test_a_sink_with_the_old_secret_takes_the_new_ones_standard_signature(
+    api, dispatcher, sink, now
+):
+    sink = sink("--secret", "old")
+    webhook = api.create(sink.url, configuration={"secret": "old"})
+    api.put_json(f"{WEBHOOKS}/{webhook['id']}", {"configuration": {"secret": "new"}})
+    api.publish()
+    dispatcher.run_until_idle()
+
+    printed = printed_by(sink)
+
+    assert "X-Hub-Signature: does NOT verify" in printed
+    assert "Standard Webhooks: signature ok\n" in printed
+
+
+@pytest.mark.parametrize("status", [204, 302, 304, 410, 429, 503])
+def test_a_sink_answers_what_it_is_told(api, dispatcher, sink, now, status):
+    sink = sink("--answer", str(status))
+
+    assert deliver(api, dispatcher, sink.url)["statusCode"] == status
+
+
+def test_a_sink_keeps_connections_and_survives_bad_requests(sink):
+    sink = sink()
+    port = int(sink.url.rstrip("/").rpartition(":")[2])
+    good = b"POST /%d HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}"
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as kept:
+        for number in range(2):
+            kept.sendall(good % number)
+            assert kept.recv(1000).startswith(b"HTTP/1.1 200 ")
+        for bad in (
+            b"\x1b[31m\xff\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n",
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nshort",
+        ):
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as other:
+                other.sendall(bad)
+                other.shutdown(socket.SHUT_WR)
+                assert b"HTTP/1.1 2" not in other.makefile("rb").read()
+        kept.sendall(good % 2)
+        assert kept.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+    printed = printed_by(sink)
+
+    assert all(f"POST /{number} HTTP/1.1" in printed for number in range(3))
+    assert printed.replace("\n", "").isprintable()
+
+
+def test_nothing_that_arrives_reaches_the_terminal_as_a_command(sink):
+    sink = sink()
+    request = urllib.request.Request(
+        sink.url,
+        b'{"a": "\x1b[2J\x07\x9b\xe2\x80\xae\xff"}\r\nb',
+        {"X-Colour": "\x1b[31m"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.status == 200
+
+    printed = printed_by(sink)
+
+    assert printed.replace("\n", "").isprintable()
+    assert r'  {"a": "\x1b[2J\x07\x9b\u202e\xff"}\r\nb' in printed
+    assert r"  X-Colour: \x1b[31m" in printed
+
+
+@pytest.mark.parametrize(
+    "flags, status",
+    [
+        (("--listen", "nowhere"), 1),
+        (("--listen", "127.0.0.1:{port}"), 1),
+        (("--answer", "99"), 2),
+        (("--secret", "\udcff"), 1),
+    ],
+)
+def test_a_sink_that_cannot_start_says_why_in_one_line(receiver, flags, status):
+    result = run("sink", *(flag.format(port=receiver.server_port) for flag in flags))
+
+    assert (result.returncode, result.stdout) == (status, "")
+    assert len(result.stderr.splitlines()) == 1
 
 
 # ======================================================================================
@@ -3875,6 +4305,148 @@ def test_users_come_and_go_beside_the_running_service(daemon):
     assert run("user", "remove", "app", *on_it).returncode == 0
     assert daemon.call("POST", EVENTS, {"event": "e"}, **bearer)[0] == 401
     assert run("user", "remove", "app", *on_it).returncode == 1
+
+
+def test_users_that_come_and_go_are_logged(tmp_path):
+    on_it = ["--database", str(tmp_path / "test.db")]
+
+    added = run("user", "add", "app", "--role", "publisher", *on_it)
+    removed = run("user", "remove", "app", *on_it)
+
+    assert re.search(r" user added name=app role=publisher by=\w+\n", added.stderr)
+    assert re.search(r" user removed name=app by=\w+\n", removed.stderr)
+    assert added.stdout.strip() not in added.stderr
+
+
+def test_start_migration_and_stop_are_logged_each_on_a_line(daemon):
+    daemon.start()
+    daemon.call("GET", "/health")
+    daemon.end(signal.SIGTERM)
+
+    facts = [line.split(" ", 2)[2] for line in "".join(daemon.log).splitlines()]
+    assert facts == [
+        f"database migrated old=0 new={len(webhookd.MIGRATIONS)}",
+        f"starting version={webhookd.VERSION} database={daemon.database}",
+        f"ready listen=127.0.0.1:{daemon.port}",
+        "stopping",
+    ]
+
+
+# ---- backup ----
+
+
+@pytest.fixture
+def back_up(tmp_path):
+    """Runs a backup of the daemon's database into a file of a folder."""
+    folder = tmp_path / "backups"
+    folder.mkdir()
+
+    def back_up(database=tmp_path / "daemon.db", file="copy.db", **options):
+        target = str(folder / file)
+        return run("backup", target, "--database", str(database), **options)
+
+    back_up.folder, back_up.file = folder, folder / "copy.db"
+    return back_up
+
+
+def fill(path, megabytes):
+    """A database of webhookd with so many megabytes of events."""
+    with contextlib.closing(webhookd.open_database(str(path))) as connection:
+        webhookd.migrate(connection)
+        with webhookd.transaction(connection):
+            rows = [(number, bytes(1 << 20)) for number in range(megabytes)]
+            webhookd.insert(connection, "payloads", rows)
+
+
+def test_a_backup_is_a_whole_database_of_one_moment(daemon, back_up):
+    fill(daemon.database, 20)
+    daemon.start()
+    ended = threading.Event()
+
+    def publish():
+        while not ended.is_set():
+            daemon.call("POST", EVENTS, [{"event": "e"}] * 2)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        publishing = pool.submit(publish)
+        wait_until(lambda: daemon.call("GET", EVENTS)[1]["totalCount"])
+        result = back_up()
+        ended.set()
+    assert publishing.exception() is None
+
+    assert (result.returncode, result.stdout) == (0, "")
+    assert "backup written" in result.stderr
+    assert back_up.file.stat().st_mode & 0o777 == 0o600
+    with contextlib.closing(sqlite3.connect(back_up.file)) as copy:
+        assert copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        [(count,)] = copy.execute("SELECT count(*) FROM events")
+        assert count and count % 2 == 0
+    assert list(back_up.folder.iterdir()) == [back_up.file]
+    with webhookd.Store(str(back_up.file)) as store:
+        assert store.events(webhookd.Filter(), webhookd.Page())[1] == count
+
+
+def test_a_backup_replaces_the_one_before(daemon, back_up):
+    fill(daemon.database, 1)
+    back_up.file.write_text("the one before")
+
+    assert back_up().returncode == 0
+    assert back_up.file.read_bytes().startswith(b"SQLite format 3\0")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_backup_that_is_ended_leaves_the_one_before(daemon, back_up, number):
+    fill(daemon.database, 50)
+    back_up.file.write_text("the one before")
+    command = [sys.executable, str(HERE / "webhookd.py"), "backup", str(back_up.file)]
+    process = subprocess.Popen(
+        [*command, "--database", daemon.database], stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: [f for f in back_up.folder.glob(".copy*") if f.stat().st_size])
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+
+    assert back_up.file.read_text() == "the one before"
+    if number != signal.SIGKILL:
+        assert (process.returncode, error) == (1, "webhookd: interrupted\n")
+        assert list(back_up.folder.iterdir()) == [back_up.file]
+
+
+def test_a_full_disk_leaves_the_backup_before(daemon, back_up):
+    fill(daemon.database, 5)
+    back_up.file.write_text("the one before")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    result = back_up(preexec_fn=limit)
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert back_up.file.read_text() == "the one before"
+    assert list(back_up.folder.iterdir()) == [back_up.file]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"database": "nowhere.db"}, "nowhere.db does not exist"),
+        ({"database": HERE / "README.md"}, "file is not a database"),
+        ({"database": "/dev/null"}, "not a database of webhookd"),
+        ({"file": "nowhere/copy.db"}, "No such file or directory"),
+        ({"file": "."}, "is not a file"),
+        ({"file": "../daemon.db"}, "is the database itself"),
+        ({"file": "used.db"}, "used.db-wal exists"),
+    ],
+)
+def test_a_backup_that_cannot_be_says_why_in_one_line(daemon, back_up, options, words):
+    fill(daemon.database, 1)
+    (back_up.folder / "used.db-wal").touch()
+
+    result = back_up(**options)
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert words in result.stderr
+    assert [file.name for file in back_up.folder.iterdir()] == ["used.db-wal"]
 
 
 def raw_request(port, request):

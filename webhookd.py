@@ -34,13 +34,14 @@ and one for each name that is being looked up. The sections, in the order in whi
 builds on itself (`grep '^# ==='` finds them):
 
     constants and logging   settings   errors   model   reading input   signatures
-    policy   outbound HTTP   store   dispatcher   users   REST API   systemd
-    command line
+    policy   outbound HTTP   store   dispatcher   users   REST API   metrics
+    systemd   sink   command line
 """
 
 import argparse
 import asyncio
 import base64
+import bisect
 import codecs
 import collections
 import collections.abc
@@ -58,6 +59,7 @@ import heapq
 import hmac
 import html
 import http
+import http.server
 import ipaddress
 import itertools
 import json
@@ -70,9 +72,11 @@ import secrets
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import ssl
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -1304,6 +1308,7 @@ def read_events(
 
 
 ROTATION_SECONDS = 86400
+SIGNATURE_TOLERANCE_SECONDS = 300  # what Standard Webhooks asks of receivers
 
 
 def uuid7(now_ms: int) -> str:
@@ -1388,6 +1393,32 @@ def attempt_headers(
             f"webhook-signature: {signed}\r\n"
         )
     return lines
+
+
+def _is_among(expected, given):
+    return any([hmac.compare_digest(expected.encode(), g.encode()) for g in given])
+
+
+def hub_fault(secret: str, signatures: list[str], body: bytes) -> str | None:
+    """Why X-Hub-Signature headers do not verify, or None if all of them do."""
+    expected = hub_signature(secret, body)
+    if all([_is_among(expected, [signature]) for signature in signatures]):
+        return None
+    return "another secret, or another body"
+
+
+def standard_fault(
+    secret: str, id: str, timestamp: str, signatures: str, body: bytes, now: float
+) -> str | None:
+    """Why a webhook-signature does not verify, or None; any of several may match."""
+    if not re.fullmatch(r"\d{1,15}", timestamp, re.ASCII):
+        return "webhook-timestamp is no number"
+    if abs(now - int(timestamp)) > SIGNATURE_TOLERANCE_SECONDS:
+        return "webhook-timestamp is more than 5 minutes off"
+    expected = standard_signature(secret, id, int(timestamp), body)
+    if _is_among(expected, signatures.split()):
+        return None
+    return "another secret, or another body"
 
 
 # ======================================================================================
@@ -2566,6 +2597,7 @@ class Batch:
         self.changed_health: dict[int, Health] = {}
         self.pending_change = collections.Counter()  # by webhook
         self.due: list[DueDelivery] = []
+        self.published_count = 0
         self._events, self._payloads, self._deliveries = [], [], []
         self._answers = {}
 
@@ -2654,6 +2686,7 @@ class Batch:
 
     def _add(self, event, now_ms):
         event_id = next(self._ids.events)
+        self.published_count += 1
         webhook_ids = self.webhooks.wanting(event)
         self._events.append((event_id, event.name, event.timestamp, now_ms))
         self._payloads.append((event_id, event.body))
@@ -2795,6 +2828,7 @@ class Store:
         self.health: dict[int, Health] = {}
         self.pending = collections.Counter()  # deliveries that wait, by webhook
         self.settled_count = 0  # of settlements
+        self.published_count = 0  # of events, since the start
         self.full = False  # MAX_DATABASE_SIZE is reached, and nothing can go
         self.problem: str | None = None  # why the last commit failed
         self._committing_since: float | None = None  # time.monotonic()
@@ -3156,6 +3190,7 @@ class Store:
         self.webhooks = batch.webhooks
         self.health.update(batch.changed_health)
         self.pending.update(batch.pending_change)
+        self.published_count += batch.published_count
         self.settled_count += len(settlements)  # after what the settlements changed
         if self.problem:
             fact("the database can be written again")
@@ -3426,6 +3461,16 @@ class Store:
             *(webhook_id, now_ms),
         )[0]
 
+    def oldest_pending(self) -> dict[int, int]:
+        """When each webhook's oldest pending delivery was made; milliseconds."""
+        row = self._row(  # one row, because each gives up the GIL
+            "SELECT json_group_object(id, (SELECT created FROM deliveries"
+            " WHERE state = 'pending' AND webhook_id = webhooks.id"
+            " ORDER BY deliveries.id LIMIT 1)) FROM webhooks"
+        )
+        created = json.loads(row[0])
+        return {int(id): ms for id, ms in created.items() if ms is not None}
+
 
 # ======================================================================================
 # Dispatcher: the delivery loop
@@ -3440,6 +3485,7 @@ PRUNING_SECONDS = 60
 STEP_REST_SECONDS = 0.02  # between two steps others have the writer to themselves
 CLOCK_JUMP_SECONDS = 2
 STOP_SECONDS = 10  # what is in flight at the end has this long
+DURATION_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
 
 
 class Lane:
@@ -3463,6 +3509,9 @@ class Lane:
         self.limited_until = 0.0  # milliseconds, by its rateLimit
         self.not_before = 0.0  # milliseconds: nothing is started earlier
         self.alarm: float | None = None  # milliseconds, when it is asked again
+        # since the start, by outcome
+        self.attempts = dict.fromkeys(OUTCOMES, 0)
+        self.finished = dict.fromkeys(OUTCOMES, 0)  # deliveries
 
     def rests_until(self) -> float:
         """Milliseconds before which nothing may start."""
@@ -3491,7 +3540,7 @@ class Lane:
 class Dispatcher:
     """Attempts what is due. `with` runs its loop in a thread of its own.
 
-    Everything but `offer`, `reconsider` and `problem` runs in the loop's thread.
+    Everything but what is called by other threads, see below, runs in the loop's.
     Webhooks take turns, and each has a share of the attempts in flight, so that none
     waits for another; first attempts come before retries."""
 
@@ -3520,6 +3569,8 @@ class Dispatcher:
         self._inbox = collections.deque()  # appended to by any thread
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked = time.monotonic()
+        self.duration_counts = [0] * (len(DURATION_BUCKETS_MS) + 1)  # of attempts
+        self.duration_sum_ms = 0
         for webhook_id in store.webhooks.by_id:
             self.reconsider(webhook_id)
         store.on_commit(self.offer)
@@ -3561,6 +3612,15 @@ class Dispatcher:
         if time.monotonic() - self._ticked > STANDSTILL_SECONDS:
             return "the delivery loop stands still"
         return None
+
+    def counts(self, webhook_id: int) -> tuple[dict[str, int], dict[str, int]]:
+        """A webhook's attempts and finished deliveries by outcome, since the start."""
+        lane = self._lanes.get(webhook_id) or Lane(webhook_id, Health())
+        return lane.attempts, lane.finished
+
+    def in_flight(self) -> int:
+        """How many attempts are being made."""
+        return self._in_flight
 
     def _wake(self):
         with contextlib.suppress(RuntimeError):  # the loop has ended: the next start
@@ -3820,6 +3880,7 @@ class Dispatcher:
             lane.width = min(lane.width + 1, self._settings.webhook_concurrency)
         else:
             lane.width = 1
+        self._count(lane, settled)
         self._log(lane, settled)
         lane.health = settled.health
         retries_in_order = settled.state == PENDING and self._is_ordered(lane)
@@ -3835,6 +3896,15 @@ class Dispatcher:
     def _is_ordered(self, lane):
         webhook = self._store.webhooks.by_id.get(lane.webhook_id)
         return webhook is not None and webhook.ordered
+
+    def _count(self, lane, settled):
+        attempt = settled.attempt
+        lane.attempts[attempt.outcome] += 1
+        if settled.state != PENDING:
+            lane.finished[attempt.outcome] += 1
+        bucket = bisect.bisect_left(DURATION_BUCKETS_MS, attempt.duration)
+        self.duration_counts[bucket] += 1
+        self.duration_sum_ms += attempt.duration
 
     def _log(self, lane, settled):
         before, after = lane.health, settled.health
@@ -4110,6 +4180,12 @@ JSON_TYPE = "application/json"
 NDJSON_TYPE = "application/x-ndjson"
 MAX_TESTS = 4  # at one moment: each holds one of the server's threads
 PING = b'{"test": true}'
+LOGGED_NAMES = {  # of a webhook's fields, where the API has another or none
+    "verify_tls": "sslVerificationRequired",
+    "rate_limit": "rateLimit",
+    "secret": "configuration.secret",
+    **dict.fromkeys(("previous_secret", "previous_secret_until", "updated")),
+}
 
 
 def _site(origin):
@@ -4125,6 +4201,21 @@ def _published_one(events):
 
 def _published_list(events):
     return json_bytes({"results": [event.shown() for event in events]})
+
+
+def changed_fields(old: Webhook, new: Webhook) -> str:
+    """The names of the fields that differ, as the API has them; no values."""
+    names = [field.name for field in dataclasses.fields(Webhook)]
+    differ = [name for name in names if getattr(old, name) != getattr(new, name)]
+    shown = [LOGGED_NAMES.get(name, name) for name in differ]
+    return ",".join(name for name in shown if name) or "none"
+
+
+def change_in_words(old: Webhook, new: Webhook) -> str:
+    """What a change does to a webhook."""
+    if old.active == new.active:
+        return "webhook changed"
+    return "webhook activated" if new.active else "webhook deactivated"
 
 
 class Api:
@@ -4349,15 +4440,21 @@ class Api:
         # looking its host up takes time, so the writer reads it again without that
         read_webhook(body, old, self._destinations.check_url)
         now = self._now_ms()
+
+        def change(current):
+            nonlocal old
+            old = current
+            new = dataclasses.replace(read_webhook(body, old), updated=now)
+            return with_rotated_secret(old, new, now)
+
         webhook = self._store.change_webhook(
             id,
-            lambda old: with_rotated_secret(
-                old, dataclasses.replace(read_webhook(body, old), updated=now), now
-            ),
+            change,
             starts_clean=not {"active", "url"}.isdisjoint(json_value(body)),
         )
         self._dispatcher.reconsider(id)
-        self._log_change("webhook changed", id=id, url=webhook.masked_url)
+        fields, url = changed_fields(old, webhook), webhook.masked_url
+        self._log_change(change_in_words(old, webhook), id=id, fields=fields, url=url)
         return self._json(self._shown([webhook])[0])
 
     def delete_webhook(self, id):
@@ -4584,6 +4681,135 @@ def render_server_error(
 
 
 # ======================================================================================
+# Metrics: what Prometheus is told; counters begin anew with the process
+# ======================================================================================
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+def labels(**values: object) -> str:
+    """The labels of a sample."""
+    escaped = {name: str(v).translate(LABEL_ESCAPES) for name, v in values.items()}
+    pairs = [f'{name}="{text}"' for name, text in escaped.items()]
+    return "{" + ",".join(pairs) + "}"
+
+
+def family(
+    name: str, kind: str, text: str, samples: collections.abc.Iterable[tuple]
+) -> collections.abc.Iterator[str]:
+    """The lines of one metric; a sample is a suffix of its name, with labels, and a value."""
+    yield f"# HELP {name} {text}"
+    yield f"# TYPE {name} {kind}"
+    for suffix, value in samples:
+        yield f"{name}{suffix} {value}"
+
+
+def histogram(bounds_ms: tuple[int, ...], counts: list[int], sum_ms: int) -> list:
+    """The samples of a histogram in seconds; counts has one more for what is longer."""
+    les = [str(bound / 1000) for bound in bounds_ms] + ["+Inf"]
+    totals = list(itertools.accumulate(counts))
+    buckets = [(f'_bucket{{le="{le}"}}', n) for le, n in zip(les, totals)]
+    return [*buckets, ("_sum", sum_ms / 1000), ("_count", totals[-1])]
+
+
+def single(name: str, kind: str, text: str, value: float) -> tuple:
+    """What `family` takes for a metric of one sample."""
+    return name, kind, text, [("", value)]
+
+
+def resident_memory_bytes() -> int:
+    """How much memory this process has."""
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Metrics:
+    """GET /metrics. Nothing is counted here: that is done where it happens."""
+
+    def __init__(
+        self,
+        store: Store,
+        dispatcher: Dispatcher,
+        settings: Settings,
+        clock: collections.abc.Callable[[], float] = time.time,
+    ):
+        self._store, self._dispatcher = store, dispatcher
+        self._settings, self._clock = settings, clock
+
+    def add_to(self, app: bottle.Bottle) -> None:
+        """Serve beside the routes of an Api, with its logins."""
+        app.route("/metrics", "GET", self.metrics, roles=READERS)
+
+    def metrics(self):
+        bottle.response.content_type = METRICS_TYPE
+        families = itertools.chain(self._of_process(), self._of_webhooks())
+        lines = itertools.chain.from_iterable(itertools.starmap(family, families))
+        return ("\n".join(lines) + "\n").encode()
+
+    def _of_process(self):
+        store, loop = self._store, self._dispatcher
+        name, text = "webhookd_events_total", "Events published."
+        yield single(name, "counter", text, store.published_count)
+        name, text = "webhookd_attempt_duration_seconds", "How long attempts took."
+        counts, sum_ms = list(loop.duration_counts), loop.duration_sum_ms
+        yield name, "histogram", text, histogram(DURATION_BUCKETS_MS, counts, sum_ms)
+        name, text = "webhookd_attempts_in_flight", "Attempts being made."
+        yield single(name, "gauge", text, loop.in_flight())
+        name, text = "webhookd_database_size_bytes", "Size in use."
+        yield single(name, "gauge", text, store.size_bytes())
+        name, text = "webhookd_database_size_limit_bytes", "The most it may have."
+        yield single(name, "gauge", text, self._settings.max_database_size)
+        name, text = "process_resident_memory_bytes", "Resident memory."
+        yield single(name, "gauge", text, resident_memory_bytes())
+        name, text = "process_cpu_seconds_total", "CPU time."
+        yield single(name, "counter", text, time.process_time())
+
+    def _of_webhooks(self):
+        webhooks = self._store.webhooks.by_id.values()
+        counts = {
+            webhook.id: self._dispatcher.counts(webhook.id) for webhook in webhooks
+        }
+        for index, name, text in (
+            (0, "attempts", "Attempts by outcome."),
+            (1, "deliveries", "Deliveries done or given up, by the last outcome."),
+        ):
+            samples = [
+                (f'{{webhook="{id}",outcome="{outcome.lower()}"}}', count)
+                for id, pair in counts.items()
+                for outcome, count in pair[index].items()
+            ]
+            yield f"webhookd_{name}_total", "counter", text, samples
+        for name, text, values in self._gauges(webhooks):
+            samples = [(f'{{webhook="{id}"}}', value) for id, value in values.items()]
+            yield f"webhookd_{name}", "gauge", text, samples
+        names = [(labels(webhook=w.id, name=w.name), 1) for w in webhooks]
+        yield "webhookd_webhook_info", "gauge", "Always 1; the name.", names
+
+    def _gauges(self, webhooks):
+        """Name, text and a value for each webhook."""
+        now_ms, store = int(self._clock() * 1000), self._store
+        ids = [webhook.id for webhook in webhooks]
+        healths = {id: store.health.get(id, Health()) for id in ids}
+        states = {w.id: healths[w.id].state(w.active) for w in webhooks}
+        oldest = store.oldest_pending()
+        ages = {id: max(0, now_ms - oldest.get(id, now_ms)) / 1000 for id in ids}
+        pending = {id: store.pending[id] for id in ids}
+        failures = {id: health.failures for id, health in healths.items()}
+        yield "pending_deliveries", "Deliveries that wait.", pending
+        text = "How long ago the oldest of them was made; 0 if none waits."
+        yield "oldest_pending_age_seconds", text, ages
+        for state, text in (
+            ("paused", "Whether it is paused after failures."),
+            ("disabled", "Whether it was disabled after failures."),
+        ):
+            values = {id: int(states[id] == state) for id in ids}
+            yield f"webhook_{state}", text, values
+        text = "Failures in a row."
+        yield "webhook_consecutive_failures", text, failures
+
+
+# ======================================================================================
 # systemd
 # ======================================================================================
 
@@ -4632,11 +4858,128 @@ def start_logging() -> None:
 
 
 # ======================================================================================
+# Sink: a receiver for trying things out
+# ======================================================================================
+
+SINK_LISTEN = "127.0.0.1:9000"
+UNSHOWN_HEADERS = {"host", "content-length", "connection"}
+
+
+def printable(text: str) -> str:
+    """The text with what could disturb a terminal escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _verdict(signature, secret, fault):
+    if not signature:
+        return "not signed"
+    if secret is None:
+        return "signed; say --secret to have it verified"
+    why = fault()
+    return f"does NOT verify: {why}" if why else "signature ok"
+
+
+def verdicts(headers, body: bytes, secret: str | None, now: float) -> list[str]:
+    """A line for each of the two signature schemes; headers as http.server has them."""
+    names = ("X-Hub-Signature", "X-Hub-Signature-256")
+    hub = [value for name in names for value in headers.get_all(name, ())]
+    id, timestamp, standard = (
+        headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature")
+    )
+    hub_verdict = _verdict(hub, secret, lambda: hub_fault(secret, hub, body))
+    standard_verdict = _verdict(
+        standard,
+        secret,
+        lambda: standard_fault(secret, id, timestamp, standard, body, now),
+    )
+    return [f"X-Hub-Signature: {hub_verdict}", f"Standard Webhooks: {standard_verdict}"]
+
+
+class SinkHandler(http.server.BaseHTTPRequestHandler):
+    """Prints deliveries, and a line for what is none."""
+
+    protocol_version = "HTTP/1.1"  # keeps connections alive
+    disable_nagle_algorithm = True
+    error_content_type = "text/plain"
+    error_message_format = "%(code)d %(message)s\n"
+
+    def do_POST(self):
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch(r"\d{1,15}", length, re.ASCII):
+            self.send_error(http.HTTPStatus.LENGTH_REQUIRED)
+        elif int(length) > MAX_REQUEST_BYTES:
+            self.send_error(http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        else:
+            body = self.rfile.read(int(length))
+            if len(body) < int(length):
+                raise ConnectionError("the body was cut off")
+            self.server.show(*self._delivery(body))
+            self._answer()
+
+    def _delivery(self, body):
+        yield self.requestline
+        for name, value in self.headers.items():
+            if name.lower() not in UNSHOWN_HEADERS:
+                yield f"  {name}: {value}"
+        yield ""
+        yield "  " + body.decode(errors="backslashreplace")
+        yield ""
+        for line in verdicts(self.headers, body, self.server.secret, time.time()):
+            yield f"  {line}"
+        yield ""
+
+    def _answer(self):
+        status = self.server.answer
+        self.send_response(status)
+        if 300 <= status < 400:
+            self.send_header("Location", "/elsewhere")
+        if status not in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED):
+            self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def version_string(self):
+        return USER_AGENT
+
+    def log_request(self, code="-", size="-"):
+        pass  # what came is printed in full
+
+    def log_message(self, format, *args):
+        self.server.show(f"refused: {format % args}")
+
+
+class Sink(http.server.ThreadingHTTPServer):
+    """Receives deliveries, prints them and gives them all the same answer.
+
+    A thread for each connection; what they print comes out whole."""
+
+    server_bind = socketserver.TCPServer.server_bind  # http.server's asks the resolver
+
+    def __init__(self, address: tuple[str, int], secret: str | None, answer: int):
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.secret, self.answer = secret, answer
+        self._printing = threading.Lock()
+        super().__init__(address, SinkHandler)
+
+    def show(self, *lines: str) -> None:
+        """Print lines, so that they harm no terminal."""
+        text = "\n".join(map(printable, lines))
+        with self._printing:
+            print(text, flush=True)
+
+    def handle_error(self, request, client_address):
+        """A connection ended before its time."""
+        self.show(f"connection lost: {sys.exc_info()[1]}")
+
+
+# ======================================================================================
 # Command line
 # ======================================================================================
 
 SERVER_THREADS = 16  # so many publications can share one commit
 MAX_CONNECTIONS = 1000
+PAGES_PER_COPY_STEP = 256  # 1 MB: a publication waits for one step at most
 
 
 def printable_address(host: str, port: int) -> str:
@@ -4724,6 +5067,7 @@ def serve(settings: Settings) -> None:
     with contextlib.ExitStack() as parts:
         listener = parts.enter_context(listen(settings.listen))
         store = parts.enter_context(Store(settings.database))
+        fact("starting", version=VERSION, database=settings.database)
         secret = ensure_admin(store, settings.admin_password)
         if secret:
             print(f"user admin was created, its secret is: {secret}", flush=True)
@@ -4734,6 +5078,7 @@ def serve(settings: Settings) -> None:
         parts.enter_context(dispatcher)
         parts.enter_context(Upkeep(store, dispatcher, settings))
         api = Api(store, dispatcher, destinations, settings)
+        Metrics(store, dispatcher, settings).add_to(api.app)
         server = make_server(api.app, listener, settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)
@@ -4773,6 +5118,11 @@ def database_beside_service(path: str, creates: bool = False):
         raise DatabaseError(f"{path}: {error}") from error
 
 
+def operator() -> str:
+    """Who runs this command, as far as the environment tells."""
+    return os.environ.get("SUDO_USER") or getpass.getuser()
+
+
 def read_password() -> str:
     """A password from the terminal, or the first line of standard input."""
     if sys.stdin.isatty():
@@ -4796,6 +5146,7 @@ def add_user(path: str, name: str, role: str, with_password: bool) -> None:
         if any(user.name == name for user in load_users(connection)):
             raise CommandError(f"there is a user {name} already")
         save_user(connection, User(name, role, record))
+    fact("user added", name=name, role=role, by=operator())
     if not with_password:
         print(secret)
 
@@ -4812,6 +5163,115 @@ def remove_user(path: str, name: str) -> None:
     with database_beside_service(path) as connection:
         if not connection.execute("DELETE FROM users WHERE name = ?", [name]).rowcount:
             raise CommandError(f"there is no user {name}")
+    fact("user removed", name=name, by=operator())
+
+
+# ---- backup ----
+
+
+def _check_backup(path, target):
+    if not os.path.exists(path):
+        raise DatabaseError(f"{path} does not exist")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise CommandError(f"{target} is not a file")
+    if os.path.exists(target) and os.path.samefile(path, target):
+        raise CommandError(f"{target} is the database itself")
+    for beside in (f"{target}-wal", f"{target}-journal"):
+        if os.path.exists(beside):  # SQLite would take it for a part of the copy
+            raise CommandError(f"{beside} exists: {target} is a database in use")
+
+
+@contextlib.contextmanager
+def new_file(target: str):
+    """A file under another name beside the target; it becomes the target, on disk and
+    complete, or it goes. Yields its handle and its name."""
+    folder, name = os.path.split(target)
+    handle, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # mode 600
+    try:
+        yield handle, partial
+        os.fsync(handle)
+        os.replace(partial, target)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    finally:
+        os.close(handle)
+    folder_handle = os.open(folder, os.O_RDONLY)
+    os.fsync(folder_handle)  # else a power cut may undo the renaming
+    os.close(folder_handle)
+
+
+def _pace(handle):
+    begun = time.monotonic()
+
+    def rest(*counts):
+        nonlocal begun
+        os.fdatasync(handle)
+        time.sleep(time.monotonic() - begun)
+        begun = time.monotonic()
+
+    return rest
+
+
+def copy_database(source: sqlite3.Connection, partial: str, handle: int) -> None:
+    """Copy what the source's transaction sees into an empty file.
+
+    A service beside it hardly notices: each step goes to the disk by itself, and is
+    followed by as long a rest."""
+    with contextlib.closing(connect(partial)) as copy:
+        copy.execute("PRAGMA journal_mode = OFF")
+        copy.execute("PRAGMA synchronous = OFF")
+        source.backup(copy, pages=PAGES_PER_COPY_STEP, progress=_pace(handle))
+    # as a database without a log beside it (SQLite's file format, 1.3.3)
+    os.pwrite(handle, b"\1\1", 18)
+
+
+def _interrupt(number, frame):
+    raise CommandError("interrupted")
+
+
+def backup(path: str, target: str) -> None:
+    """Write a consistent copy; what had its name stays until the copy is complete."""
+    target = os.path.realpath(target)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    os.nice(10)
+    try:
+        _check_backup(path, target)
+        with (
+            contextlib.closing(connect(path)) as source,
+            new_file(target) as (handle, partial),
+        ):
+            source.execute("BEGIN")  # one moment, however long the steps take
+            if not schema_version(source):
+                raise DatabaseError(f"{path} is not a database of webhookd")
+            copy_database(source, partial, handle)
+    except sqlite3.Error as error:
+        raise CommandError(f"{path} to {target}: {error}") from error
+    except OSError as error:
+        raise CommandError(f"{target}: {error.strerror}") from error
+    fact("backup written", file=target, bytes=os.path.getsize(target), by=operator())
+
+
+# ---- sink ----
+
+
+def run_sink(listen_text: str, secret: str | None, answer: int) -> None:
+    """Receive deliveries until SIGTERM or SIGINT."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        address = listen_address(listen_text)
+        sink = Sink(address, password(secret) if secret else None, answer)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    except OSError as error:
+        raise CommandError(f"--listen {listen_text}: {error.strerror}") from None
+    with sink:
+        where = printable_address(*sink.server_address[:2])
+        sink.show(f"listening on http://{where}/ and answering {answer}", "")
+        sink.serve_forever()
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -4842,6 +5302,44 @@ def _add_user_commands(parser):
         command.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
 
 
+def _status(text):
+    if not re.fullmatch("[2-5][0-9][0-9]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a status from 200 to 599")
+    return int(text)
+
+
+def _add_backup_command(subcommands):
+    backing_up = subcommands.add_parser(
+        "backup", help="write a consistent copy, also while the service runs"
+    )
+    backing_up.add_argument(
+        "file", metavar="FILE", help="replaced once the copy is complete"
+    )
+    backing_up.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
+    backing_up.set_defaults(run=lambda given, path: backup(path, given.file))
+
+
+def _add_sink_command(subcommands):
+    sink = subcommands.add_parser(
+        "sink", help="receive deliveries, print them and verify their signatures"
+    )
+    sink.add_argument(
+        "--listen",
+        default=argparse.SUPPRESS,
+        metavar="HOST:PORT",
+        help=f"default {SINK_LISTEN}, port 0 picks one",
+    )
+    sink.add_argument("--secret", help="of the webhook, to verify signatures")
+    sink.add_argument(
+        "--answer", type=_status, default=200, metavar="STATUS", help="default 200"
+    )
+    sink.set_defaults(
+        run=lambda given, path: run_sink(
+            given.listen or SINK_LISTEN, given.secret, given.answer
+        )
+    )
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """The command line: every setting is a flag, serving is what it does unasked."""
     parser = OneLineParser(
@@ -4863,6 +5361,8 @@ def argument_parser() -> argparse.ArgumentParser:
     _add_user_commands(
         subcommands.add_parser("user", help="who may log in: add, list, remove")
     )
+    _add_backup_command(subcommands)
+    _add_sink_command(subcommands)
     return parser
 
 
