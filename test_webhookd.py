@@ -644,7 +644,8 @@ def test_an_event_of_exactly_the_largest_size_is_taken_and_one_more_byte_is_not(
 
 def read_webhook(old=webhookd.Webhook(), **fields):
     fields = ({"url": "http://x/", "events": ["e"]} if not old.url else {}) | fields
-    return webhookd.read_webhook(json.dumps(fields).encode(), old)
+    body = json.dumps(fields).encode()
+    return webhookd.read_webhook(webhookd.json_object(body), old)
 
 
 def test_what_is_left_out_has_defaults():
@@ -3099,9 +3100,7 @@ def test_two_puts_at_once_do_not_undo_each_other(api, store):
 
     def change(n):
         def work(old):
-            return webhookd.read_webhook(
-                json.dumps({"configuration": {str(n): "x"}}).encode(), old
-            )
+            return webhookd.read_webhook({"configuration": {str(n): "x"}}, old)
 
         store.change_webhook(webhook["id"], work)
 

@@ -613,6 +613,15 @@ class Page:
     start: int = 0
     limit: int = DEFAULT_PAGE
 
+    def neighbours(self, total: int) -> dict[str, int]:
+        """Where the part itself starts, and the next and the previous, if there are."""
+        starts = {"self": self.start}
+        if self.start + self.limit < total:
+            starts["next"] = self.start + self.limit
+        if self.start > 0:
+            starts["prev"] = max(0, self.start - self.limit)
+        return starts
+
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
@@ -1008,11 +1017,11 @@ class Query(Reader):
         """The values of a parameter that may be repeated."""
         return super().read(name, lambda values: tuple(map(parse, values)), ())
 
-    def page(self) -> Page:
+    def page(self, limit: int = DEFAULT_PAGE) -> Page:
         """start and limit."""
         return Page(
             self.read("start", whole_number(0), 0),
-            self.read("limit", whole_number(1, MAX_PAGE), DEFAULT_PAGE),
+            self.read("limit", whole_number(1, MAX_PAGE), limit),
         )
 
     def filter(self) -> Filter:
@@ -1094,15 +1103,14 @@ def _read_fields(reader, old, check_url):
 
 
 def read_webhook(
-    body: bytes, old: Webhook, check_url: collections.abc.Callable = lambda url: None
+    fields: dict, old: Webhook, check_url: collections.abc.Callable = lambda url: None
 ) -> Webhook:
-    """The webhook that the body asks for, fields left out as in the old one.
+    """The webhook that the fields ask for, those left out as in the old one.
 
     check_url raises ValueError. Raises Invalid with every field at fault."""
-    value = json_object(body)
-    reader = Reader(value)
+    reader = Reader(fields)
     for name in ("url", "events"):
-        if not getattr(old, name) and value.get(name) is None:
+        if not getattr(old, name) and fields.get(name) is None:
             reader.fault(name, "is needed")
     webhook = _read_fields(reader, old, check_url)
     reader.check()
@@ -4073,9 +4081,7 @@ class Api:
                 return handler(*args, **kwargs)
             except WebhookdError as error:
                 bottle.response.headers.update(error.headers)
-                return self._json(
-                    error_document(error.status, error.faults), error.status
-                )
+                return self._error(error.status, error.faults)
             except bottle.HTTPResponse:
                 raise
             except Exception:
@@ -4083,7 +4089,7 @@ class Api:
                     "%s %s failed", bottle.request.method, bottle.request.path
                 )
                 faults = [Fault(None, "an internal error, which is in the log")]
-                return self._json(error_document(500, faults), 500)
+                return self._error(500, faults)
 
         return rendered
 
@@ -4091,7 +4097,10 @@ class Api:
         faults = [Fault(None, str(error.body))]
         if error.status_code == 404:
             faults = [Fault(None, "there is no such resource")]
-        return self._json(error_document(error.status_code, faults), error.status_code)
+        return self._error(error.status_code, faults)
+
+    def _error(self, status, faults):
+        return self._json(error_document(status, faults), status)
 
     def _refuse_other_sites(self, handler):
         def refusing(*args, **kwargs):
@@ -4117,7 +4126,7 @@ class Api:
                 raise
             if user.role not in request.route.config["roles"]:
                 raise Forbidden(f"the role {user.role} may not do this")
-            request.environ["webhookd.user"] = user.name
+            request.environ["webhookd.user"] = user
             return handler(*args, **kwargs)
 
         return logged_in
@@ -4169,21 +4178,19 @@ class Api:
             raise TooLarge(f"the body may have at most {limit} bytes")
         return bottle.request.environ["wsgi.input"].read(length), sent == NDJSON_TYPE
 
+    def _object(self):
+        return json_object(self._body(JSON_TYPE)[0])
+
     def _query(self):
         return Query(bottle.request.environ.get("QUERY_STRING", ""))
 
     def _page_of(self, query, page, total, results):
         """A page of results, with links to itself and its neighbours."""
         start, limit = page.start, page.limit
-        starts = {"self": start}
-        if start + limit < total:
-            starts["next"] = start + limit
-        if start > 0:
-            starts["prev"] = max(0, start - limit)
         path = bottle.request.path
         links = {
             name: self._link(path, query.fields | {"start": [first], "limit": [limit]})
-            for name, first in starts.items()
+            for name, first in page.neighbours(total).items()
         }
         return self._json(
             {"results": results, "start": start, "limit": limit, "size": len(results)}
@@ -4192,7 +4199,7 @@ class Api:
 
     def _log_change(self, words, **values):
         environ = bottle.request.environ
-        user, address = environ["webhookd.user"], environ.get("REMOTE_ADDR")
+        user, address = environ["webhookd.user"].name, environ.get("REMOTE_ADDR")
         fact(words, **values, by=user, address=address)
 
     # ---- webhooks ----
@@ -4214,16 +4221,20 @@ class Api:
         return self._page_of(query, page, len(webhooks), self._shown(part, statistics))
 
     def create_webhook(self):
-        body, _ = self._body(JSON_TYPE)
-        now = self._now_ms()
-        webhook = read_webhook(
-            body, Webhook(created=now, updated=now), self._destinations.check_url
-        )
-        webhook = self._store.add_webhook(webhook)
-        self._log_change("webhook created", id=webhook.id, url=masked_url(webhook.url))
+        webhook = self.register(self._object())
         path = f"/rest/api/webhooks/{webhook.id}"
         bottle.response.set_header("Location", self._link(path))
         return self._json(self._shown([webhook])[0], 201)
+
+    def register(self, fields: dict) -> Webhook:
+        """Add the webhook that the fields ask for; raises Invalid."""
+        now = self._now_ms()
+        webhook = read_webhook(
+            fields, Webhook(created=now, updated=now), self._destinations.check_url
+        )
+        webhook = self._store.add_webhook(webhook)
+        self._log_change("webhook created", id=webhook.id, url=masked_url(webhook.url))
+        return webhook
 
     def get_webhook(self, id):
         query = self._query()
@@ -4232,27 +4243,35 @@ class Api:
         return self._json(self._shown([self._store.webhook(id)], statistics)[0])
 
     def update_webhook(self, id):
+        self._store.webhook(id)  # that there is none comes before a fault in the body
+        return self._json(self._shown([self.change(id, self._object())])[0])
+
+    def change(self, id: int, fields: dict) -> Webhook:
+        """Change the fields of a webhook that are given; raises NotFound, Invalid."""
         old = self._store.webhook(id)
-        body, _ = self._body(JSON_TYPE)
         # looking its host up takes time, so the writer reads it again without that
-        read_webhook(body, old, self._destinations.check_url)
+        read_webhook(fields, old, self._destinations.check_url)
         now = self._now_ms()
         webhook = self._store.change_webhook(
             id,
             lambda old: with_rotated_secret(
-                old, dataclasses.replace(read_webhook(body, old), updated=now), now
+                old, dataclasses.replace(read_webhook(fields, old), updated=now), now
             ),
-            starts_clean=not {"active", "url"}.isdisjoint(json_value(body)),
+            starts_clean=not {"active", "url"}.isdisjoint(fields),
         )
         self._dispatcher.reconsider(id)
         self._log_change("webhook changed", id=id, url=masked_url(webhook.url))
-        return self._json(self._shown([webhook])[0])
+        return webhook
 
     def delete_webhook(self, id):
+        self.delete(id)
+        bottle.response.status = 204
+
+    def delete(self, id: int) -> None:
+        """Delete a webhook and its deliveries; raises NotFound."""
         self._store.delete_webhook(id)
         self._dispatcher.reconsider(id)
         self._log_change("webhook deleted", id=id)
-        bottle.response.status = 204
 
     def _shown(self, webhooks, statistics=False):
         """The webhooks as the API shows them, with their health."""
@@ -4296,8 +4315,10 @@ class Api:
         )
 
     def test_webhook(self):
-        query = self._query()
-        webhook = self._webhook_to_test(query)
+        return self._json(self.test(self._webhook_to_test(self._query())))
+
+    def test(self, webhook: Webhook) -> dict:
+        """Send a ping now; what was sent and what came back. Raises TooManyRequests."""
         if not self._tests.acquire(blocking=False):
             raise TooManyRequests(
                 "too many tests at once", headers={"Retry-After": "5"}
@@ -4319,13 +4340,13 @@ class Api:
         }
         answer = {"request": request | {"body": PING.decode()}, "response": None}
         if attempt.status is None:
-            return self._json(answer | {"error": attempt.description})
+            return answer | {"error": attempt.description}
         answer["response"] = {
             "status": attempt.status,
             "headers": attempt.response_headers,
             "body": attempt.response_body,
         }
-        return self._json(answer)
+        return answer
 
     def _webhook_to_test(self, query):
         id = query.read("webhookId", whole_number(1), 0)
@@ -4369,7 +4390,7 @@ class Api:
             return None
         if not 1 <= len(key) <= 255:
             raise Invalid(Fault("Idempotency-Key", "must have 1 to 255 characters"))
-        user = bottle.request.environ["webhookd.user"]
+        user = bottle.request.environ["webhookd.user"].name
         return IdempotencyKey(user, key, hashlib.sha256(body).digest())
 
     def list_events(self):
@@ -4406,17 +4427,29 @@ class Api:
     # ---- operations ----
 
     def redeliver(self, uuid):
-        uuid, now = uuid.lower(), self._now_ms()
-        webhook_id = self._store.delivery(uuid)[0].webhook_id
+        return self._json(self.redeliver_one(uuid.lower()).shown(), 202)
+
+    def redeliver_one(self, uuid: str) -> Delivery:
+        """Have a delivery attempted at once, paused or not; raises NotFound."""
+        webhook_id, now = self._store.delivery(uuid)[0].webhook_id, self._now_ms()
         self._store.redeliver(webhook_id, [self._store.number_of(uuid)], now)
         self._store.end_pause(webhook_id, now)
         self._dispatcher.reconsider(webhook_id)
         self._log_change("delivery redelivered", id=uuid, webhook=webhook_id)
-        return self._json(self._store.delivery(uuid)[0].shown(), 202)
+        return self._store.delivery(uuid)[0]
 
     def redeliver_many(self, id):
+        self._store.webhook(id)  # that there is none comes before a fault in the body
+        matched, redelivered = self.redeliver_all(id, *self._selection())
+        return self._json({"matched": matched, "redelivered": redelivered}, 202)
+
+    def redeliver_all(
+        self, id: int, wanted: Filter, dry_run: bool = False
+    ) -> tuple[int, int]:
+        """Have those wanted, or else all that failed, attempted at once.
+
+        Returns how many matched and how many are redelivered; raises NotFound."""
         webhook, now = self._store.webhook(id), self._now_ms()
-        wanted, dry_run = self._selection()
         if not wanted.outcomes:
             wanted = dataclasses.replace(wanted, states=(FAILED,))
         matched = redelivered = 0
@@ -4427,7 +4460,7 @@ class Api:
         if redelivered:
             self._dispatcher.reconsider(id)
             self._log_change("deliveries redelivered", webhook=id, count=redelivered)
-        return self._json({"matched": matched, "redelivered": redelivered}, 202)
+        return matched, redelivered
 
     def replay(self, id):
         webhook, now = self._store.webhook(id), self._now_ms()
