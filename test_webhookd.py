@@ -2723,6 +2723,8 @@ def test_the_admins_password_is_set_at_every_start(store):
 
     [admin] = webhookd.load_users(store.reader())
     assert webhookd.matches("second", admin.record)
+    webhookd.ensure_admin(store, "second")
+    assert webhookd.load_users(store.reader()) == [admin]
 
 
 @pytest.mark.parametrize("name", ["", " ", "a:b", "a\nb", "n" * 101])
