@@ -6,8 +6,8 @@
 """webhookd: webhooks for the applications of a small server.
 
 Applications publish events with one HTTP call; people register webhooks over a REST
-API compatible with Confluence's; every event is on disk before it is acknowledged,
-and is delivered signed, retried and observed. One process, one SQLite file.
+API compatible with Confluence's or in a browser; every event is on disk before it is
+acknowledged, and is delivered signed, retried and observed. One process, one SQLite file.
 
 The way of an event, left to right and down; nothing below calls anything above:
 
@@ -4600,27 +4600,22 @@ def daily_figures(by_day: dict, now_ms: int) -> list[tuple[str, collections.Coun
 
 def configuration_rows(webhook: dict) -> list[tuple[str, str]]:
     """How a webhook, as the API shows it, is set up: what and how."""
-    optional = {
-        "credentials": "Credentials",
-        "headers": "Headers",
-        "filters": "Filters",
-        "ordered": "Ordered",
-        "rateLimit": "Rate limit",
-        "configuration": "Configuration",
-    }
+    labels = {"rateLimit": "Rate limit"}
+    names = "credentials headers filters ordered rateLimit configuration".split()
+    optional = [
+        (labels.get(name, name.capitalize()), json_bytes(webhook[name]).decode())
+        for name in names
+        if webhook.get(name)
+    ]
     return [
         ("URL", webhook["url"]),
         ("Events", ", ".join(webhook["events"])),
         ("Secret", "set" if webhook["secretSet"] else "none"),
         ("TLS", "verified" if webhook["sslVerificationRequired"] else "not verified"),
-        *(
-            (label, json_bytes(webhook[name]).decode())
-            for name, label in optional.items()
-            if webhook.get(name)
-        ),
+        *optional,
         ("Created", f"{utc(webhook['createdDate'])} UTC"),
         ("Changed", f"{utc(webhook['updatedDate'])} UTC"),
-        ("Pending", f"{webhook['health']['pending']} deliveries"),
+        ("Pending", str(webhook["health"]["pending"])),
     ]
 
 
@@ -4798,8 +4793,10 @@ button { padding: 0.35rem 0.9rem; background: var(--panel); }
 button:hover { border-color: currentcolor; }
 .first { color: var(--page); background: var(--link); border-color: var(--link); }
 @media (max-width: 40rem) { .spare { display: none; } dl { display: block; }
-  dd { margin-bottom: 0.3rem; } .line, .number { white-space: normal; }
-  table { font-size: 0.8125rem; } th, td { padding-right: 0.5rem; } }
+  dd { margin-bottom: 0.3rem; } table { font-size: 0.8125rem; }
+  th, td { padding-right: 0.5rem; } .moment { width: 5.5rem; }
+  .line, .number { white-space: normal; }
+  .line { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; } }
 """
 _style_digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 PAGE_HEADERS = {
@@ -4850,7 +4847,7 @@ _neighbours = """\
 <nav class="row" aria-label="Parts of the list">
 % for name, label in (("prev", "Previous"), ("next", "Next")):
 % if name in neighbours:
-<a rel="{{name}}" href="{{neighbours[name]}}">{{label}}</a>
+<a rel="{{name}}" href="{{neighbours[name]}}#list">{{label}}</a>
 % end
 % end
 </nav>
@@ -4859,7 +4856,7 @@ _neighbours = """\
 
 LIST_PAGE = bottle.SimpleTemplate(
     """\
-<div class="row">
+<div class="row" id="list">
 <span>{{summary}}</span>
 % if changes:
 <a href="/webhooks/new">New webhook</a>
@@ -4918,8 +4915,8 @@ FORM_PAGE = bottle.SimpleTemplate("""\
 % elif kind == "text":
 <input id="{{name}}" name="{{name}}" value="{{values.get(name, "")}}" class="text" autocomplete="off"{{!described}}>
 % end
-% for message in wrong:
-<div class="fault" id="{{name}}-fault">{{message}}</div>
+% if wrong:
+<div class="fault" id="{{name}}-fault">{{"; ".join(wrong)}}</div>
 % end
 % if hint:
 <div class="soft" id="{{name}}-hint">{{hint}}
@@ -5013,10 +5010,10 @@ aria-label="Attempts a day, at most {{most}}; the figures are in the table below
 % end
 % end
 </dl>
-<h2 id="deliveries">Deliveries</h2>
+<h2 id="list">Deliveries</h2>
 <nav class="row" aria-label="Deliveries by state">
 % for name in ("", "pending", "succeeded", "failed"):
-<a href="{{path}}{{f"?state={name}" if name else ""}}#deliveries"{{!' aria-current="page"' if name == shown_state else ""}}>{{name or "all"}}</a>
+<a href="{{path}}{{f"?state={name}" if name else ""}}#list"{{!' aria-current="page"' if name == shown_state else ""}}>{{name or "all"}}</a>
 % end
 </nav>
 % if deliveries:
@@ -5025,7 +5022,7 @@ aria-label="Attempts a day, at most {{most}}; the figures are in the table below
 <th scope="col" class="number spare">Attempts</th><th scope="col">State</th></tr></thead>
 <tbody>
 % for delivery in deliveries:
-<tr><td><a href="/deliveries/{{delivery.id}}">{{!time(delivery.created)}}</a></td><td>{{delivery.event}}</td>
+<tr><td class="moment"><a href="/deliveries/{{delivery.id}}">{{!time(delivery.created)}}</a></td><td>{{delivery.event}}</td>
 <td class="number spare">{{delivery.attempt_count}}</td>
 <td><span class="state {{delivery.state}}">{{delivery.state}}</span> {{delivery.description or ""}}</td></tr>
 % end
@@ -5057,7 +5054,8 @@ after {{len(attempts)}} attempt{{"s" * (len(attempts) != 1)}}
 <dt>Delivery</dt><dd>{{delivery.id}}</dd>
 <dt>Made</dt><dd>{{!time(delivery.created)}} UTC</dd>
 </dl>
-<details{{" open" if len(body) < 2000 else ""}}><summary>Body, the same in every attempt</summary>
+% short = " open" if len(body) < 2000 else ""
+<details{{short}}><summary>Body, the same in every attempt</summary>
 <pre>{{body}}</pre></details>
 % for number, attempt in reversed(list(enumerate(attempts, 1))):
 <h2>Attempt {{number}}: <span class="{{attempt.outcome}}">{{attempt.outcome}}</span></h2>
@@ -5070,8 +5068,8 @@ after {{len(attempts)}} attempt{{"s" * (len(attempts) != 1)}}
 </details>
 % end
 % if attempts:
-<h2>Send it again with curl</h2>
-<pre>{{curl}}</pre>
+<details{{short}}><summary>Send it again with curl</summary>
+<pre>{{curl}}</pre></details>
 % end
 """)
 
@@ -5200,6 +5198,7 @@ class Pages(Api):
         if self._wants_html():
             return self._log_in(self.show_webhooks)()
         bottle.response.content_type = "text/plain; charset=utf-8"
+        bottle.response.headers.update(PAGE_HEADERS)
         test_url = self._link("/rest/api/webhooks/test", {"webhookId": 1})
         urls = {"url": self._link(""), "test_url": test_url}
         quoted = {name: shlex.quote(url) for name, url in urls.items()}
