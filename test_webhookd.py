@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import hmac
 import http.client
 import http.server
@@ -44,6 +45,7 @@ import webhookd
 
 HERE = pathlib.Path(__file__).parent
 WEBHOOKS, EVENTS = "/rest/api/webhooks", "/rest/api/events"
+PAGE_PATHS = ("/webhooks/", "/deliveries/")
 LOOPBACK = webhookd.networks("127.0.0.0/8,::1/128")
 
 # ======================================================================================
@@ -219,7 +221,7 @@ def wsgi(store, dispatcher, destinations, settings, clock):
     for role in webhookd.ROLES:
         user = webhookd.User(role, role, webhookd.secret_record(SECRETS[role]))
         store.write(lambda connection, user=user: webhookd.save_user(connection, user))
-    app = webhookd.Api(store, dispatcher, destinations, settings, clock).app
+    app = webhookd.Pages(store, dispatcher, destinations, settings, clock).app
     webhookd.Metrics(store, dispatcher, settings, clock).add_to(app)
     return app
 
@@ -353,6 +355,7 @@ def test_readme_names_every_route_setting_and_subcommand_and_no_other(wsgi):
     routes = {
         (route.method, re.sub(r"<(\w+)(:id)?>", r"{\1}", route.rule))
         for route in wsgi.routes
+        if not route.rule.startswith(PAGE_PATHS)
     }
     variables = {webhookd.variable(f) for f in dataclasses.fields(webhookd.Settings)}
     flags = {webhookd.flag(f) for f in dataclasses.fields(webhookd.Settings)}
@@ -650,7 +653,8 @@ def test_an_event_of_exactly_the_largest_size_is_taken_and_one_more_byte_is_not(
 
 def read_webhook(old=webhookd.Webhook(), **fields):
     fields = ({"url": "http://x/", "events": ["e"]} if not old.url else {}) | fields
-    return webhookd.read_webhook(json.dumps(fields).encode(), old)
+    body = json.dumps(fields).encode()
+    return webhookd.read_webhook(webhookd.json_object(body), old)
 
 
 def test_what_is_left_out_has_defaults():
@@ -2770,6 +2774,8 @@ def test_the_admins_password_is_set_at_every_start(store):
 
     [admin] = webhookd.load_users(store.reader())
     assert webhookd.matches("second", admin.record)
+    webhookd.ensure_admin(store, "second")
+    assert webhookd.load_users(store.reader()) == [admin]
 
 
 @pytest.mark.parametrize("name", ["", " ", "a:b", "a\nb", "n" * 101])
@@ -2880,7 +2886,9 @@ def test_every_route_asks_for_a_login_but_health(wsgi):
     for method, path in listed:
         assert api.request(path, method=method).status_int == 401
     assert api.get("/health").status_int == 200
-    assert len(wsgi.routes) == len(listed) + 1
+    assert api.get("/").status_int == 200
+    pages = [r for r in wsgi.routes if r.rule.startswith(PAGE_PATHS)]
+    assert len(wsgi.routes) == len(listed) + len(pages) + 2
 
 
 def test_ten_wrong_passwords_shut_an_address_out_for_the_rest_of_the_minute(api, clock):
@@ -3148,9 +3156,7 @@ def test_two_puts_at_once_do_not_undo_each_other(api, store):
 
     def change(n):
         def work(old):
-            return webhookd.read_webhook(
-                json.dumps({"configuration": {str(n): "x"}}).encode(), old
-            )
+            return webhookd.read_webhook({"configuration": {str(n): "x"}}, old)
 
         store.change_webhook(webhook["id"], work)
 
@@ -3983,6 +3989,568 @@ def test_the_oldest_that_waits_is_found_by_an_index(store):
     searches = [row[3] for row in plan if "deliveries" in row[3]]
     index = "INDEX deliveries_in_order (webhook_id=?)"
     assert searches == [f"SEARCH deliveries USING {index}"]
+
+
+# ======================================================================================
+# Pages
+# ======================================================================================
+
+HTML = {"HTTP_ACCEPT": "text/html,application/xhtml+xml,*/*;q=0.8"}
+HOSTILE = "</pre></title><script>alert(1)</script>\"'><img src=x> {{1}} & \u202e"
+
+
+@pytest.fixture
+def browser(wsgi):
+    return App(wsgi, extra_environ=dict(HTML)).log_in("admin")
+
+
+def press(page, button):
+    """Where a button of a page leads."""
+    [form] = [f for f in page.forms.values() if f">{button}</button>" in f.text]
+    answer = form.submit()
+    return answer.follow() if answer.status_int == 303 else answer
+
+
+def fill_in(page, **fields):
+    """Fill in the form of a page and send it."""
+    for name, value in fields.items():
+        page.form[name] = value
+    answer = page.form.submit()
+    return answer.follow() if answer.status_int == 303 else answer
+
+
+def words(page):
+    """The text of a page, with single spaces."""
+    return " ".join(page.html.body.get_text(" ").split())
+
+
+def attempted(api, receiver, dispatcher, **fields):
+    """A webhook with a delivery that was attempted; both, as the API shows them."""
+    webhook = api.create(receiver.url, **fields)
+    api.publish(text=HOSTILE)
+    dispatcher.run_until_idle()
+    return webhook, api.deliveries(webhook)[0]
+
+
+# ---- reading ----
+
+
+def test_the_list_shows_how_each_webhook_fares(browser, receiver, dispatcher):
+    receiver.answers(500, times=1)
+    attempted(browser, receiver, dispatcher, name="first")
+    browser.create("http://127.0.0.1:1/", "a", "b", name="second", active=False)
+
+    page = browser.get("/")
+
+    rows = [" ".join(r.get_text(" ").split()) for r in page.html.tbody.find_all("tr")]
+    assert rows == [
+        f"first {receiver.url} e failing 0 % 1",
+        "second http://127.0.0.1:1/ a, b inactive – 0",
+    ]
+    assert "1 failing, 1 inactive" in words(page)
+    assert page.click("New webhook").status_int == 200
+
+
+def test_the_list_comes_in_parts_and_asks_the_database_once(browser, store):
+    for n in range(5):
+        browser.create("http://127.0.0.1:1/", name=f"number {n}")
+    statements = []
+
+    store.reader().set_trace_callback(statements.append)
+    page = browser.get("/?start=2&limit=2")
+
+    assert len([s for s in statements if "statistics" in s]) == 1
+    assert re.findall(r"number \d", words(page)) == ["number 2", "number 3"]
+    assert "number 4" in words(page.click("Next"))
+    assert "number 0" in words(page.click("Previous"))
+
+
+def test_a_share_of_successes_is_never_rounded_up_to_all():
+    assert webhookd.success_rate({"SUCCESS": 9999, "ERROR": 1}) == "99.9 %"
+    assert webhookd.success_rate({"SUCCESS": 3}) == "100 %"
+    assert webhookd.success_rate({}) == "–"
+
+
+@pytest.mark.parametrize(
+    "active, health, text",
+    [
+        (True, {}, ""),
+        (True, {"failures": 1}, "after 1 failure in a row: 503"),
+        (
+            True,
+            {"failures": 6, "paused_until": 43_000},
+            "for 42 s after 6 failures in a row: 503",
+        ),
+        (
+            True,
+            {"failures": 6, "paused_until": 7_201_000},
+            "for 2 h after 6 failures in a row: 503",
+        ),
+        (
+            True,
+            {"failures": 6, "paused_until": 500},
+            "until a probe, after 6 failures in a row: 503",
+        ),
+        (False, {"disabled": True}, "because 503"),
+        (False, {}, "and gets no new deliveries; those it has wait"),
+    ],
+)
+def test_a_state_is_put_into_words(active, health, text):
+    shown = webhookd.Health(reason="503", **health).shown(active, 0)
+
+    assert webhookd.state_words(shown, 1000) == text
+
+
+def test_a_webhook_is_shown_with_its_figures(browser, receiver, dispatcher, clock):
+    receiver.answers(500, times=2)
+    attempted(browser, receiver, dispatcher, headers={"X-A": "my-key"})
+    clock.advance(86_400)
+    dispatcher.run_until_idle()
+    clock.advance(86_400)
+    dispatcher.run_until_idle()
+
+    page = browser.get("/webhooks/1")
+
+    assert "33.3 % of 3 attempts succeeded. Successes: 1 , failures: 2" in words(page)
+    figures = [r.get_text(" ").split() for r in page.html.details.tbody.find_all("tr")]
+    assert figures[:4] == [
+        ["2023-11-16", "1", "0", "0"],
+        ["2023-11-15", "0", "1", "0"],
+        ["2023-11-14", "0", "1", "0"],
+        ["2023-11-13", "0", "0", "0"],
+    ]
+    assert len(page.html.svg.find_all("rect")) == 3
+    assert "my-key" not in page.text
+    assert "Last success 2023-11-16 22:13:20 e : 200" in words(page)
+
+
+def test_the_deliveries_of_a_webhook_come_by_state_and_in_parts(
+    browser, receiver, wall, store
+):
+    receiver.answers(400, times=3)
+    browser.create(receiver.url)
+    publish_numbers(browser, *range(60))
+    wall(0)
+
+    page = browser.get("/webhooks/1")
+
+    def rows(page):
+        return len(page.html.find_all("table")[-1].tbody.find_all("tr"))
+
+    assert (rows(page), rows(page.click("Next"))) == (50, 10)
+    assert rows(page.click("pending")) == 3
+    assert "None." in words(page.click("failed"))
+
+
+def test_a_delivery_is_shown_with_every_request_and_response(
+    browser, receiver, dispatcher, clock
+):
+    receiver.answers(503, {"X-Why": "busy"}, b"not now", times=1)
+    _, delivery = attempted(browser, receiver, dispatcher)
+    clock.advance(11)
+    dispatcher.run_until_idle()
+
+    text = words(browser.get(f"/deliveries/{delivery['id'].upper()}"))
+
+    assert "succeeded after 2 attempts" in text
+    assert "X-Attempt: 1" in text and "X-Attempt: 2" in text
+    assert "X-Why: busy" in text and "not now" in text
+    assert f"POST {receiver.url}" in text
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_curl_command_sends_the_same_request(browser, receiver, dispatcher):
+    secrets = {"headers": {"X-Key": "hidden"}}
+    secrets["configuration"] = {"secret": "s"}
+    _, delivery = attempted(browser, receiver, dispatcher, **secrets)
+
+    page = browser.get(f"/deliveries/{delivery['id']}")
+    command = page.html.find_all("pre")[-1].get_text()
+    subprocess.run(["sh", "-c", command], check=True, capture_output=True)
+
+    first, again = receiver.received
+    assert again.body == first.body
+    del again.headers["Accept"]
+    assert again.headers == first.headers | {"X-Key": "********"}
+
+
+# ---- changing ----
+
+
+def test_a_webhook_is_created_with_the_form(browser, receiver):
+    page = browser.get("/webhooks/new")
+
+    page = fill_in(
+        page,
+        name="n",
+        url=f" {receiver.url}",
+        events="a, b\r\nc_*\n",
+        secret="s",
+        ordered=True,
+        rateLimit="2.5",
+    )
+
+    assert page.html.h1.get_text() == "n"
+    shown = browser.get(f"{WEBHOOKS}/1").json
+    assert (shown["url"], shown["events"]) == (receiver.url, ["a", "b", "c_*"])
+    assert shown["secretSet"] and shown["active"] and shown["sslVerificationRequired"]
+    assert (shown["ordered"], shown["rateLimit"]) == (True, 2.5)
+
+
+def test_a_name_left_out_is_the_url(browser, receiver):
+    fill_in(browser.get("/webhooks/new"), url=receiver.url, events="e")
+
+    assert browser.get(f"{WEBHOOKS}/1").json["name"] == receiver.url
+
+
+def test_faults_stand_beside_their_fields_and_the_input_stays(browser):
+    page = fill_in(
+        browser.get("/webhooks/new"),
+        name=HOSTILE,
+        url="http://10.0.0.1/",
+        events="good b@d b!d",
+        secret="my-secret",
+        active=False,
+        rateLimit="many",
+    )
+
+    def described(name):
+        field = page.html.find(id=name)
+        assert field["aria-invalid"] == "true"
+        return page.html.find(id=field["aria-describedby"].split()[0]).get_text()
+
+    assert page.status_int == 400
+    assert "10.0.0.1 is not a public address" in described("url")
+    assert described("events").startswith("b@d: must be 1 to 64 characters")
+    assert "; b!d: must be" in described("events")
+    assert described("rateLimit") == "must be a number above 0"
+    assert "type it once more" in described("secret")
+    assert "my-secret" not in page.text
+    form = page.form
+    assert (form["name"].value, form["url"].value) == (HOSTILE, "http://10.0.0.1/")
+    assert (form["events"].value, form["active"].checked) == ("good b@d b!d", False)
+    assert browser.get(WEBHOOKS).json["totalCount"] == 0
+
+
+@pytest.mark.parametrize("field", ["url", "events"])
+def test_what_is_needed_is_asked_for(browser, field):
+    page = browser.get("/webhooks/new").form.submit()
+
+    assert page.html.find(id=f"{field}-fault").get_text() == "is needed"
+
+
+def test_editing_changes_only_what_was_edited(browser, receiver, dispatcher, store):
+    receiver.answers(500)
+    url = receiver.url.replace("http://", "http://u:pass@")
+    browser.create(url, configuration={"secret": "s", "k": "v"}, rateLimit=5)
+    browser.publish()
+    dispatcher.run_until_idle()
+    before = store.webhook(1)
+
+    fill_in(browser.get("/webhooks/1").click("Edit"), name="new")
+
+    assert store.webhook(1) == dataclasses.replace(before, name="new")
+    assert store.health[1].failures == 1
+
+
+def test_a_secret_is_changed_and_removed_but_never_shown(browser, store):
+    browser.create("http://127.0.0.1:1/", configuration={"secret": "old-secret"})
+
+    page = browser.get("/webhooks/1/edit")
+    assert "old-secret" not in page.text
+    assert "the one that is set stays" in words(page)
+    fill_in(page, secret="new-secret")
+    assert store.webhook(1).secret == "new-secret"
+    fill_in(browser.get("/webhooks/1/edit"), removeSecret=True)
+    assert store.webhook(1).secret is None
+    assert "Remove the secret" not in browser.get("/webhooks/1/edit").text
+
+
+def test_a_webhook_is_paused_and_resumed(browser):
+    webhook = browser.create("http://127.0.0.1:1/")
+
+    page = press(browser.get("/webhooks/1"), "Pause")
+    assert browser.get_webhook(webhook)["health"]["state"] == "inactive"
+    assert "inactive and gets no new deliveries" in words(page)
+    press(page, "Resume")
+    assert browser.get_webhook(webhook)["health"]["state"] == "healthy"
+
+
+def test_a_test_shows_what_was_sent_and_what_came_back(browser, receiver, closed_url):
+    receiver.answers(418, {"X-Tea": "pot"}, HOSTILE.encode())
+    browser.create(receiver.url)
+    browser.create(closed_url)
+
+    page = press(browser.get("/webhooks/1"), "Test")
+    assert '{"test": true}' in words(page)
+    assert "418" in words(page) and "X-Tea: pot" in words(page)
+    page = press(browser.get("/webhooks/2"), "Test")
+    assert "None: connection refused" in words(page)
+
+
+def test_what_failed_is_redelivered_all_or_one(browser, receiver, wall):
+    fail_three_and_succeed_once(browser, receiver, wall)
+
+    page = press(browser.get("/webhooks/1"), "Redeliver failed")
+    assert "Attempted again: 3." in words(page)
+    assert len(wall(0)) == 3
+    delivery = browser.deliveries({"id": 1})[0]
+    page = press(browser.get(f"/deliveries/{delivery['id']}"), "Redeliver")
+    assert "pending after 1 attempt" in words(page)
+    assert len(wall(0)) == 1
+
+
+def test_deleting_asks_first(browser):
+    browser.create("http://127.0.0.1:1/", name="n")
+
+    asked = press(browser.get("/webhooks/1"), "Delete")
+    assert browser.get(WEBHOOKS).json["totalCount"] == 1
+    assert asked.click("Keep it").html.h1.get_text() == "n"
+    page = press(asked, "Delete")
+    assert browser.get(WEBHOOKS).json["totalCount"] == 0
+    assert "None yet." in words(page)
+
+
+def test_changes_by_pages_are_logged_as_those_by_the_api(browser, receiver, caplog):
+    caplog.set_level("INFO")
+    fill_in(browser.get("/webhooks/new"), url=receiver.url, events="e")
+    press(browser.get("/webhooks/1"), "Pause")
+    press(browser.get("/webhooks/1"), "Test")
+    press(browser.get("/webhooks/1/delete"), "Delete")
+
+    lines = [line for line in caplog.messages if line.startswith("webhook ")]
+    assert [
+        line.split()[1] for line in lines
+    ] == "created deactivated tested deleted".split()
+    assert all("id=1" in line and "by=admin" in line for line in lines)
+
+
+# ---- who may, and what is safe ----
+
+PAGES = [
+    ("GET", "/", "admin viewer"),
+    ("GET", "/webhooks/1", "admin viewer"),
+    ("GET", "/deliveries/1", "admin viewer"),
+    ("GET", "/webhooks/new", "admin"),
+    ("POST", "/webhooks/new", "admin"),
+    ("GET", "/webhooks/1/edit", "admin"),
+    ("POST", "/webhooks/1/edit", "admin"),
+    ("GET", "/webhooks/1/delete", "admin"),
+    ("POST", "/webhooks/1/delete", "admin"),
+    ("POST", "/webhooks/1/test", "admin"),
+    ("POST", "/webhooks/1/pause", "admin"),
+    ("POST", "/webhooks/1/resume", "admin"),
+    ("POST", "/webhooks/1/redeliver", "admin"),
+    ("POST", "/deliveries/1/redeliver", "admin"),
+]
+
+
+@pytest.mark.parametrize("method, path, allowed", PAGES)
+def test_roles_may_use_the_pages_that_are_for_them(browser, method, path, allowed):
+    for role in webhookd.ROLES:
+        answer = browser.log_in(role).request(path, method=method)
+        refused = answer.status_int == 403 and f"the role {role} may not" in answer
+        assert refused == (role not in allowed.split()), role
+
+
+def test_every_page_asks_for_a_login(wsgi):
+    browser = App(wsgi, extra_environ=dict(HTML))
+    for method, path, _ in PAGES:
+        answer = browser.request(path, method=method)
+        assert (answer.status_int, answer.content_type) == (401, "text/html")
+        assert answer.headers["WWW-Authenticate"] == 'Basic realm="webhookd"'
+    pages = [r for r in wsgi.routes if r.rule.startswith(PAGE_PATHS)]
+    assert len(pages) + 1 == len(PAGES)
+
+
+@pytest.mark.parametrize("token", [None, "", "ä", "0" * 64])
+def test_a_form_without_its_token_is_refused(browser, token):
+    browser.create("http://127.0.0.1:1/")
+    form = {} if token is None else {"token": token}
+
+    answer = browser.post("/webhooks/1/delete", form)
+
+    assert (answer.status_int, answer.content_type) == (403, "text/html")
+    assert browser.get(WEBHOOKS).json["totalCount"] == 1
+
+
+def test_a_token_is_its_users_own_and_outlives_a_restart(browser, store):
+    browser.create("http://127.0.0.1:1/")
+    page = browser.get("/webhooks/1")
+    other = webhookd.User("other", "admin", webhookd.secret_record("x"))
+    store.write(lambda connection: webhookd.save_user(connection, other))
+
+    again = browser.get("/webhooks/1")
+    browser.authorization = ("Bearer", "x")
+
+    assert page.forms[0]["token"].value == again.forms[0]["token"].value
+    assert page.forms[0].submit().status_int == 403
+
+
+def test_a_form_that_another_site_sends_is_refused(browser):
+    browser.create("http://127.0.0.1:1/")
+    form = browser.get("/webhooks/1/delete").form
+
+    answer = form.submit(headers={"Origin": "http://evil.example"})
+
+    assert (answer.status_int, answer.content_type) == (403, "text/html")
+
+
+@pytest.mark.parametrize(
+    "body, kind, status",
+    [
+        (b"{}", "application/json", 403),
+        (b"x", "text/plain", 415),
+        (b"token=%ff", "application/x-www-form-urlencoded", 400),
+        (b"a=&" * 101, "application/x-www-form-urlencoded", 400),
+        (b"a" * (2 << 20), "application/x-www-form-urlencoded", 413),
+    ],
+)
+def test_what_is_no_form_is_refused(browser, body, kind, status):
+    answer = browser.request(
+        "/webhooks/new", method="POST", body=body, content_type=kind
+    )
+
+    assert (answer.status_int, answer.content_type) == (status, "text/html")
+
+
+def test_a_viewer_sees_everything_and_can_press_nothing(browser, receiver, dispatcher):
+    _, delivery = attempted(browser, receiver, dispatcher)
+    browser.log_in("viewer")
+
+    for path in ("/", "/webhooks/1", f"/deliveries/{delivery['id']}"):
+        page = browser.get(path)
+        assert page.status_int == 200
+        assert page.html.find_all(["form", "button", "input"]) == []
+        assert not page.html.find("a", href=re.compile("new|edit|delete"))
+    assert browser.get("/webhooks/new").status_int == 403
+
+
+@pytest.mark.parametrize(
+    "method, path, status",
+    [
+        ("GET", "/webhooks/9", 404),
+        ("GET", "/webhooks/x", 404),
+        ("GET", "/webhooks/9/edit", 404),
+        ("GET", "/deliveries/x", 404),
+        ("GET", "/webhooks/1/test", 405),
+        ("GET", "/?start=x", 400),
+        ("GET", "/webhooks/1?state=good", 400),
+        ("POST", "/", 405),
+    ],
+)
+def test_errors_of_pages_are_pages(browser, method, path, status):
+    browser.create("http://127.0.0.1:1/")
+
+    answer = browser.request(path, method=method)
+
+    assert (answer.status_int, answer.content_type) == (status, "text/html")
+
+
+def test_a_bug_in_a_page_is_a_page_too(browser, store):
+    store.write(lambda connection: connection.execute("DROP TABLE statistics"))
+
+    answer = browser.get("/")
+
+    assert (answer.status_int, answer.content_type) == (500, "text/html")
+    assert "statistics" not in answer
+
+
+def every_page(browser):
+    """All pages that links lead to, and those of a test, a fault and an error."""
+    found, paths = {}, ["/", "/webhooks/9"]
+    while paths:
+        path = paths.pop().partition("#")[0]
+        if path not in found:
+            found[path] = browser.get(path)
+            links = found[path].html.find_all("a", href=re.compile("^/"))
+            paths += [link["href"] for link in links]
+    found["test"] = press(found["/webhooks/1"], "Test")
+    found["ask"] = press(found["/webhooks/1"], "Delete")
+    found["fault"] = fill_in(found["/webhooks/new"], name=HOSTILE)
+    return found
+
+
+def test_nothing_that_was_sent_is_markup(browser, receiver, dispatcher):
+    headers = {"X-Hostile": HOSTILE[:-1], "Content-Type": "text/html"}
+    receiver.answers(302, headers | {"Location": HOSTILE[:-1]}, HOSTILE.encode())
+    hostile = {"name": HOSTILE, "configuration": {"<b>": HOSTILE}}
+    hostile |= {"filters": {}, "headers": {"X-A": "<b>"}}
+    attempted(browser, receiver, dispatcher, **hostile)
+
+    pages = every_page(browser)
+
+    assert len(pages) >= 9
+    for path, page in pages.items():
+        assert page.html.find_all(["script", "img", "b"]) == [], path
+        assert {a for tag in page.html.find_all(True) for a in tag.attrs} <= {
+            *"action alt aria-current aria-describedby aria-invalid aria-label".split(),
+            *"autocomplete autofocus charset checked class content datetime for".split(),
+            *"height href id lang method name open preserveaspectratio rel role".split(),
+            *"rows scope spellcheck tabindex type value viewbox width x y".split(),
+        }, path
+    assert HOSTILE in pages["/"].html.a.find_next("table").a.get_text()
+
+
+def test_every_page_is_locked_down_and_has_its_style(browser, receiver, dispatcher):
+    attempted(browser, receiver, dispatcher)
+
+    for page in every_page(browser).values():
+        policy = dict(
+            part.split(None, 1)
+            for part in page.headers["Content-Security-Policy"].split("; ")
+        )
+        digest = hashlib.sha256(page.html.style.string.encode()).digest()
+        assert policy == {
+            "default-src": "'none'",
+            "style-src": f"'sha256-{base64.b64encode(digest).decode()}'",
+            "form-action": "'self'",
+            "frame-ancestors": "'none'",
+            "base-uri": "'none'",
+        }
+        assert page.headers["X-Content-Type-Options"] == "nosniff"
+        assert page.headers["Referrer-Policy"] == "same-origin"
+        assert page.headers["Cache-Control"] == "no-store"
+
+
+def test_every_field_has_a_label_and_every_page_a_title(browser, receiver, dispatcher):
+    attempted(browser, receiver, dispatcher, configuration={"secret": "s"})
+
+    for page in every_page(browser).values():
+        labels = {label["for"] for label in page.html.find_all("label")}
+        fields = page.html.find_all(["input", "textarea"])
+        ids = [tag["id"] for tag in page.html.find_all(id=True)]
+        assert len(ids) == len(set(ids))
+        assert {f["id"] for f in fields if f.get("type") != "hidden"} == labels
+        assert len(page.html.find_all("h1")) == 1
+        assert page.html.h1.get_text() in page.html.title.get_text()
+
+
+# ---- with curl ----
+
+
+def test_curl_gets_its_commands_without_a_login(api):
+    api.authorization = None
+
+    answer = api.get("/", extra_environ={"HTTP_ACCEPT": "*/*"})
+
+    assert (answer.status_int, answer.content_type) == (200, "text/plain")
+    assert "curl -u admin http://localhost:80/rest/api/webhooks\n" in answer.text
+    assert answer.headers["Vary"] == "Accept"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    paths = set(re.findall(r"http://localhost:80(/[^\s'?]*)", answer.text))
+    assert {"/health", EVENTS, WEBHOOKS, WEBHOOKS + "/test"} < paths
+    for path in sorted(paths):
+        assert api.get(path).status_int != 404, path
+
+
+def test_curls_commands_have_the_address_that_was_asked(api):
+    environ = {"HTTP_HOST": "hooks.example.com", "wsgi.url_scheme": "https"}
+
+    answer = api.get("/", extra_environ=environ)
+    assert "curl https://hooks.example.com/health\n" in answer.text
+    answer = api.get("/", extra_environ={"HTTP_HOST": "x;reboot"})
+    assert "curl 'http://x;reboot'/health\n" in answer.text
 
 
 # ======================================================================================

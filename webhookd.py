@@ -6,8 +6,8 @@
 """webhookd: webhooks for the applications of a small server.
 
 Applications publish events with one HTTP call; people register webhooks over a REST
-API compatible with Confluence's; every event is on disk before it is acknowledged,
-and is delivered signed, retried and observed. One process, one SQLite file.
+API compatible with Confluence's or in a browser; every event is on disk before it is
+acknowledged, and is delivered signed, retried and observed. One process, one SQLite file.
 
 The way of an event, left to right and down; nothing below calls anything above:
 
@@ -35,7 +35,7 @@ builds on itself (`grep '^# ==='` finds them):
 
     constants and logging   settings   errors   model   reading input   signatures
     policy   outbound HTTP   store   dispatcher   users   REST API   metrics
-    systemd   sink   command line
+    pages   systemd   sink   command line
 """
 
 import argparse
@@ -69,6 +69,7 @@ import pathlib
 import random
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -703,6 +704,15 @@ class Page:
     start: int = 0
     limit: int = DEFAULT_PAGE
 
+    def neighbours(self, total: int) -> dict[str, int]:
+        """Where the part itself starts, and the next and the previous, if there are."""
+        starts = {"self": self.start}
+        if self.start + self.limit < total:
+            starts["next"] = self.start + self.limit
+        if self.start > 0:
+            starts["prev"] = max(0, self.start - self.limit)
+        return starts
+
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
@@ -1098,11 +1108,11 @@ class Query(Reader):
         """The values of a parameter that may be repeated."""
         return super().read(name, lambda values: tuple(map(parse, values)), ())
 
-    def page(self) -> Page:
+    def page(self, limit: int = DEFAULT_PAGE) -> Page:
         """start and limit."""
         return Page(
             self.read("start", whole_number(0), 0),
-            self.read("limit", whole_number(1, MAX_PAGE), DEFAULT_PAGE),
+            self.read("limit", whole_number(1, MAX_PAGE), limit),
         )
 
     def filter(self) -> Filter:
@@ -1184,15 +1194,14 @@ def _read_fields(reader, old, check_url):
 
 
 def read_webhook(
-    body: bytes, old: Webhook, check_url: collections.abc.Callable = lambda url: None
+    fields: dict, old: Webhook, check_url: collections.abc.Callable = lambda url: None
 ) -> Webhook:
-    """The webhook that the body asks for, fields left out as in the old one.
+    """The webhook that the fields ask for, those left out as in the old one.
 
     check_url raises ValueError. Raises Invalid with every field at fault."""
-    value = json_object(body)
-    reader = Reader(value)
+    reader = Reader(fields)
     for name in ("url", "events"):
-        if not getattr(old, name) and value.get(name) is None:
+        if not getattr(old, name) and fields.get(name) is None:
             reader.fault(name, "is needed")
     webhook = _read_fields(reader, old, check_url)
     reader.check()
@@ -3374,6 +3383,22 @@ class Store:
             }
         }
 
+    def attempts_by(
+        self, column: str, webhook_ids: tuple[int, ...], now_ms: int
+    ) -> dict[int, collections.Counter]:
+        """For each webhook_id or day the attempts of the last 30 days by outcome."""
+        day = now_ms // DAY_MS - STATISTICS_DAYS
+        clause, values = where({"webhook_id IN": webhook_ids, "day >= ?": day})
+        rows = self._rows(
+            f"SELECT {column}, outcome, sum(attempts) FROM statistics{clause}"
+            " GROUP BY 1, 2",
+            values,
+        )
+        counts = collections.defaultdict(collections.Counter)
+        for key, outcome, attempts in rows:
+            counts[key][outcome] = attempts
+        return counts
+
     def attempted_events(self, webhook_id: int) -> list[str]:
         """The names of the events that a webhook has statistics of."""
         sql = (
@@ -4090,8 +4115,12 @@ def save_user(connection: sqlite3.Connection, user: User) -> None:
 
 def ensure_admin(store: Store, password: str) -> str | None:
     """Set the admin's password; without one and without any user, a new secret: returned."""
-    if not password and load_users(store.reader()):
+    users = {user.name: user for user in load_users(store.reader())}
+    if not password and users:
         return None
+    admin = users.get("admin")
+    if admin and admin.role == ADMIN and matches(password, admin.record):
+        return None  # what depends on the record outlives a restart
     secret = None if password else secrets.token_urlsafe(32)
     record = password_record(password) if password else secret_record(secret)
     store.write(lambda connection: save_user(connection, User("admin", ADMIN, record)))
@@ -4276,9 +4305,7 @@ class Api:
                 return handler(*args, **kwargs)
             except WebhookdError as error:
                 bottle.response.headers.update(error.headers)
-                return self._json(
-                    error_document(error.status, error.faults), error.status
-                )
+                return self._error(error.status, error.faults)
             except bottle.HTTPResponse:
                 raise
             except Exception:
@@ -4286,7 +4313,7 @@ class Api:
                     "%s %s failed", bottle.request.method, bottle.request.path
                 )
                 faults = [Fault(None, "an internal error, which is in the log")]
-                return self._json(error_document(500, faults), 500)
+                return self._error(500, faults)
 
         return rendered
 
@@ -4294,7 +4321,10 @@ class Api:
         faults = [Fault(None, str(error.body))]
         if error.status_code == 404:
             faults = [Fault(None, "there is no such resource")]
-        return self._json(error_document(error.status_code, faults), error.status_code)
+        return self._error(error.status_code, faults)
+
+    def _error(self, status, faults):
+        return self._json(error_document(status, faults), status)
 
     def _refuse_other_sites(self, handler):
         def refusing(*args, **kwargs):
@@ -4320,7 +4350,7 @@ class Api:
                 raise
             if user.role not in request.route.config["roles"]:
                 raise Forbidden(f"the role {user.role} may not do this")
-            request.environ["webhookd.user"] = user.name
+            request.environ["webhookd.user"] = user
             return handler(*args, **kwargs)
 
         return logged_in
@@ -4372,21 +4402,19 @@ class Api:
             raise TooLarge(f"the body may have at most {limit} bytes")
         return bottle.request.environ["wsgi.input"].read(length), sent == NDJSON_TYPE
 
+    def _object(self):
+        return json_object(self._body(JSON_TYPE)[0])
+
     def _query(self):
         return Query(bottle.request.environ.get("QUERY_STRING", ""))
 
     def _page_of(self, query, page, total, results):
         """A page of results, with links to itself and its neighbours."""
         start, limit = page.start, page.limit
-        starts = {"self": start}
-        if start + limit < total:
-            starts["next"] = start + limit
-        if start > 0:
-            starts["prev"] = max(0, start - limit)
         path = bottle.request.path
         links = {
             name: self._link(path, query.fields | {"start": [first], "limit": [limit]})
-            for name, first in starts.items()
+            for name, first in page.neighbours(total).items()
         }
         return self._json(
             {"results": results, "start": start, "limit": limit, "size": len(results)}
@@ -4395,7 +4423,7 @@ class Api:
 
     def _log_change(self, words, **values):
         environ = bottle.request.environ
-        user, address = environ["webhookd.user"], environ.get("REMOTE_ADDR")
+        user, address = environ["webhookd.user"].name, environ.get("REMOTE_ADDR")
         fact(words, **values, by=user, address=address)
 
     # ---- webhooks ----
@@ -4417,16 +4445,20 @@ class Api:
         return self._page_of(query, page, len(webhooks), self._shown(part, statistics))
 
     def create_webhook(self):
-        body, _ = self._body(JSON_TYPE)
-        now = self._now_ms()
-        webhook = read_webhook(
-            body, Webhook(created=now, updated=now), self._destinations.check_url
-        )
-        webhook = self._store.add_webhook(webhook)
-        self._log_change("webhook created", id=webhook.id, url=webhook.masked_url)
+        webhook = self.register(self._object())
         path = f"/rest/api/webhooks/{webhook.id}"
         bottle.response.set_header("Location", self._link(path))
         return self._json(self._shown([webhook])[0], 201)
+
+    def register(self, fields: dict) -> Webhook:
+        """Add the webhook that the fields ask for; raises Invalid."""
+        now = self._now_ms()
+        webhook = read_webhook(
+            fields, Webhook(created=now, updated=now), self._destinations.check_url
+        )
+        webhook = self._store.add_webhook(webhook)
+        self._log_change("webhook created", id=webhook.id, url=webhook.masked_url)
+        return webhook
 
     def get_webhook(self, id):
         query = self._query()
@@ -4435,33 +4467,41 @@ class Api:
         return self._json(self._shown([self._store.webhook(id)], statistics)[0])
 
     def update_webhook(self, id):
+        self._store.webhook(id)  # that there is none comes before a fault in the body
+        return self._json(self._shown([self.change(id, self._object())])[0])
+
+    def change(self, id: int, fields: dict) -> Webhook:
+        """Change the fields of a webhook that are given; raises NotFound, Invalid."""
         old = self._store.webhook(id)
-        body, _ = self._body(JSON_TYPE)
         # looking its host up takes time, so the writer reads it again without that
-        read_webhook(body, old, self._destinations.check_url)
+        read_webhook(fields, old, self._destinations.check_url)
         now = self._now_ms()
 
         def change(current):
             nonlocal old
             old = current
-            new = dataclasses.replace(read_webhook(body, old), updated=now)
+            new = dataclasses.replace(read_webhook(fields, old), updated=now)
             return with_rotated_secret(old, new, now)
 
         webhook = self._store.change_webhook(
             id,
             change,
-            starts_clean=not {"active", "url"}.isdisjoint(json_value(body)),
+            starts_clean=not {"active", "url"}.isdisjoint(fields),
         )
         self._dispatcher.reconsider(id)
-        fields, url = changed_fields(old, webhook), webhook.masked_url
-        self._log_change(change_in_words(old, webhook), id=id, fields=fields, url=url)
-        return self._json(self._shown([webhook])[0])
+        names, url = changed_fields(old, webhook), webhook.masked_url
+        self._log_change(change_in_words(old, webhook), id=id, fields=names, url=url)
+        return webhook
 
     def delete_webhook(self, id):
+        self.delete(id)
+        bottle.response.status = 204
+
+    def delete(self, id: int) -> None:
+        """Delete a webhook and its deliveries; raises NotFound."""
         self._store.delete_webhook(id)
         self._dispatcher.reconsider(id)
         self._log_change("webhook deleted", id=id)
-        bottle.response.status = 204
 
     def _shown(self, webhooks, statistics=False):
         """The webhooks as the API shows them, with their health."""
@@ -4505,8 +4545,10 @@ class Api:
         )
 
     def test_webhook(self):
-        query = self._query()
-        webhook = self._webhook_to_test(query)
+        return self._json(self.test(self._webhook_to_test(self._query())))
+
+    def test(self, webhook: Webhook) -> dict:
+        """Send a ping now; what was sent and what came back. Raises TooManyRequests."""
         if not self._tests.acquire(blocking=False):
             raise TooManyRequests(
                 "too many tests at once", headers={"Retry-After": "5"}
@@ -4523,9 +4565,9 @@ class Api:
         )
         answer = {"request": attempt.request(PING.decode()), "response": None}
         if attempt.status is None:
-            return self._json(answer | {"error": attempt.description})
+            return answer | {"error": attempt.description}
         answer["response"] = {"status": attempt.status} | attempt.response()
-        return self._json(answer)
+        return answer
 
     def _webhook_to_test(self, query):
         id = query.read("webhookId", whole_number(1), 0)
@@ -4570,7 +4612,7 @@ class Api:
             return None
         if not 1 <= len(key) <= 255:
             raise Invalid(Fault("Idempotency-Key", "must have 1 to 255 characters"))
-        user = bottle.request.environ["webhookd.user"]
+        user = bottle.request.environ["webhookd.user"].name
         return IdempotencyKey(user, key, hashlib.sha256(body).digest())
 
     def list_events(self):
@@ -4607,17 +4649,29 @@ class Api:
     # ---- operations ----
 
     def redeliver(self, uuid):
-        uuid, now = uuid.lower(), self._now_ms()
-        webhook_id = self._store.delivery(uuid)[0].webhook_id
+        return self._json(self.redeliver_one(uuid.lower()).shown(), 202)
+
+    def redeliver_one(self, uuid: str) -> Delivery:
+        """Have a delivery attempted at once, paused or not; raises NotFound."""
+        webhook_id, now = self._store.delivery(uuid)[0].webhook_id, self._now_ms()
         self._store.redeliver(webhook_id, [self._store.number_of(uuid)], now)
         self._store.end_pause(webhook_id, now)
         self._dispatcher.reconsider(webhook_id)
         self._log_change("delivery redelivered", id=uuid, webhook=webhook_id)
-        return self._json(self._store.delivery(uuid)[0].shown(), 202)
+        return self._store.delivery(uuid)[0]
 
     def redeliver_many(self, id):
+        self._store.webhook(id)  # that there is none comes before a fault in the body
+        matched, redelivered = self.redeliver_all(id, *self._selection())
+        return self._json({"matched": matched, "redelivered": redelivered}, 202)
+
+    def redeliver_all(
+        self, id: int, wanted: Filter, dry_run: bool = False
+    ) -> tuple[int, int]:
+        """Have those wanted, or else all that failed, attempted at once.
+
+        Returns how many matched and how many are redelivered; raises NotFound."""
         webhook, now = self._store.webhook(id), self._now_ms()
-        wanted, dry_run = self._selection()
         if not wanted.outcomes:
             wanted = dataclasses.replace(wanted, states=(FAILED,))
         matched = redelivered = 0
@@ -4628,7 +4682,7 @@ class Api:
         if redelivered:
             self._dispatcher.reconsider(id)
             self._log_change("deliveries redelivered", webhook=id, count=redelivered)
-        return self._json({"matched": matched, "redelivered": redelivered}, 202)
+        return matched, redelivered
 
     def replay(self, id):
         webhook, now = self._store.webhook(id), self._now_ms()
@@ -4807,6 +4861,806 @@ class Metrics:
             yield f"webhook_{state}", text, values
         text = "Failures in a row."
         yield "webhook_consecutive_failures", text, failures
+
+
+# ======================================================================================
+# Pages: the administration in a browser, and the start page for curl
+# ======================================================================================
+
+HTML_TYPE = "text/html; charset=utf-8"
+FORM_TYPE = "application/x-www-form-urlencoded"
+DELIVERIES_PER_PAGE = 50
+
+# ---- texts ----
+
+
+def utc(ms: int) -> str:
+    """A moment as people read it, to the second."""
+    moment = datetime.datetime.fromtimestamp(ms // 1000, datetime.timezone.utc)
+    return f"{moment:%Y-%m-%d %H:%M:%S}"
+
+
+def time_element(ms: int) -> str:
+    """A moment in HTML."""
+    text = utc(ms)
+    return f'<time datetime="{text.replace(" ", "T")}Z">{text}</time>'
+
+
+def how_long(seconds: float) -> str:
+    """A duration in its largest unit."""
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def success_rate(counts: dict[str, int]) -> str:
+    """The share of attempts that succeeded, never rounded up to all; counts by outcome."""
+    total = sum(counts.values())
+    return f"{1000 * counts.get(SUCCESS, 0) // total / 10:g} %" if total else "–"
+
+
+def state_words(health: dict, now_ms: int) -> str:
+    """What stands after the state of a webhook, as the API shows its health."""
+    state, times = health["state"], health["consecutiveFailures"]
+    why = f"after {times} failure{'s' * (times != 1)} in a row: {health['reason']}"
+    if state == "paused":
+        left = (health["pausedUntil"] - now_ms) / 1000
+        return f"for {how_long(left)} {why}" if left > 0 else f"until a probe, {why}"
+    return {
+        "healthy": "",
+        "failing": why,
+        "disabled": f"because {health['reason']}",
+        "inactive": "and gets no new deliveries; those it has wait",
+    }[state]
+
+
+def http_text(start: str, headers: dict[str, str], body: str | None) -> str:
+    """A request or a response as it went over the wire, nearly."""
+    lines = [start, *(f"{name}: {value}" for name, value in headers.items())]
+    return "\n".join([*lines, "", body] if body else lines)
+
+
+def daily_figures(by_day: dict, now_ms: int) -> list[tuple[str, collections.Counter]]:
+    """Each day of the statistics with its attempts by outcome."""
+    today = now_ms // DAY_MS
+    days = range(today - STATISTICS_DAYS, today + 1)
+    return [(utc(day * DAY_MS)[:10], by_day[day]) for day in days]
+
+
+def configuration_rows(webhook: dict) -> list[tuple[str, str]]:
+    """How a webhook, as the API shows it, is set up: what and how."""
+    labels = {"rateLimit": "Rate limit"}
+    names = "credentials headers filters ordered rateLimit configuration".split()
+    optional = [
+        (labels.get(name, name.capitalize()), json_bytes(webhook[name]).decode())
+        for name in names
+        if webhook.get(name)
+    ]
+    return [
+        ("URL", webhook["url"]),
+        ("Events", ", ".join(webhook["events"])),
+        ("Secret", "set" if webhook["secretSet"] else "none"),
+        ("TLS", "verified" if webhook["sslVerificationRequired"] else "not verified"),
+        *optional,
+        ("Created", f"{utc(webhook['createdDate'])} UTC"),
+        ("Changed", f"{utc(webhook['updatedDate'])} UTC"),
+        ("Pending", str(webhook["health"]["pending"])),
+    ]
+
+
+def curl_command(attempt: Attempt, body: str) -> str:
+    """A shell command that sends an attempt's request again, except for what is masked."""
+    # the body by standard input, because an argument may have 128 KiB only
+    parts = [f"printf %s {shlex.quote(body)} |"]
+    parts += [f"curl --globoff {shlex.quote(attempt.url)} --data-binary @-"]
+    for name, value in header_fields(attempt.request_headers).values():
+        parts.append(f"-H {shlex.quote(f'{name}: {value}')}")
+    return " \\\n  ".join(parts)
+
+
+CURL_PAGE = """\
+webhookd {version}. A browser finds the administration pages here; with curl:
+
+# register a webhook, list all, test one
+curl -u admin {url}/rest/api/webhooks -H 'Content-Type: application/json' \\
+     -d '{{"url": "https://example.com/hook", "events": ["page_created"]}}'
+curl -u admin {url}/rest/api/webhooks
+curl -u admin -X POST {test_url}
+
+# publish an event
+curl -u admin {url}/rest/api/events -H 'Content-Type: application/json' \\
+     -d '{{"event": "page_created", "page": {{"id": 1015809}}}}'
+
+# what became of it: a webhook's deliveries, its latest attempt, its statistics
+curl -u admin {url}/rest/api/webhooks/1/deliveries
+curl -u admin {url}/rest/api/webhooks/1/latest
+curl -u admin {url}/rest/api/webhooks/1/statistics
+
+# attempt again what failed: all of a webhook, or one delivery
+curl -u admin -X POST {url}/rest/api/webhooks/1/redeliver
+curl -u admin -X POST {url}/rest/api/deliveries/UUID/redeliver
+
+# is the service well? (no login)
+curl {url}/health
+
+# on the server: let an application publish
+webhookd user add NAME --role publisher --database /var/lib/webhookd/webhookd.db
+"""
+
+CONFLUENCE_EVENTS = (
+    "attachment_created attachment_removed attachment_restored attachment_trashed"
+    " attachment_updated blog_created blog_removed blog_restored blog_trashed"
+    " blog_updated blueprint_page_created comment_created comment_removed"
+    " comment_updated content_created content_permissions_updated content_restored"
+    " content_trashed content_updated group_created group_removed label_added"
+    " label_created label_deleted label_removed page_children_reordered page_created"
+    " page_moved page_removed page_restored page_trashed page_updated space_created"
+    " space_logo_updated space_permissions_updated space_removed space_updated"
+    " theme_enabled user_created user_deactivated user_followed user_reactivated"
+    " user_removed"
+).split()
+
+# ---- the form of a webhook: its fields have the API's names ----
+
+FORM_FIELDS = (  # name, label, kind, hint
+    ("name", "Name", "text", ""),
+    ("url", "URL", "text", ""),
+    (
+        "events",
+        "Events",
+        "textarea",
+        "One per line or comma-separated; * is every event, page_* all that begin so.",
+    ),
+    ("secret", "Secret", "password", "Signs every delivery. It is never shown again."),
+    ("active", "Active", "checkbox", ""),
+    ("ordered", "Ordered", "checkbox", "One delivery at a time, in publish order."),
+    ("sslVerificationRequired", "Verify TLS", "checkbox", ""),
+    ("rateLimit", "Rate limit", "text", "Deliveries per second; empty: no limit."),
+)
+
+
+def _number(text):
+    """The number that a text is, else the text for the reader to refuse."""
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
+        return text or None
+    return float(text) if "." in text else int(text)
+
+
+def form_values(webhook: Webhook) -> dict[str, str]:
+    """What the form of a webhook is filled in with; an unticked box is not there."""
+    shown = webhook.shown()
+    boxes = ("active", "ordered", "sslVerificationRequired")
+    return {
+        "name": webhook.name,
+        "url": shown["url"],
+        "events": "\n".join(webhook.events),
+        "rateLimit": str(webhook.rate_limit or ""),
+    } | {box: "true" for box in boxes if shown.get(box)}
+
+
+def form_fields(form: dict[str, str], old: Webhook) -> dict:
+    """The fields of the API that a form changes: what it leaves as it was is not sent."""
+    fields = {
+        "name": form.get("name", ""),
+        "url": form.get("url", "").strip(),
+        "events": re.findall(r"[^\s,]+", form.get("events", "")),
+        "active": "active" in form,
+        "ordered": "ordered" in form,
+        "sslVerificationRequired": "sslVerificationRequired" in form,
+        "rateLimit": _number(form.get("rateLimit", "").strip()),
+    }
+    if form.get("secret") or "removeSecret" in form:
+        fields["configuration"] = {"secret": form.get("secret") or None}
+    before = old.shown() | {"ordered": old.ordered}
+    return {k: v for k, v in fields.items() if v != before.get(k)}
+
+
+def faults_by_field(faults: list[Fault], fields: dict) -> dict[str, list[str]]:
+    """What is wrong with each field of the form; "" has what is wrong with none of it."""
+    by_field = collections.defaultdict(list)
+    for fault in faults:
+        name, _, index = (fault.context or "").partition("[")
+        name = name.removeprefix("configuration.")
+        item = f"{fields[name][int(index[:-1])]}: " if index else ""
+        known = name in [field[0] for field in FORM_FIELDS]
+        by_field[name if known else ""].append(item + fault.message)
+    return by_field
+
+
+# ---- templates ----
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1c2024; --soft: #59616a; --line: #d4d9de;
+  --page: #fff; --panel: #f4f6f8; --link: #0b57b5; --good: #1a7336; --warn: #8a5300;
+  --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e7ea; --soft: #a3acb5;
+  --line: #3a424a; --page: #15181c; --panel: #1f242a; --link: #82b7ff; --good: #5fc97e;
+  --warn: #e6b450; --bad: #ff8a80; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 0 1rem 2rem; max-width: 72rem; color: var(--text);
+  background: var(--page); font: 0.9375rem/1.45 system-ui, sans-serif; }
+header, .row { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center;
+  margin: 0.6rem 0; }
+header { justify-content: space-between; padding-bottom: 0.4rem;
+  border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.35rem; margin: 1rem 0 0.5rem; }
+h2 { font-size: 1.05rem; margin: 1.5rem 0 0.4rem; }
+p, details, dl { margin: 0.4rem 0; }
+h1, h2, p, dd, td, pre { overflow-wrap: anywhere; }
+a, span, strong, td { unicode-bidi: isolate; }
+a { color: var(--link); }
+[aria-current] { color: inherit; font-weight: 600; text-decoration: none; }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+.skip:not(:focus) { position: absolute; left: -100rem; }
+.soft, dt, caption { color: var(--soft); }
+.healthy, .succeeded, .SUCCESS { color: var(--good); fill: var(--good); }
+.failing, .paused, .FAILURE { color: var(--warn); fill: var(--warn); }
+.disabled, .failed, .ERROR, .fault { color: var(--bad); fill: var(--bad); }
+.inactive, .pending { color: var(--soft); }
+.state { font-weight: 600; white-space: nowrap; }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.75rem 0.3rem 0; border-bottom: 1px solid var(--line);
+  text-align: left; vertical-align: top; }
+th { font-weight: 600; }
+.number { text-align: right; white-space: nowrap; }
+.rest { width: 100%; max-width: 0; }
+.line { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.line :focus-visible { outline-offset: -2px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1rem; }
+dd { margin: 0; }
+pre { margin: 0.4rem 0; padding: 0.6rem; background: var(--panel); white-space: pre-wrap;
+  font: 0.8125rem/1.4 ui-monospace, monospace; }
+svg { display: block; width: 100%; height: 5rem; background: var(--panel); }
+summary, button { cursor: pointer; }
+label { font-weight: 600; }
+.field { margin: 0.8rem 0; max-width: 40rem; }
+.text, textarea, button { padding: 0.35rem 0.5rem; color: inherit; font: inherit;
+  background: var(--page); border: 1px solid var(--soft); border-radius: 3px; }
+.text, textarea { display: block; width: 100%; margin: 0.15rem 0; }
+[aria-invalid] { border-color: var(--bad); }
+button { padding: 0.35rem 0.9rem; background: var(--panel); }
+button:hover { border-color: currentcolor; }
+.first { color: var(--page); background: var(--link); border-color: var(--link); }
+@media (max-width: 40rem) { .spare { display: none; } dl { display: block; }
+  dd { margin-bottom: 0.3rem; } table { font-size: 0.8125rem; }
+  th, td { padding-right: 0.5rem; } .moment { width: 5.5rem; }
+  .line, .number { white-space: normal; }
+  .line { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; } }
+"""
+_style_digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+PAGE_HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_style_digest}';"
+    " form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    # with no-referrer Chromium would send the forms as from nowhere: Origin: null
+    "Referrer-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+BASE = bottle.SimpleTemplate("""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{title}} – webhookd</title>
+<style>{{!style}}</style>
+</head>
+<body>
+<header>
+<a class="skip" href="#main">Skip to content</a>
+<nav><a href="/">Webhooks</a></nav>
+% if user:
+<span class="soft">{{user.name}} ({{user.role}})</span>
+% end
+</header>
+<main id="main" tabindex="-1">
+<h1>{{title}}</h1>
+{{!main}}
+</main>
+</body>
+</html>
+""")
+
+ERROR_PAGE = bottle.SimpleTemplate("""\
+% for fault in faults:
+<p>{{fault}}</p>
+% end
+% if status != 401:
+<p><a href="/">To the webhooks</a></p>
+% end
+""")
+
+_neighbours = """\
+% if len(neighbours) > 1:
+<nav class="row" aria-label="Parts of the list">
+% for name, label in (("prev", "Previous"), ("next", "Next")):
+% if name in neighbours:
+<a rel="{{name}}" href="{{neighbours[name]}}#list">{{label}}</a>
+% end
+% end
+</nav>
+% end
+"""
+
+LIST_PAGE = bottle.SimpleTemplate(
+    """\
+<div class="row" id="list">
+<span>{{summary}}</span>
+% if changes:
+<a href="/webhooks/new">New webhook</a>
+% end
+</div>
+% if webhooks:
+<table>
+<thead><tr><th scope="col">Webhook</th><th scope="col">State</th>
+<th scope="col" class="number">Success 30 d</th><th scope="col" class="number">Pending</th></tr></thead>
+<tbody>
+% for webhook in webhooks:
+% state = webhook["health"]["state"]
+<tr><td class="rest"><div class="line"><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a>
+% if webhook["name"] != webhook["url"]:
+<span class="soft spare">{{webhook["url"]}}</span>
+% end
+</div><div class="line">{{", ".join(webhook["events"])}}</div></td>
+<td><span class="state {{state}}">{{state}}</span></td>
+<td class="number">{{rates[webhook["id"]]}}</td>
+<td class="number">{{webhook["health"]["pending"]}}</td></tr>
+% end
+</tbody>
+</table>
+% end
+"""
+    + _neighbours
+)
+
+FORM_PAGE = bottle.SimpleTemplate("""\
+% if faults:
+<p class="fault" role="alert">Nothing was saved.
+% for message in faults.get("", ()):
+{{message}}.
+% end
+</p>
+% end
+<form method="post">
+<input type="hidden" name="token" value="{{token}}">
+% focus = next((field[0] for field in fields if field[0] in faults), None)
+% for name, label, kind, hint in fields:
+<div class="field">
+% wrong = faults.get(name, ())
+% about = [f"{name}-{x}" for x, there in (("fault", wrong), ("hint", hint)) if there]
+% described = f' aria-describedby="{" ".join(about)}"' if about else ""
+% described += ' aria-invalid="true"' * bool(wrong) + " autofocus" * (name == focus)
+% if kind == "checkbox":
+<input type="checkbox" id="{{name}}" name="{{name}}" value="true"{{!described}}
+{{"checked" if values.get(name) else ""}}>
+% end
+<label for="{{name}}">{{label}}</label>
+% if kind == "textarea":
+<textarea id="{{name}}" name="{{name}}" rows="5" spellcheck="false"{{!described}}>
+{{values.get(name, "")}}</textarea>
+% elif kind == "password":
+<input type="password" id="{{name}}" name="{{name}}" class="text" autocomplete="new-password"{{!described}}>
+% elif kind == "text":
+<input id="{{name}}" name="{{name}}" value="{{values.get(name, "")}}" class="text" autocomplete="off"{{!described}}>
+% end
+% if wrong:
+<div class="fault" id="{{name}}-fault">{{"; ".join(wrong)}}</div>
+% end
+% if hint:
+<div class="soft" id="{{name}}-hint">{{hint}}
+% if name == "secret" and old.secret:
+Left empty, the one that is set stays.
+% end
+</div>
+% end
+% if name == "secret" and old.secret:
+<input type="checkbox" id="removeSecret" name="removeSecret" value="true">
+<label for="removeSecret">Remove the secret</label>
+% end
+% if name == "events":
+<details><summary>Confluence's events</summary>
+<p>{{", ".join(suggestions)}}</p></details>
+% end
+</div>
+% end
+<div class="row"><button class="first">{{"Save" if old.id else "Create"}}</button>
+<a href="{{f"/webhooks/{old.id}" if old.id else "/"}}">Cancel</a></div>
+</form>
+""")
+
+WEBHOOK_PAGE = bottle.SimpleTemplate(
+    """\
+% state = webhook["health"]["state"]
+% path = f"/webhooks/{webhook['id']}"
+<p><span class="state {{state}}">{{state}}</span> {{words}}</p>
+% if redelivered is not None:
+<p role="status">Attempted again: {{redelivered}}.</p>
+% end
+% if changes:
+<div class="row">
+<a href="{{path}}/edit">Edit</a>
+% for action, label in (("test", "Test"), *[("pause", "Pause") if webhook["active"] else ("resume", "Resume")], ("redeliver", "Redeliver failed")):
+<form method="post" action="{{path}}/{{action}}">
+<input type="hidden" name="token" value="{{token}}"><button>{{label}}</button></form>
+% end
+<form action="{{path}}/delete"><button class="fault">Delete</button></form>
+</div>
+% end
+<dl>
+% for term, text in configuration:
+<dt>{{term}}</dt><dd>{{text}}</dd>
+% end
+</dl>
+<h2>Last 30 days</h2>
+% most = max(1, *(sum(counts.values()) for _, counts in days))
+% if not total:
+<p>No attempts.</p>
+% else:
+<p>{{rate(total)}} of {{sum(total.values())}} attempts succeeded.
+<span class="SUCCESS">Successes: {{total["SUCCESS"]}}</span>,
+<span class="FAILURE">failures: {{total["FAILURE"]}}</span> (an answer other than 2xx),
+<span class="ERROR">errors: {{total["ERROR"]}}</span> (no answer).</p>
+<svg viewBox="0 0 {{10 * len(days)}} 64" preserveAspectRatio="none" role="img"
+aria-label="Attempts a day, at most {{most}}; the figures are in the table below">
+% for x, (day, counts) in enumerate(days):
+% y = 64
+% for outcome in outcomes:
+% count = counts[outcome]
+% tall = max(2, 60 * count / most) if count else 0
+% y -= tall
+% if tall:
+<rect class="{{outcome}}" x="{{10 * x + 1}}" y="{{round(y, 1)}}" width="8" height="{{round(tall, 1)}}"><title>{{day}}: {{count}} {{outcome}}</title></rect>
+% end
+% end
+% end
+</svg>
+<details><summary>Figures, {{days[0][0]}} to {{days[-1][0]}}</summary>
+<table>
+<thead><tr><th scope="col">Day (UTC)</th><th scope="col" class="number">Successes</th>
+<th scope="col" class="number">Failures</th><th scope="col" class="number">Errors</th></tr></thead>
+<tbody>
+% for day, counts in reversed(days):
+<tr><td>{{day}}</td>
+% for outcome in outcomes:
+<td class="number">{{counts[outcome]}}</td>
+% end
+</tr>
+% end
+</tbody>
+</table></details>
+% end
+<dl>
+% for outcome in ("Success", "Failure", "Error"):
+% attempt = webhook["statistics"].get(f"last{outcome}")
+% if attempt:
+<dt>Last {{outcome.lower()}}</dt>
+<dd>{{!time(attempt["start"])}} <a href="/deliveries/{{attempt["id"]}}">{{attempt["event"]}}</a>: {{attempt["result"]["description"]}}</dd>
+% end
+% end
+</dl>
+<h2 id="list">Deliveries</h2>
+<nav class="row" aria-label="Deliveries by state">
+% for name in ("", "pending", "succeeded", "failed"):
+<a href="{{path}}{{f"?state={name}" if name else ""}}#list"{{!' aria-current="page"' if name == shown_state else ""}}>{{name or "all"}}</a>
+% end
+</nav>
+% if deliveries:
+<table>
+<thead><tr><th scope="col">Made (UTC)</th><th scope="col">Event</th>
+<th scope="col" class="number spare">Attempts</th><th scope="col">State</th></tr></thead>
+<tbody>
+% for delivery in deliveries:
+<tr><td class="moment"><a href="/deliveries/{{delivery.id}}">{{!time(delivery.created)}}</a></td><td>{{delivery.event}}</td>
+<td class="number spare">{{delivery.attempt_count}}</td>
+<td><span class="state {{delivery.state}}">{{delivery.state}}</span> {{delivery.description or ""}}</td></tr>
+% end
+</tbody>
+</table>
+% else:
+<p>None.</p>
+% end
+"""
+    + _neighbours
+)
+
+DELIVERY_PAGE = bottle.SimpleTemplate("""\
+<p><span class="state {{delivery.state}}">{{delivery.state}}</span>
+after {{len(attempts)}} attempt{{"s" * (len(attempts) != 1)}}
+% if delivery.next_attempt:
+– the next is planned for {{!time(delivery.next_attempt)}} UTC
+% end
+</p>
+% if changes:
+<form class="row" method="post" action="/deliveries/{{delivery.id}}/redeliver">
+<input type="hidden" name="token" value="{{token}}"><button>Redeliver</button></form>
+% end
+<dl>
+% state = webhook["health"]["state"]
+<dt>Webhook</dt><dd><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a>
+<span class="state {{state}}">{{state}}</span></dd>
+<dt>Event</dt><dd>{{delivery.event}}, number {{delivery.event_id}}</dd>
+<dt>Delivery</dt><dd>{{delivery.id}}</dd>
+<dt>Made</dt><dd>{{!time(delivery.created)}} UTC</dd>
+</dl>
+% short = " open" if len(body) < 2000 else ""
+<details{{short}}><summary>Body, the same in every attempt</summary>
+<pre>{{body}}</pre></details>
+% for number, attempt in reversed(list(enumerate(attempts, 1))):
+<h2>Attempt {{number}}: <span class="{{attempt.outcome}}">{{attempt.outcome}}</span></h2>
+<p>{{attempt.description}}, {{attempt.duration}} ms, at {{!time(attempt.start)}} UTC</p>
+<details{{" open" if number == len(attempts) else ""}}><summary>Request and response {{number}}</summary>
+<pre>{{http_text("POST " + attempt.url, attempt.request("")["headers"], None)}}</pre>
+% if attempt.status is not None:
+<pre>{{http_text(str(attempt.status), **attempt.response())}}</pre>
+% end
+</details>
+% end
+% if attempts:
+<details{{short}}><summary>Send it again with curl</summary>
+<pre>{{curl}}</pre></details>
+% end
+""")
+
+TEST_PAGE = bottle.SimpleTemplate("""\
+% request, response = test["request"], test["response"]
+<p>To the webhook <a href="/webhooks/{{webhook.id}}">{{webhook.name}}</a>. A test is not counted or stored.</p>
+<h2>Sent</h2>
+<pre>{{http_text("POST " + request["url"], request["headers"], request["body"])}}</pre>
+<h2>Answer</h2>
+% if response is None:
+<p class="fault">None: {{test["error"]}}</p>
+% else:
+<pre>{{http_text(str(response["status"]), response["headers"], response["body"])}}</pre>
+% end
+<form class="row" method="post"><input type="hidden" name="token" value="{{token}}">
+<button>Test again</button></form>
+""")
+
+DELETE_PAGE = bottle.SimpleTemplate("""\
+<p>Delete <strong>{{webhook.name}}</strong> and all of its deliveries, {{pending}} of them pending?</p>
+<form class="row" method="post"><input type="hidden" name="token" value="{{token}}">
+<button class="fault">Delete</button> <a href="/webhooks/{{webhook.id}}">Keep it</a></form>
+""")
+
+# ---- the pages ----
+
+
+class Pages(Api):
+    """The API, and beside it the pages, which read, check and do by the API's methods."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        hook, delivery = "/webhooks/<id:id>", "/deliveries/<uuid>"
+        self.app.route("/", "GET", self.show_start, roles=READERS, skip=[self._log_in])
+        for path, handler, roles in (
+            (hook, self.show_webhook, READERS),
+            (delivery, self.show_delivery, READERS),
+            ("/webhooks/new", self.show_new, ADMINS),
+            (hook + "/edit", self.show_edit, ADMINS),
+            (hook + "/delete", self.show_delete, ADMINS),
+        ):
+            self.app.route(path, "GET", handler, roles=roles)
+        for path, handler in (
+            ("/webhooks/new", self.submit_new),
+            (hook + "/edit", self.submit_edit),
+            (hook + "/delete", self.submit_delete),
+            (hook + "/test", self.submit_test),
+            (hook + "/pause", self.submit_pause),
+            (hook + "/resume", self.submit_resume),
+            (hook + "/redeliver", self.submit_redeliver_failed),
+            (delivery + "/redeliver", self.submit_redeliver),
+        ):
+            self.app.route(path, "POST", self._submitted(handler), roles=ADMINS)
+
+    # ---- what they share ----
+
+    def _page(self, title, template, status=200, **values):
+        user = bottle.request.environ.get("webhookd.user")
+        values |= {"title": title, "status": status, "user": user}
+        values |= {"token": user and self._token(user)}
+        values |= {"changes": user is not None and user.role in ADMINS}
+        values |= {"time": time_element, "http_text": http_text, "outcomes": OUTCOMES}
+        main = template.render(values)
+        bottle.response.status = status
+        bottle.response.content_type = HTML_TYPE
+        bottle.response.headers.update(PAGE_HEADERS)
+        return BASE.render(values, main=main, style=STYLE)
+
+    def _error(self, status, faults):
+        path = bottle.request.path
+        start = path == "/" and self._wants_html()
+        if not start and not re.match("/(webhooks|deliveries)(/|$)", path):
+            return super()._error(status, faults)
+        title = http.HTTPStatus(status).phrase
+        return self._page(title, ERROR_PAGE, status, faults=faults)
+
+    def _wants_html(self):
+        return "text/html" in (self._header("Accept") or "").lower()
+
+    @staticmethod
+    def _see(path):
+        bottle.response.status = 303
+        bottle.response.headers["Location"] = path
+
+    @staticmethod
+    def _token(user):
+        """What the forms of a user carry, and no other site can know."""
+        return hmac.digest(user.record.encode(), b"form", "sha256").hex()
+
+    def _form(self):
+        if bottle.request.content_length <= 0:
+            return {}
+        body, _ = self._body(FORM_TYPE)
+        try:
+            pairs = urllib.parse.parse_qsl(
+                body.decode(), True, errors="strict", max_num_fields=100
+            )
+        except ValueError:
+            raise Invalid("the form is malformed") from None
+        return dict(pairs)
+
+    def _submitted(self, handler):
+        """The handler, called with the form that was sent, if one of our pages sent it."""
+
+        def checked(**arguments):
+            form, user = self._form(), bottle.request.environ["webhookd.user"]
+            sent = form.get("token", "").encode()
+            if not hmac.compare_digest(sent, self._token(user).encode()):
+                raise Forbidden("the form is out of date: go back and reload its page")
+            return handler(form, **arguments)
+
+        return checked
+
+    def _beside(self, query, page, total):
+        """The links to the parts of a list before and after this one."""
+        return {
+            name: "?"
+            + urllib.parse.urlencode(query.fields | {"start": start}, doseq=True)
+            for name, start in page.neighbours(total).items()
+        }
+
+    # ---- reading ----
+
+    def show_start(self):
+        bottle.response.headers["Vary"] = "Accept"
+        if self._wants_html():
+            return self._log_in(self.show_webhooks)()
+        bottle.response.content_type = "text/plain; charset=utf-8"
+        bottle.response.headers.update(PAGE_HEADERS)
+        test_url = self._link("/rest/api/webhooks/test", {"webhookId": 1})
+        urls = {"url": self._link(""), "test_url": test_url}
+        quoted = {name: shlex.quote(url) for name, url in urls.items()}
+        return CURL_PAGE.format(version=VERSION, **quoted)
+
+    def show_webhooks(self):
+        query = self._query()
+        page = query.page()
+        query.check()
+        webhooks = list(self._store.webhooks.by_id.values())
+        part = self._shown(webhooks[page.start : page.start + page.limit])
+        ids = tuple(webhook["id"] for webhook in part)
+        counts = self._store.attempts_by("webhook_id", ids, self._now_ms())
+        return self._page(
+            "Webhooks",
+            LIST_PAGE,
+            webhooks=part,
+            summary=self._summary(webhooks),
+            rates={id: success_rate(counts[id]) for id in ids},
+            neighbours=self._beside(query, page, len(webhooks)),
+        )
+
+    def _summary(self, webhooks):
+        states = collections.Counter(
+            self._store.health.get(webhook.id, Health()).state(webhook.active)
+            for webhook in webhooks
+        )
+        return ", ".join(f"{n} {state}" for state, n in states.items()) or "None yet."
+
+    def show_webhook(self, id):
+        query = self._query()
+        page, wanted = query.page(DELIVERIES_PER_PAGE), query.filter()
+        redelivered = query.read("redelivered", whole_number(0), None)
+        query.check()
+        now = self._now_ms()
+        [webhook] = self._shown([self._store.webhook(id)], statistics=True)
+        deliveries, total = self._store.deliveries(id, wanted, page)
+        days = daily_figures(self._store.attempts_by("day", (id,), now), now)
+        return self._page(
+            webhook["name"],
+            WEBHOOK_PAGE,
+            webhook=webhook,
+            words=state_words(webhook["health"], now),
+            redelivered=redelivered,
+            configuration=configuration_rows(webhook),
+            days=days,
+            total=sum((counts for _, counts in days), collections.Counter()),
+            rate=success_rate,
+            shown_state=wanted.states[0] if wanted.states else "",
+            deliveries=deliveries,
+            neighbours=self._beside(query, page, total),
+        )
+
+    def show_delivery(self, uuid):
+        delivery, body, attempts = self._store.delivery(uuid.lower())
+        [webhook] = self._shown([self._store.webhook(delivery.webhook_id)])
+        return self._page(
+            f"Delivery of {delivery.event}",
+            DELIVERY_PAGE,
+            delivery=delivery,
+            webhook=webhook,
+            body=body,
+            attempts=attempts,
+            curl=curl_command(attempts[-1], body) if attempts else "",
+        )
+
+    # ---- changing ----
+
+    def show_new(self):
+        return self._form_page(Webhook())
+
+    def show_edit(self, id):
+        return self._form_page(self._store.webhook(id))
+
+    def _form_page(self, old, form=None, faults=None):
+        return self._page(
+            f"Edit {old.name}" if old.id else "New webhook",
+            FORM_PAGE,
+            400 if faults else 200,
+            old=old,
+            values=form_values(old) if form is None else form,
+            faults=faults or {},
+            fields=FORM_FIELDS,
+            suggestions=CONFLUENCE_EVENTS,
+        )
+
+    def submit_new(self, form):
+        return self._save(form, Webhook())
+
+    def submit_edit(self, form, id):
+        return self._save(form, self._store.webhook(id))
+
+    def _save(self, form, old):
+        fields = form_fields(form, old)
+        try:
+            webhook = self.change(old.id, fields) if old.id else self.register(fields)
+        except Invalid as error:
+            faults = faults_by_field(error.faults, fields)
+            if form.get("secret"):
+                faults["secret"].append("is not shown again, so type it once more")
+            return self._form_page(old, form, faults)
+        self._see(f"/webhooks/{webhook.id}")
+
+    def show_delete(self, id):
+        webhook, pending = self._store.webhook(id), self._store.pending[id]
+        title = f"Delete {webhook.name}?"
+        return self._page(title, DELETE_PAGE, webhook=webhook, pending=pending)
+
+    def submit_delete(self, form, id):
+        self.delete(id)
+        self._see("/")
+
+    def submit_test(self, form, id):
+        webhook = self._store.webhook(id)
+        test = self.test(webhook)
+        title = f"Test of {webhook.name}"
+        return self._page(title, TEST_PAGE, webhook=webhook, test=test)
+
+    def submit_pause(self, form, id):
+        self.change(id, {"active": False})
+        self._see(f"/webhooks/{id}")
+
+    def submit_resume(self, form, id):
+        self.change(id, {"active": True})
+        self._see(f"/webhooks/{id}")
+
+    def submit_redeliver_failed(self, form, id):
+        _, redelivered = self.redeliver_all(id, Filter())
+        self._see(f"/webhooks/{id}?redelivered={redelivered}")
+
+    def submit_redeliver(self, form, uuid):
+        self._see(f"/deliveries/{self.redeliver_one(uuid.lower()).id}")
 
 
 # ======================================================================================
@@ -5077,7 +5931,7 @@ def serve(settings: Settings) -> None:
         dispatcher = Dispatcher(store, client, settings, heartbeat=lambda: _beat(store))
         parts.enter_context(dispatcher)
         parts.enter_context(Upkeep(store, dispatcher, settings))
-        api = Api(store, dispatcher, destinations, settings)
+        api = Pages(store, dispatcher, destinations, settings)
         Metrics(store, dispatcher, settings).add_to(api.app)
         server = make_server(api.app, listener, settings)
         for number in (signal.SIGTERM, signal.SIGINT):
