@@ -1907,13 +1907,14 @@ MAX_IDLE_CONNECTIONS = 256
 class Connection(asyncio.Protocol):
     """One connection to a receiver, used by one exchange at a time."""
 
-    def __init__(self):
+    def __init__(self, exchange):
+        self.exchange = exchange  # whom it serves now; None: it is idle
         self.transport = None
-        self.exchange: "Exchange | None" = None
         self.idle_since = 0.0  # time.monotonic()
 
     def connection_made(self, transport):
         self.transport = transport
+        self.exchange.send_on(self)
 
     def data_received(self, data):
         if self.exchange:
@@ -1950,9 +1951,14 @@ class Exchange:
         connection = self._client.take_idle(self.place, self.verify_tls)
         self._is_reused = connection is not None
         if connection:
-            self._send(connection)
+            self.send_on(connection)
         else:
             self._connect()
+
+    def send_on(self, connection: Connection) -> None:
+        """Send the request; what comes on the connection now is for this exchange."""
+        self._connection, connection.exchange = connection, self
+        connection.transport.write(self._request)
 
     def received(self, data: bytes) -> None:
         """The connection has brought something."""
@@ -1981,22 +1987,17 @@ class Exchange:
     def abandon(self) -> None:
         """Close everything; nobody is called back."""
         self._done = lambda answer: None
-        self._end(TimeoutError())
+        self._expire()
 
     def _connect(self):
-        connecting = self._client.connect(self.place, self.verify_tls)
+        connecting = self._client.connect(self)
         self._connecting = asyncio.get_running_loop().create_task(connecting)
         self._connecting.add_done_callback(self._connected)
 
     def _connected(self, task):
-        if not task.cancelled():
-            self._connecting = None
-            error = task.exception()
-            self._end(error) if error else self._send(task.result())
-
-    def _send(self, connection):
-        self._connection, connection.exchange = connection, self
-        connection.transport.write(self._request)
+        self._connecting = None
+        if not task.cancelled() and task.exception():
+            self._end(task.exception())
 
     def _expire(self):
         self._end(TimeoutError())
@@ -2007,23 +2008,24 @@ class Exchange:
         self._connection = None
 
     def _end(self, answer):
+        done, self._done = self._done, None
+        if done is None:  # it has ended already
+            return
         self._deadline.cancel()
         if self._connecting:
             self._connecting.cancel()
-        if self._connection:
-            transport = self._connection.transport
-            if (
-                answer is self._response
-                and answer.reusable
-                and not transport.get_write_buffer_size()  # answered before it was sent
-                and not transport.is_closing()
-            ):
-                self._connection.exchange = None
-                self._client.keep_idle(self._connection, self.place, self.verify_tls)
-            else:
-                self._drop_connection()
+        if self._connection and answer is self._response and self._is_reusable():
+            self._connection.exchange = None
+            self._client.keep_idle(self._connection, self.place, self.verify_tls)
+        elif self._connection:
+            self._drop_connection()
         self._client.ended(self)
-        self._done(answer)
+        done(answer)
+
+    def _is_reusable(self):
+        transport = self._connection.transport
+        unsent = transport.get_write_buffer_size()  # the answer came before
+        return self._response.reusable and not unsent and not transport.is_closing()
 
 
 @functools.cache
@@ -2091,8 +2093,9 @@ class Client:
         self._idle[place.tls, place.host, place.port, verify_tls].append(connection)
         self._idle_count += 1
 
-    async def connect(self, place: Endpoint, verify_tls: bool) -> Connection:
-        """A new connection to a checked address; raises AddressRefused or OSError."""
+    async def connect(self, exchange: Exchange) -> None:
+        """Connect to a checked address for it; raises AddressRefused or OSError."""
+        place = exchange.place
         addresses = await asyncio.wrap_future(self._destinations.lookup(place.host))
         for address in addresses:  # all of them, before one is used
             self._destinations.check(address, place.port)
@@ -2100,19 +2103,20 @@ class Client:
         for address in addresses:
             try:
                 async with asyncio.timeout(self.timeout_seconds / len(addresses)):
-                    return await self._connect_to(address, place, verify_tls)
+                    return await self._connect_to(address, exchange)
             except OSError as error:
                 failure = error
         raise failure
 
-    async def _connect_to(self, address, place, verify_tls):
-        tls = {}
+    @staticmethod
+    async def _connect_to(address, exchange):
+        place, tls = exchange.place, {}
         if place.tls:
-            tls = {"ssl": tls_context(verify_tls), "server_hostname": place.host}
-        _, connection = await asyncio.get_running_loop().create_connection(
-            Connection, address, place.port, **tls
+            context = tls_context(exchange.verify_tls)
+            tls = {"ssl": context, "server_hostname": place.host}
+        await asyncio.get_running_loop().create_connection(
+            lambda: Connection(exchange), address, place.port, **tls
         )
-        return connection
 
     def close_idle(self, older_than_seconds: float = 0) -> None:
         """Close the connections that nobody has used for so long."""
