@@ -1287,7 +1287,7 @@ def test_a_response_cut_short_is_refused(raw):
 def test_a_response_is_read_to_64_kib():
     response = parse(OK + b"Content-Length: 9999999\r\n\r\n", *[b"x" * 9000] * 8)
 
-    assert (response.status, response.reusable) == (200, False)
+    assert (response.head.status, response.reusable) == (200, False)
 
 
 @pytest.mark.parametrize(

@@ -1735,19 +1735,47 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\0]*)?")
 LENGTH = re.compile(r"(\d{1,18})(?:[ \t]*,[ \t]*\1)*", re.ASCII)
 
 
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What comes before the body of a response."""
+
+    status: int
+    keeps_alive: bool
+    lines: str  # the headers, as they came
+    fields: dict[str, tuple[str, str]]  # see header_fields
+
+    def header(self, name: str) -> str | None:
+        """The value of a header by its lower-case name; None if it was not sent."""
+        return self.fields.get(name, (name, None))[1]
+
+
+@functools.lru_cache(1024)  # a receiver's heads are alike, but for the second in Date
+def parse_head(head: bytes) -> Head:
+    """The head of a response, strictly read (RFC 9112); raises ProtocolError."""
+    first, _, lines = head.decode("latin-1").partition("\r\n")
+    match = STATUS_LINE.fullmatch(first)
+    if not match:
+        raise ProtocolError("the answer is not HTTP/1.1")
+    if lines and not all(map(HEADER_LINE.fullmatch, lines.split("\r\n"))):
+        raise ProtocolError("the answer has a malformed header")
+    if match[2] == "101":
+        raise ProtocolError("the receiver wants to switch protocols")
+    fields = header_fields(lines)
+    closes = "close" in fields.get("connection", ("", ""))[1].lower()
+    return Head(int(match[2]), match[1] == "1" and not closes, lines, fields)
+
+
 class Response:
     """Reads one HTTP/1.1 response (RFC 9112) from bytes as they come; does no I/O.
 
     It is strict, and reads at most MAX_RESPONSE_BYTES."""
 
     def __init__(self):
-        self.status = 0
-        self.headers = ""  # lines, as they came
+        self.head: Head | None = None
         self.body = bytearray()
         self.started = False  # something came
         self.complete = False
         self.reusable = False  # the connection, for another request
-        self._fields: dict[str, tuple[str, str]] = {}
         self._unread = bytearray()
         self._received = 0
         self._wanted = 0  # bytes of the body or of the chunk
@@ -1776,12 +1804,8 @@ class Response:
             raise ProtocolError(f"the receiver closed the connection {where}")
         self.complete = True
 
-    def header(self, name: str) -> str | None:
-        """The value of a header by its lower-case name; None if it was not sent."""
-        return self._fields.get(name, (name, None))[1]
-
     def _cut_off(self):
-        if not self.status:
+        if not self.head:
             raise ProtocolError("the answer's headers are too long")
         self.complete, self.reusable = True, False
 
@@ -1798,27 +1822,16 @@ class Response:
         end = self._unread.find(b"\r\n\r\n")
         if end < 0:
             return False
-        first, _, lines = self._unread[:end].decode("latin-1").partition("\r\n")
+        head = parse_head(bytes(self._unread[:end]))
         del self._unread[: end + 4]
-        match = STATUS_LINE.fullmatch(first)
-        if not match:
-            raise ProtocolError("the answer is not HTTP/1.1")
-        if lines and not all(map(HEADER_LINE.fullmatch, lines.split("\r\n"))):
-            raise ProtocolError("the answer has a malformed header")
-        status = int(match[2])
-        if status == 101:
-            raise ProtocolError("the receiver wants to switch protocols")
-        if status >= 200:  # the others announce a final answer
-            self.status, self.headers = status, lines
-            self._fields = header_fields(lines)
-            closes = "close" in (self.header("connection") or "").lower()
-            self.reusable = match[1] == "1" and not closes
-            self._choose_framing()
+        if head.status >= 200:  # the others announce a final answer
+            self.head, self.reusable = head, head.keeps_alive
+            self._choose_framing(head)
         return True
 
-    def _choose_framing(self):
-        coding, length = self.header("transfer-encoding"), self.header("content-length")
-        if self.status in (204, 304):
+    def _choose_framing(self, head):
+        coding, length = head.header("transfer-encoding"), head.header("content-length")
+        if head.status in (204, 304):
             self.complete = True
         elif coding is not None:
             if coding.lower() != "chunked" or length is not None:
@@ -1886,10 +1899,12 @@ def kept_text(body: bytes, content_type: str | None, masked=str) -> str:
 
     masked(text) is applied before the text is cut."""
     charset = LATIN_CHARSET.search(content_type or "")
+    is_whole = len(body) < MAX_KEPT_BODY_BYTES  # else its last character may be cut
     try:
-        decoder = codecs.getincrementaldecoder(charset[1] if charset else "utf-8")()
-        # at the limit of what is read the last character may be cut
-        text = decoder.decode(bytes(body), len(body) < MAX_KEPT_BODY_BYTES)
+        if charset:
+            text = body.decode(charset[1])
+        else:
+            text, _ = codecs.utf_8_decode(body, "strict", is_whole)
     except UnicodeError:
         return "<binary data>"
     if BINARY.search(text):
@@ -1946,8 +1961,6 @@ class Exchange:
 
     def start(self) -> None:
         """Send on an idle connection, or else on a new one."""
-        loop, seconds = asyncio.get_running_loop(), self._client.timeout_seconds
-        self._deadline = loop.call_later(seconds, self._expire)
         connection = self._client.take_idle(self.place, self.verify_tls)
         self._is_reused = connection is not None
         if connection:
@@ -1984,10 +1997,14 @@ class Exchange:
             except ProtocolError as error:
                 self._end(error)
 
+    def expire(self) -> None:
+        """Its time is up."""
+        self._end(TimeoutError())
+
     def abandon(self) -> None:
         """Close everything; nobody is called back."""
         self._done = lambda answer: None
-        self._expire()
+        self.expire()
 
     def _connect(self):
         connecting = self._client.connect(self)
@@ -1999,9 +2016,6 @@ class Exchange:
         if not task.cancelled() and task.exception():
             self._end(task.exception())
 
-    def _expire(self):
-        self._end(TimeoutError())
-
     def _drop_connection(self):
         self._connection.exchange = None
         self._connection.transport.abort()
@@ -2011,7 +2025,6 @@ class Exchange:
         done, self._done = self._done, None
         if done is None:  # it has ended already
             return
-        self._deadline.cancel()
         if self._connecting:
             self._connecting.cancel()
         if self._connection and answer is self._response and self._is_reusable():
@@ -2020,7 +2033,10 @@ class Exchange:
         elif self._connection:
             self._drop_connection()
         self._client.ended(self)
-        done(answer)
+        try:
+            done(answer)
+        except Exception:  # the others and their timer must not suffer from it
+            log.exception("what follows an attempt failed")
 
     def _is_reusable(self):
         transport = self._connection.transport
@@ -2044,7 +2060,8 @@ class Client:
     def __init__(self, destinations: Destinations, timeout_seconds: float):
         self._destinations = destinations
         self.timeout_seconds = timeout_seconds
-        self._exchanges: set[Exchange] = set()
+        self._exchanges: dict[Exchange, float] = {}  # and when their time is up
+        self._timer: asyncio.TimerHandle | None = None
         self._idle = collections.defaultdict(list)  # by endpoint's key: Connections
         self._idle_count = 0
 
@@ -2060,20 +2077,37 @@ class Client:
         place = endpoint(url)
         request = request_bytes(place, headers, body)
         exchange = Exchange(self, place, verify_tls, request, done)
-        self._exchanges.add(exchange)
+        now = asyncio.get_running_loop().time()
+        self._exchanges[exchange] = now + self.timeout_seconds
+        if not self._timer:
+            self._expire_old()
         exchange.start()
+
+    def _expire_old(self):
+        """One timer for all: they have the same time, and stand in the order of starting."""
+        loop = asyncio.get_running_loop()
+        while self._exchanges:
+            exchange, deadline = next(iter(self._exchanges.items()))
+            if deadline > loop.time():
+                self._timer = loop.call_at(deadline, self._expire_old)
+                return
+            exchange.expire()
+        self._timer = None
 
     def close(self) -> None:
         """Give up what is under way, without a word, and close all connections."""
         for exchange in list(self._exchanges):
             exchange.abandon()
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
         self.close_idle()
 
     # ---- for exchanges ----
 
     def ended(self, exchange: Exchange) -> None:
         """An exchange is over."""
-        self._exchanges.discard(exchange)
+        del self._exchanges[exchange]
 
     def take_idle(self, place: Endpoint, verify_tls: bool) -> Connection | None:
         """A kept-alive connection to there, if there is one."""
@@ -2134,16 +2168,13 @@ class Client:
 
 
 def _answered(response, masked):
-    description = str(response.status)
-    if 300 <= response.status < 400:
-        target = masked(response.header("location") or "nowhere")
+    head, description = response.head, str(response.head.status)
+    if 300 <= head.status < 400:
+        target = masked(head.header("location") or "nowhere")
         description += f", a redirect to {target}, which is not followed"
-    body = kept_text(response.body, response.header("content-type"), masked)
-    return (
-        (outcome_of(response.status), description, response.status)
-        + (masked(response.headers), body)
-        + (response.header("retry-after"),)
-    )
+    body = kept_text(response.body, head.header("content-type"), masked)
+    judged = outcome_of(head.status), description, head.status
+    return *judged, masked(head.lines), body, head.header("retry-after")
 
 
 def described(error: Exception) -> str:
@@ -3808,28 +3839,31 @@ class Dispatcher:
 
     def _queue(self, lane):
         """Let a lane wait for its turn, if it has something to do and may do it."""
-        if lane.ready or lane.backlog:
-            if lane.rests_until() > self._clock() * 1000:
-                self._set_alarm(lane, lane.rests_until())
-            elif not lane.waiting and self._may_start(lane):
-                lane.waiting = True
-                is_retry = bool(lane.ready and lane.ready[0].attempt_count)
-                self._turns[2 * (not lane.proven) + is_retry].append(lane)
+        if (lane.ready or lane.backlog) and not lane.waiting and self._may_start(lane):
+            lane.waiting = True
+            is_retry = bool(lane.ready and lane.ready[0].attempt_count)
+            self._turns[2 * (not lane.proven) + is_retry].append(lane)
         if lane.waiting or lane.in_flight:
             self._busy.add(lane)
         else:
             self._busy.discard(lane)
 
     def _may_start(self, lane):
-        rests = lane.health.disabled or lane.rests_until() > self._clock() * 1000
-        return not rests and lane.in_flight < self._allowed(lane)
+        """Whether it may have one more attempt now; if it rests, an alarm is set."""
+        if lane.health.disabled or lane.in_flight and not self._may_widen(lane):
+            return False
+        rest_until = lane.rests_until()
+        if rest_until > self._clock() * 1000:
+            self._set_alarm(lane, rest_until)
+            return False
+        return True
 
-    def _allowed(self, lane):
-        if lane.health.paused_until or self._is_ordered(lane):
-            return 1
+    def _may_widen(self, lane):
+        if lane.in_flight >= lane.width or lane.health.paused_until:
+            return False
         # a quarter stays free: those that work today may all hang tomorrow
-        share = self._settings.max_in_flight * 3 // 4 // max(1, len(self._busy))
-        return min(lane.width, max(1, share))
+        share = self._settings.max_in_flight * 3 // 4 // len(self._busy)
+        return lane.in_flight < share and not self._is_ordered(lane)
 
     def _start_attempts(self):
         """Those to proven webhooks first; the others never take all the places."""
