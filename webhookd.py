@@ -80,6 +80,7 @@ import sys
 import tempfile
 import threading
 import time
+import typing
 import urllib.parse
 
 import bottle
@@ -538,8 +539,7 @@ class Webhook:
         } | {key: value for key, value in optional.items() if value}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Health:
+class Health(typing.NamedTuple):
     """How the attempts to a webhook went lately."""
 
     failures: int = 0  # attempts without success, in a row
@@ -566,6 +566,9 @@ class Health:
             "reason": self.reason,
             "pending": pending,
         }
+
+
+HEALTHY = Health()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -636,8 +639,7 @@ class Delivery:
         }
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class DueDelivery:
+class DueDelivery(typing.NamedTuple):
     """A delivery in the dispatcher's hands."""
 
     number: int  # the database's own, in publish order
@@ -650,8 +652,7 @@ class DueDelivery:
     next_attempt: int  # milliseconds
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(typing.NamedTuple):
     """One HTTP request of a delivery and what came of it, secrets masked."""
 
     start: int  # milliseconds
@@ -1322,11 +1323,10 @@ SIGNATURE_TOLERANCE_SECONDS = 300  # what Standard Webhooks asks of receivers
 
 def uuid7(now_ms: int) -> str:
     """A UUID that sorts by time (RFC 9562, version 7), which keeps its index compact."""
-    number = now_ms << 80 | 0x7 << 76 | 0x2 << 62
-    number |= random.getrandbits(12) << 64 | random.getrandbits(62)
-    digits = f"{number:032x}"
-    return "-".join(
-        (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
+    chance = random.getrandbits(74)
+    return (
+        f"{now_ms >> 16:08x}-{now_ms & 0xFFFF:04x}-7{chance & 0xFFF:03x}"
+        f"-{0x8000 | chance >> 12 & 0x3FFF:04x}-{chance >> 26:012x}"
     )
 
 
@@ -1442,8 +1442,7 @@ FAILURES_TO_PAUSE = 5
 PAUSE_GROWTH = 1.2
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(typing.NamedTuple):
     """What an attempt makes of its delivery and its webhook."""
 
     due: DueDelivery
@@ -1513,7 +1512,7 @@ def health_after(
     if health.disabled:  # what was in flight then does not enable it
         return health
     if attempt.outcome == SUCCESS:
-        return Health()
+        return HEALTHY
     failures, since = health.failures + 1, health.failing_since or attempt.start
     gone = reason_to_disable(attempt, since, settings.disable_after)
     if gone:
@@ -2614,7 +2613,7 @@ def save_health(
     """Store how a webhook fares."""
     connection.execute(
         f"UPDATE webhooks SET ({HEALTH_COLUMNS}) = (?, ?, ?, ?, ?) WHERE id = ?",
-        (*dataclasses.astuple(health), webhook_id),
+        (*health, webhook_id),
     )
 
 
@@ -2676,7 +2675,7 @@ class Batch:
             )
         before = self.changed_health.get(webhook_id) or self._health[webhook_id]
         changed = self.webhooks.by_id[webhook_id].updated
-        if before == Health() and settled.attempt.start < changed:
+        if before == HEALTHY and settled.attempt.start < changed:
             return  # it was activated meanwhile, and starts clean
         if settled.health != before:
             self.changed_health[webhook_id] = settled.health
@@ -2976,7 +2975,7 @@ class Store:
             sql = "UPDATE webhooks SET definition = ? WHERE id = ?"
             batch.connection.execute(sql, (definition_of(webhook), id))
             if starts_clean:
-                save_health(batch.connection, id, Health())
+                save_health(batch.connection, id, HEALTHY)
             batch.webhooks_changed()
             return webhook
 
@@ -3675,7 +3674,7 @@ class Dispatcher:
 
     def counts(self, webhook_id: int) -> tuple[dict[str, int], dict[str, int]]:
         """A webhook's attempts and finished deliveries by outcome, since the start."""
-        lane = self._lanes.get(webhook_id) or Lane(webhook_id, Health())
+        lane = self._lanes.get(webhook_id) or Lane(webhook_id, HEALTHY)
         return lane.attempts, lane.finished
 
     def in_flight(self) -> int:
@@ -3744,7 +3743,7 @@ class Dispatcher:
 
     def _lane(self, webhook_id):
         if webhook_id not in self._lanes:
-            health = self._store.health.get(webhook_id, Health())
+            health = self._store.health.get(webhook_id, HEALTHY)
             self._lanes[webhook_id] = Lane(webhook_id, health)
             self._lanes[webhook_id].proven = webhook_id in self._succeeded
         return self._lanes[webhook_id]
@@ -3801,7 +3800,7 @@ class Dispatcher:
         """Take over what others made of it, unless the lane knows more."""
         lane.release(self._store.settled_count)
         if not lane.uncommitted:
-            lane.health = self._store.health.get(lane.webhook_id, Health())
+            lane.health = self._store.health.get(lane.webhook_id, HEALTHY)
 
     def _end_waits(self):
         for lane in list(self._awaiting):
@@ -4545,7 +4544,7 @@ class Api:
         """The webhooks as the API shows them, with their health."""
         shown = []
         for webhook in webhooks:
-            health = self._store.health.get(webhook.id, Health())
+            health = self._store.health.get(webhook.id, HEALTHY)
             pending = self._store.pending[webhook.id]
             shown.append(webhook.shown())
             shown[-1]["health"] = health.shown(webhook.active, pending)
@@ -4882,7 +4881,7 @@ class Metrics:
         """Name, text and a value for each webhook."""
         now_ms, store = int(self._clock() * 1000), self._store
         ids = [webhook.id for webhook in webhooks]
-        healths = {id: store.health.get(id, Health()) for id in ids}
+        healths = {id: store.health.get(id, HEALTHY) for id in ids}
         states = {w.id: healths[w.id].state(w.active) for w in webhooks}
         oldest = store.oldest_pending()
         ages = {id: max(0, now_ms - oldest.get(id, now_ms)) / 1000 for id in ids}
@@ -5591,7 +5590,7 @@ class Pages(Api):
 
     def _summary(self, webhooks):
         states = collections.Counter(
-            self._store.health.get(webhook.id, Health()).state(webhook.active)
+            self._store.health.get(webhook.id, HEALTHY).state(webhook.active)
             for webhook in webhooks
         )
         return ", ".join(f"{n} {state}" for state, n in states.items()) or "None yet."
