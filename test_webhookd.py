@@ -301,6 +301,21 @@ def daemon(tmp_path):
         daemon.end(signal.SIGKILL)
 
 
+def make_certificate(folder):
+    """Put cert.pem, self-signed for localhost, and key.pem into a folder; returns it."""
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+    command += " -addext subjectAltName=DNS:localhost -keyout key.pem -out cert.pem"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def server_context(folder):
+    """What a TLS server needs to show the certificate of a folder."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(f"{folder}/cert.pem", f"{folder}/key.pem")
+    return context
+
+
 def wait_until(condition, seconds=20):
     """Poll for what another process or thread does in its own time."""
     limit = time.monotonic() + seconds
@@ -1495,19 +1510,14 @@ def test_proxy_variables_are_ignored(attempt, receiver, monkeypatch):
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
-    """A self-signed certificate for localhost, in one file with its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
-    command += " -addext subjectAltName=DNS:localhost -keyout key.pem -out cert.pem"
-    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
-    return folder
+    """A folder with a certificate for localhost."""
+    return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture
 def tls_receiver(certificate):
     server = Receiver()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+    context = server_context(certificate)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     server.url = f"https://localhost:{server.server_port}/hook"
     with running(server):
@@ -5192,8 +5202,9 @@ class CheapReceiver:
     )
     SENT = re.compile(rb'"sent":"(\d{20})"')
 
-    def __init__(self, expected):
+    def __init__(self, expected, tls_folder=None):
         self._expected = expected
+        self._tls = server_context(tls_folder) if tls_folder else None
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._poll = select.epoll()
         self._connections = {}  # file number -> [socket, what came of a request]
@@ -5215,6 +5226,8 @@ class CheapReceiver:
         if number == self._listener.fileno():
             connection, _ = self._listener.accept()
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls:
+                connection = self._tls.wrap_socket(connection, server_side=True)
             self._connections[connection.fileno()] = [connection, b""]
             self._poll.register(connection, select.EPOLLIN)
             self._connection_count += 1
@@ -5341,10 +5354,10 @@ def serve_without_store():
     webhookd.make_server(app, listener, webhookd.Settings()).run()
 
 
-def stored_webhook(store, port):
+def stored_webhook(store, port, event=EVENT_NAME):
     """A signed webhook, stored without the API."""
     url = f"http://127.0.0.1:{port}/0"
-    webhook = webhookd.Webhook(url=url, events=(EVENT_NAME,), secret=WEBHOOK_SECRET)
+    webhook = webhookd.Webhook(url=url, events=(event,), secret=WEBHOOK_SECRET)
     return store.add_webhook(webhook)
 
 
@@ -5374,6 +5387,38 @@ def commit_alone(database, count):
         tell(rate=count / (time.monotonic() - begun))
 
 
+def prepare_finished(database, count):
+    """A database with finished deliveries, all older than they are kept."""
+    created = int((time.time() - 40 * 86400) * 1000)
+    with webhookd.Store(database) as store:
+        stored_webhook(store, 9, "page_removed")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        for table, values in (
+            ("events", "n, 'page_removed', :created, :created"),
+            ("payloads", "n, CAST(:body AS BLOB)"),
+            (
+                "deliveries",
+                "n, printf('%032x', n), 1, n, 'page_removed', :created, 'succeeded', 1,"
+                " NULL, 'SUCCESS', '200', 5, 1",
+            ),
+            (
+                "attempts",
+                "n, n, :created, 5, 'http://127.0.0.1:9/0', :headers, 'SUCCESS', '200',"
+                " 200, 'Content-Length: 2', 'ok'",
+            ),
+        ):
+            connection.execute(
+                "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM"
+                f" numbers WHERE n < :count) INSERT INTO {table} SELECT {values} FROM"
+                " numbers",
+                {"count": count, "created": created, "body": "x" * EVENT_BYTES}
+                | {"headers": "X-Some-Header: some value\r\n" * 16},
+            )
+        connection.commit()
+    tell(prepared=count)
+
+
 def prepare_backlog(database, port, count):
     """Publish with nobody there to deliver."""
     with webhookd.Store(database) as store:
@@ -5387,11 +5432,12 @@ def prepare_backlog(database, port, count):
 # ---- processes ----
 
 CHILDREN = {
-    "--receive": lambda expected: CheapReceiver(expected).run(),
+    "--receive": lambda *arguments: CheapReceiver(*arguments).run(),
     "--load": run_load,
     "--serve-without-store": serve_without_store,
     "--commit-alone": commit_alone,
     "--prepare-backlog": prepare_backlog,
+    "--prepare-finished": prepare_finished,
 }
 
 
@@ -5421,9 +5467,9 @@ def result_of(name, *arguments):
 
 
 @contextlib.contextmanager
-def receiver_process(expected):
+def receiver_process(expected, tls_folder=None):
     """A receiver that tells its port, and a report when all it expects has come."""
-    with start_child("--receive", expected) as child:
+    with start_child("--receive", expected, tls_folder) as child:
         try:
             yield child, told(child)["port"]
         except BaseException:
@@ -5445,8 +5491,9 @@ class Service:
         begun = time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, webhookd.__file__, "--listen", "127.0.0.1:0"]
-            + ["--allow-networks", "127.0.0.0/8", "--database", "webhookd.db"],
-            env=os.environ | {"WEBHOOKD_ADMIN_PASSWORD": PASSWORD},
+            + ["--allow-networks", "127.0.0.0/8,::1/128", "--database", "webhookd.db"],
+            env=os.environ
+            | {"WEBHOOKD_ADMIN_PASSWORD": PASSWORD, "SSL_CERT_FILE": "cert.pem"},
             cwd=self._folder,
             stderr=subprocess.PIPE,
             text=True,
@@ -5458,12 +5505,14 @@ class Service:
 
     def __exit__(self, *exc_info):
         self._process.terminate()
-        self._process.communicate(timeout=STALL_SECONDS)
+        self._process.wait(timeout=STALL_SECONDS)
 
     def _read_port(self):
         for line in self._process.stderr:
             ready = re.search(r"ready listen=127\.0\.0\.1:(\d+)", line)
             if ready:
+                # what it logs from now on must not fill the pipe
+                threading.Thread(target=self._process.stderr.read, daemon=True).start()
                 return int(ready[1])
         raise BenchmarkError("webhookd did not start")
 
@@ -5483,12 +5532,29 @@ class Service:
                 raise BenchmarkError(f"{method} {path}: {response.status}")
             return json.load(response)
 
-    def register(self, port, count):
+    def register(self, url, count, event=EVENT_NAME):
         """Register signed webhooks that lead to the receiver."""
-        webhook = {"events": [EVENT_NAME], "configuration": {"secret": WEBHOOK_SECRET}}
+        webhook = {"events": [event], "configuration": {"secret": WEBHOOK_SECRET}}
         for number in range(count):
-            url = {"url": f"http://127.0.0.1:{port}/{number}"}
-            self.call("POST", WEBHOOKS_PATH, webhook | url)
+            self.call("POST", WEBHOOKS_PATH, webhook | {"url": f"{url}/{number}"})
+
+    def idle_figures(self, seconds):
+        """Wake-ups a second of the thread that wakes most, and KB written, when idle."""
+        before, written = self._wakeups(), self._written_bytes()
+        time.sleep(seconds)
+        after = self._wakeups()
+        most = max(after[thread] - before[thread] for thread in before)
+        return most / seconds, (self._written_bytes() - written) / 1024
+
+    def _wakeups(self):
+        """How often each thread has waited for something."""
+        wait = re.compile(r"\nvoluntary_ctxt_switches:\s+(\d+)")
+        tasks = pathlib.Path(f"/proc/{self._process.pid}/task").iterdir()
+        return {task: int(wait.search((task / "status").read_text())[1]) for task in tasks}
+
+    def _written_bytes(self):
+        text = pathlib.Path(f"/proc/{self._process.pid}/io").read_text()
+        return int(re.search(r"\nwrite_bytes: (\d+)", text)[1])
 
     def wait_until_recorded(self, expected):
         """When nothing was pending any more; every attempt must have succeeded."""
@@ -5511,15 +5577,26 @@ class Service:
 # ---- measurements: each returns named figures ----
 
 
-def measure_publishing(count, batch_size=1, webhooks=1, rate=0):
-    """Publish so many events, and wait until all is delivered and recorded."""
+def measure_publishing(
+    count, batch_size=1, webhooks=1, rate=0, others=0, finished=0, tls=False
+):
+    """Publish so many events, and wait until all is delivered and recorded.
+
+    others: webhooks that do not want them; finished: deliveries from long ago."""
     expected = count * webhooks
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        receiver_process(expected) as (receiver, port),
-        Service(folder) as service,
-    ):
-        service.register(port, webhooks)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if tls:
+            make_certificate(folder)
+        if finished:
+            result_of("--prepare-finished", f"{folder}/webhookd.db", finished)
+        receiver, port = stack.enter_context(
+            receiver_process(expected, folder if tls else None)
+        )
+        service = stack.enter_context(Service(folder))
+        url = f"https://localhost:{port}" if tls else f"http://127.0.0.1:{port}"
+        service.register(url, webhooks)
+        service.register(url, others, "page_removed")
         load = result_of("--load", service.port, batch_size, count // batch_size, rate)
         report = told(receiver)
         seconds = service.wait_until_recorded(expected) - load["begun"]
@@ -5537,6 +5614,15 @@ def measure_publishing(count, batch_size=1, webhooks=1, rate=0):
             "loaded_mb": service.memory_mb("VmRSS"),
             "highest_mb": service.memory_mb("VmHWM"),
         }
+
+
+def measure_idling(seconds):
+    """What a service does that has nothing to do."""
+    with tempfile.TemporaryDirectory() as folder, Service(folder) as service:
+        service.register("http://127.0.0.1:9", 1)
+        time.sleep(2)
+        wakeups, written_kb = service.idle_figures(seconds)
+    return {"wakeups": wakeups, "written_kb": written_kb}
 
 
 def measure_serving(count):

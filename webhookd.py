@@ -47,6 +47,7 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import email.utils
@@ -5870,6 +5871,7 @@ class Sink(http.server.ThreadingHTTPServer):
 
 SERVER_THREADS = 16  # so many publications can share one commit
 MAX_CONNECTIONS = 1000
+M_ARENA_MAX = -8  # of malloc.h
 PAGES_PER_COPY_STEP = 256  # 1 MB: a publication waits for one step at most
 
 
@@ -5929,6 +5931,16 @@ def make_server(app, listener: socket.socket, settings: Settings):
     return server
 
 
+def spare_memory() -> None:
+    """Give back what compiling this file took, and have one heap for all threads.
+
+    Each would have one of its own (mallopt(3)), which on one core is of no use."""
+    with contextlib.suppress(AttributeError):  # another C library than glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_ARENA_MAX, 1)
+        libc.malloc_trim(0)
+
+
 def hold_to_one_core() -> None:
     """Keep all threads to come on the core that this one is on.
 
@@ -5954,6 +5966,7 @@ def serve(settings: Settings) -> None:
     """The life of the process: returns after SIGTERM or SIGINT, with everything settled."""
     # until it is ready a signal just ends it, which loses nothing
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    spare_memory()
     hold_to_one_core()
     with contextlib.ExitStack() as parts:
         listener = parts.enter_context(listen(settings.listen))
