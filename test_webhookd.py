@@ -3884,7 +3884,7 @@ def test_counters_do_not_go_down_when_rows_go(api, receiver, dispatcher, store, 
     dispatcher.run_until_idle()
     before = scrape(api)
 
-    store.prune(clock.ms + 1, 0)
+    list(store.prune(clock.ms + 1))
     api.delete(f"{EVENTS}/1")
     api.delete(f"{WEBHOOKS}/2")
     dispatcher.run_until_idle()

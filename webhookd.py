@@ -2549,16 +2549,16 @@ def _count_attempts(connection, kept):
 
 ROWS_PER_STEP = 500
 PAGES_PER_STEP = 100
+Steps = collections.abc.Iterator[None]  # each step is done when it is asked for
 
 
 def delete_deliveries(
-    connection: sqlite3.Connection, numbers: list[int], condition: str = "1"
+    connection: sqlite3.Connection, ids: list[int], condition: str = "1"
 ) -> list[int]:
     """Delete those deliveries that meet a condition; the ids of their attempts."""
     rows = connection.execute(
-        f"DELETE FROM deliveries WHERE id IN {marks(numbers)} AND {condition}"
-        " RETURNING id",
-        numbers,
+        f"DELETE FROM deliveries WHERE id IN {marks(ids)} AND {condition} RETURNING id",
+        ids,
     )
     deleted = [number for (number,) in rows.fetchall()]
     rows = connection.execute(
@@ -3103,69 +3103,69 @@ class Store:
         pages, free, page_size = (self._row(f"PRAGMA {name}")[0] for name in pragmas)
         return (pages - free) * page_size
 
-    def delete_leftovers(self) -> int:
-        """Delete a step of what a deleted webhook has left; 0 if there is nothing."""
-        id = 0
+    def delete_leftovers(self) -> Steps:
+        """Delete what deleted webhooks have left."""
+        sql = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?"
+        id = self._row(sql, 0)[0]
         while id is not None:
-            if id and id not in self.webhooks.by_id:
-                return self.write(
-                    functools.partial(delete_deliveries_of, webhook_id=id)
-                )
-            sql = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?"
-            id = self._row(sql, id)[0]
-        return 0
+            if id in self.webhooks.by_id:
+                id = self._row(sql, id)[0]
+            elif self.write(functools.partial(delete_deliveries_of, webhook_id=id)):
+                yield
+            else:
+                id = self._row(sql, id)[0]
 
-    def prune(self, before_ms: int, after: int) -> int | None:
-        """Delete a step of the finished deliveries that were made before a moment.
+    def prune(self, before_ms: int) -> Steps:
+        """Delete the finished deliveries, and then the events without deliveries, that
+        were made before a moment; the oldest first."""
+        finished = "state <> 'pending'"  # looked at twice: it may be redelivered just now
+        yield from self._prune(
+            f"SELECT id, created, {finished} FROM deliveries",
+            before_ms,
+            lambda connection, ids: delete_deliveries(connection, ids, finished),
+        )
+        bare = "NOT EXISTS (SELECT * FROM deliveries WHERE event_id = events.id)"
+        yield from self._prune(
+            f"SELECT id, created, {bare} FROM events", before_ms, delete_bare_events
+        )
 
-        Begins above the delivery number `after`; the number to go on from, None: done."""
-        sql = "SELECT id, created, state <> 'pending' FROM deliveries"
-        finished, last = self._old_rows(sql, before_ms, after)
-        if finished:
-            # one that was redelivered just now stays
-            kept = "state <> 'pending'"
-            self.write(lambda connection: delete_deliveries(connection, finished, kept))
-        return last
-
-    def prune_events(self, before_ms: int, after: int) -> int | None:
-        """The same for events without deliveries."""
-        deliveries = "SELECT * FROM deliveries WHERE event_id = events.id"
-        sql = f"SELECT id, created, NOT EXISTS ({deliveries}) FROM events"
-        bare, last = self._old_rows(sql, before_ms, after)
-        if bare:
-            self.write(lambda connection: delete_bare_events(connection, bare))
-        return last
-
-    def _old_rows(self, sql, before_ms, after):
-        """The ids of a step that may go, and the id to go on from."""
-        sql += " WHERE id > ? ORDER BY id LIMIT ?"
-        rows = self._rows(sql, (after, ROWS_PER_STEP))
-        old = list(itertools.takewhile(lambda row: row[1] < before_ms, rows))
-        last = old[-1][0] if len(old) == ROWS_PER_STEP else None
-        return [id for id, _, may_go in old if may_go], last
+    def _prune(self, sql, before_ms, delete):
+        rows, last = True, 0
+        while rows:
+            page = f"{sql} WHERE id > ? ORDER BY id LIMIT {ROWS_PER_STEP}"
+            rows = self._rows(page, [last])
+            rows = list(itertools.takewhile(lambda row: row[1] < before_ms, rows))
+            ids = [id for id, _, may_go in rows if may_go]
+            if ids:
+                self.write(functools.partial(delete, ids=ids))
+            last = rows[-1][0] if rows else last
+            yield
 
     def prune_rest(self, before_ms: int, now_ms: int) -> None:
         """Delete the answers to old keys, and statistics beyond their window."""
         day = (now_ms - STATISTICS_DAYS * DAY_MS) // DAY_MS
-        if self._row("SELECT 1 FROM answers WHERE created < ? LIMIT 1", before_ms):
-            sql = "DELETE FROM answers WHERE created < ?"
-            self.write(lambda connection: connection.execute(sql, [before_ms]) and None)
-        old = "day < ? AND last_attempt NOT IN (SELECT id FROM attempts)"
-        if self._row(f"SELECT 1 FROM statistics WHERE {old} LIMIT 1", day):
-            sql = f"DELETE FROM statistics WHERE {old}"
-            self.write(lambda connection: connection.execute(sql, [day]) and None)
+        unused = "day < ? AND last_attempt NOT IN (SELECT id FROM attempts)"
+        for rows, limit in (
+            ("answers WHERE created < ?", before_ms),
+            (f"statistics WHERE {unused}", day),
+        ):
+            if self._row(f"SELECT 1 FROM {rows} LIMIT 1", limit):
+                self.write(
+                    lambda connection, rows=rows, limit=limit: connection.execute(
+                        f"DELETE FROM {rows}", [limit]
+                    ).rowcount
+                )
 
-    def give_back(self) -> bool:
-        """Return a step of free pages to the file system; whether there are more."""
-        if self._row("PRAGMA freelist_count")[0] < PAGES_PER_STEP:
-            return False
+    def give_back(self) -> Steps:
+        """Return free pages to the file system."""
 
         def work(connection):
             for _ in range(PAGES_PER_STEP):  # sqlite3 makes one step of it, one page
                 connection.execute("PRAGMA incremental_vacuum")
 
-        self.write(work)
-        return True
+        while self._row("PRAGMA freelist_count")[0] >= PAGES_PER_STEP:
+            self.write(work)
+            yield
 
     def flush(self) -> None:
         """Return when everything handed in so far is on disk."""
@@ -3542,7 +3542,7 @@ WINDOW = 100  # due deliveries of one webhook that are held in memory
 TICK_SECONDS = 1
 UPKEEP_SECONDS = 1
 PRUNING_SECONDS = 60
-STEP_REST_SECONDS = 0.02  # between two steps others have the writer to themselves
+REST_SHARE = 4  # upkeep rests so many times as long as each of its steps took
 CLOCK_JUMP_SECONDS = 2
 STOP_SECONDS = 10  # what is in flight at the end has this long
 DURATION_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
@@ -4034,7 +4034,7 @@ class Upkeep:
             every = min(PRUNING_SECONDS, self._settings.retention / 10)
             self._next_pruning = self._clock() + every
         self._keep_size(now_ms)
-        self._in_steps(self._store.give_back)
+        self._take(self._store.give_back())
 
     def _follow_clock(self):
         """Move what is planned when the clock jumps, so that it neither waits nor rushes."""
@@ -4051,20 +4051,13 @@ class Upkeep:
 
     def _prune(self, now_ms):
         before_ms = now_ms - int(self._settings.retention * 1000)
-        self._in_steps(self._store.delete_leftovers)
-        for prune in (self._store.prune, self._store.prune_events):
-            self._prune_while(lambda: True, prune, before_ms)
+        self._take(self._store.delete_leftovers())
+        self._take(self._store.prune(before_ms))
         self._store.prune_rest(before_ms, now_ms)
 
-    def _prune_while(self, condition, prune, before_ms):
-        after = 0
-        while after is not None and condition():
-            after = prune(before_ms, after)
-            self._rest()
-
     def _keep_size(self, now_ms):
-        for prune in (self._store.prune, self._store.prune_events):
-            self._prune_while(self._is_too_large, prune, now_ms + 1)
+        if self._is_too_large():
+            self._take(self._store.prune(now_ms + 1), self._is_too_large)
         full = self._is_too_large()
         if full != self._store.full:
             words = "database full" if full else "database has room again"
@@ -4074,13 +4067,15 @@ class Upkeep:
     def _is_too_large(self):
         return self._store.size_bytes() > self._settings.max_database_size
 
-    def _in_steps(self, step):
-        while step() and not self._stop.is_set():
-            self._rest()
-
-    def _rest(self):
-        if self._stop.wait(STEP_REST_SECONDS):
-            raise Unavailable("webhookd is stopping")
+    def _take(self, steps, condition=lambda: True):
+        """Take steps, and rest after each, as long as the condition holds."""
+        begun = time.monotonic()
+        for _ in steps:
+            if self._stop.wait(REST_SHARE * (time.monotonic() - begun)):
+                raise Unavailable("webhookd is stopping")
+            if not condition():
+                return
+            begun = time.monotonic()
 
 
 # ======================================================================================
