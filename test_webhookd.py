@@ -914,7 +914,9 @@ def test_ids_are_uuids_that_sort_by_time():
 
 def headers_of(**fields):
     webhook = webhookd.Webhook(url="http://x/", **fields)
-    lines = webhookd.attempt_headers(webhook, "e", "the-id", 2, b"{}", 1_700_000_000_999)
+    lines = webhookd.attempt_headers(
+        webhook, "e", "the-id", 2, b"{}", 1_700_000_000_999
+    )
     return dict(webhookd.header_fields(webhook.fixed_headers + lines).values())
 
 
@@ -5550,7 +5552,9 @@ class Service:
         """How often each thread has waited for something."""
         wait = re.compile(r"\nvoluntary_ctxt_switches:\s+(\d+)")
         tasks = pathlib.Path(f"/proc/{self._process.pid}/task").iterdir()
-        return {task: int(wait.search((task / "status").read_text())[1]) for task in tasks}
+        return {
+            task: int(wait.search((task / "status").read_text())[1]) for task in tasks
+        }
 
     def _written_bytes(self):
         text = pathlib.Path(f"/proc/{self._process.pid}/io").read_text()

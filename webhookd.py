@@ -3118,7 +3118,9 @@ class Store:
     def prune(self, before_ms: int) -> Steps:
         """Delete the finished deliveries, and then the events without deliveries, that
         were made before a moment; the oldest first."""
-        finished = "state <> 'pending'"  # looked at twice: it may be redelivered just now
+        finished = (
+            "state <> 'pending'"  # looked at twice: it may be redelivered just now
+        )
         yield from self._prune(
             f"SELECT id, created, {finished} FROM deliveries",
             before_ms,
@@ -3151,9 +3153,9 @@ class Store:
         ):
             if self._row(f"SELECT 1 FROM {rows} LIMIT 1", limit):
                 self.write(
-                    lambda connection, rows=rows, limit=limit: connection.execute(
-                        f"DELETE FROM {rows}", [limit]
-                    ).rowcount
+                    lambda connection, rows=rows, limit=limit: (
+                        connection.execute(f"DELETE FROM {rows}", [limit]).rowcount
+                    )
                 )
 
     def give_back(self) -> Steps:
@@ -4517,9 +4519,7 @@ class Api:
             return with_rotated_secret(old, new, now)
 
         webhook = self._store.change_webhook(
-            id,
-            change,
-            starts_clean=not {"active", "url"}.isdisjoint(fields),
+            id, change, starts_clean=not {"active", "url"}.isdisjoint(fields)
         )
         self._dispatcher.reconsider(id)
         names, url = changed_fields(old, webhook), webhook.masked_url
@@ -5919,7 +5919,8 @@ def make_server(app, listener: socket.socket, settings: Settings):
         connection_limit=MAX_CONNECTIONS,
         max_request_body_size=max(MAX_REQUEST_BYTES, settings.max_event_size),
         asyncore_use_poll=True,  # select() knows file numbers below 1024 only
-        send_bytes=1 << 16,  # a whole answer at once, by the thread that has the sockets
+        send_bytes=1
+        << 16,  # a whole answer at once, by the thread that has the sockets
         **proxy,
     )
     server.channel_class = Channel
