@@ -5689,6 +5689,11 @@ SUSTAINED = (  # what, events, how
     ("batches of 100, 1 webhook", 20000, {"batch_size": 100}),
     ("batches of 100, 10 webhooks", 3000, {"batch_size": 100, "webhooks": 10}),
 )
+GROWTH = (  # what, how
+    ("1,000 webhooks registered, one wants the event", {"others": 999}),
+    ("a million finished deliveries, being pruned", {"finished": 1_000_000}),
+    ("TLS receiver, kept alive", {"tls": True}),
+)
 CEILINGS = (
     ("waitress and bottle with login and JSON, no store", measure_serving, 10000),
     ("group commits alone", measure_commits, 16000),
@@ -5696,6 +5701,7 @@ CEILINGS = (
 )
 SHARES = (0.2, 0.5)  # of the sustained rate of single events
 LATENCY_SECONDS = 10
+IDLE_SECONDS = 10
 
 
 def print_table(head, rows):
@@ -5740,13 +5746,20 @@ def ceiling_rows(rates, sustained):
         yield words + mark, f"{rate:,.0f}", f"{rate / sustained:.1f}"
 
 
-def footprint_rows(single, results):
+def growth_rows(results, sustained):
+    for (words, _), result in zip(GROWTH, results):
+        yield words, f"{result['events']:,.0f}", f"{result['events'] / sustained:.0%}"
+
+
+def footprint_rows(single, results, idle):
     highest = max(result["highest_mb"] for result in results)
     yield "memory when idle", f"{single['idle_mb']:.0f} MB"
     yield "memory after the single events", f"{single['loaded_mb']:.0f} MB"
     yield "memory at its highest in all of the above", f"{highest:.0f} MB"
     yield "start to ready", f"{single['start_seconds']:.2f} s"
     yield "connections to the receiver of one webhook", f"{single['connections']:.0f}"
+    yield "idle: wake-ups a second of any thread, at most", f"{idle['wakeups']:.1f}"
+    yield "idle: written to the disk", f"{idle['written_kb']:.0f} KB"
 
 
 def run_benchmark(rounds, scale):
@@ -5766,17 +5779,19 @@ def run_benchmark(rounds, scale):
     head = "latency in ms, single events, 1 webhook", "publish p50", "publish p99"
     rows = latency_rows(zip(SHARES, latencies))
     print_table((*head, "end to end p50", "end to end p99"), rows)
+    count = int(SUSTAINED[0][1] * scale)
+    grown = [medians(measure_publishing, rounds, count, **how) for _, how in GROWTH]
+    head = "single events, 1 webhook, and", "events/s", "of the rate without"
+    print_table(head, growth_rows(grown, single["events"]))
     rates = {
         words: medians(measure, rounds, int(count * scale))["rate"]
         for words, measure, count in CEILINGS
     }
-    head = (
-        "ceilings of single events, 1 webhook",
-        "a second",
-        "times the sustained rate",
-    )
-    print_table(head, ceiling_rows(rates, single["events"]))
-    print_table(("footprint", ""), footprint_rows(single, results + latencies))
+    head = "ceilings of single events, 1 webhook", "a second"
+    rows = ceiling_rows(rates, single["events"])
+    print_table((*head, "times the sustained rate"), rows)
+    idle = measure_idling(IDLE_SECONDS)
+    print_table(("footprint", ""), footprint_rows(single, results + latencies, idle))
 
 
 def out_of_time(number, frame):

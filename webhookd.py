@@ -3544,7 +3544,7 @@ WINDOW = 100  # due deliveries of one webhook that are held in memory
 TICK_SECONDS = 1
 UPKEEP_SECONDS = 1
 PRUNING_SECONDS = 60
-REST_SHARE = 4  # upkeep rests so many times as long as each of its steps took
+REST_SHARE = 6  # upkeep rests so many times as long as each of its steps took
 CLOCK_JUMP_SECONDS = 2
 STOP_SECONDS = 10  # what is in flight at the end has this long
 DURATION_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
@@ -3734,6 +3734,8 @@ class Dispatcher:
         try:
             while self._inbox:
                 self._inbox.popleft()()
+            for lane in list(self._awaiting):
+                self._end_wait(lane)
             self._ring_alarms(self._clock() * 1000)
             self._start_attempts()
         except Exception:
@@ -3798,6 +3800,7 @@ class Dispatcher:
         lane.backlog = False
         lane.awaited = lane.uncommitted[-1][0] if lane.uncommitted else 0
         self._awaiting.add(lane)
+        self._end_wait(lane)  # the commit may have come just now
 
     def _refresh_health(self, lane):
         """Take over what others made of it, unless the lane knows more."""
@@ -3805,13 +3808,12 @@ class Dispatcher:
         if not lane.uncommitted:
             lane.health = self._store.health.get(lane.webhook_id, HEALTHY)
 
-    def _end_waits(self):
-        for lane in list(self._awaiting):
-            if lane.awaited <= self._store.settled_count:
-                self._awaiting.discard(lane)
-                self._refresh_health(lane)
-                lane.backlog = True
-                self._queue(lane)
+    def _end_wait(self, lane):
+        if lane.awaited <= self._store.settled_count:
+            self._awaiting.discard(lane)
+            self._refresh_health(lane)
+            lane.backlog = True
+            self._queue(lane)
 
     def _window_bytes(self):
         return min(1 << 20, WINDOW_BYTES // max(1, len(self._lanes)))
@@ -3872,7 +3874,6 @@ class Dispatcher:
         most = self._settings.max_in_flight
         doubtful = max(1, most - max(1, most // RESERVED_SHARE))
         while self._in_flight < most and not self._stop.is_set():
-            self._end_waits()
             allowed = self._turns[: 4 if self._doubtful_count < doubtful else 2]
             turns = next(filter(None, allowed), None)
             if turns is None or self._store.problem:
