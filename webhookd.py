@@ -3599,6 +3599,64 @@ class Lane:
             self.held.discard(self.uncommitted.popleft()[1])
 
 
+class Turns:
+    """Whose attempt is next, and how many there may be at once.
+
+    Lanes that are proven to work come before the others, which never take all the places;
+    first attempts come before retries."""
+
+    def __init__(self, most: int):
+        self.in_flight = 0  # attempts
+        self._doubtful = 0  # of these, to webhooks that are not proven
+        self._most = most
+        self._most_doubtful = max(1, most - max(1, most // RESERVED_SHARE))
+        self._queues = [collections.deque() for _ in range(4)]
+        self._busy: set[Lane] = set()  # waiting or with attempts in flight
+
+    def wait(self, lane: Lane) -> None:
+        """Let a lane wait for its turn."""
+        lane.waiting = True
+        is_retry = bool(lane.ready and lane.ready[0].attempt_count)
+        self._queues[2 * (not lane.proven) + is_retry].append(lane)
+        self._busy.add(lane)
+
+    def next(self) -> Lane | None:
+        """The lane whose turn it is, which then waits no longer; None: no place is free."""
+        if self.in_flight >= self._most:
+            return None
+        allowed = 4 if self._doubtful < self._most_doubtful else 2
+        queue = next(filter(None, self._queues[:allowed]), None)
+        if queue is None:
+            return None
+        lane = queue.popleft()
+        lane.waiting = False
+        return lane
+
+    def begin(self, lane: Lane) -> bool:
+        """Count an attempt in; returns what `end` has to be told."""
+        doubtful = not lane.proven
+        self._doubtful += doubtful
+        self.in_flight += 1
+        lane.in_flight += 1
+        return doubtful
+
+    def end(self, lane: Lane, doubtful: bool) -> None:
+        """Count an attempt out."""
+        self._doubtful -= doubtful
+        self.in_flight -= 1
+        lane.in_flight -= 1
+
+    def leave(self, lane: Lane) -> None:
+        """Leave a lane's share to the others, unless it is busy."""
+        if not lane.waiting and not lane.in_flight:
+            self._busy.discard(lane)
+
+    def share(self) -> int:
+        """How many attempts each busy lane may have at once."""
+        # a quarter stays free: those that work today may all hang tomorrow
+        return max(1, self._most * 3 // 4 // max(1, len(self._busy)))
+
+
 class Dispatcher:
     """Attempts what is due. `with` runs its loop in a thread of its own.
 
@@ -3621,13 +3679,9 @@ class Dispatcher:
         self._clock, self._jitter, self._heartbeat = clock, jitter, heartbeat
         self._succeeded = store.succeeded_webhooks()
         self._lanes: dict[int, Lane] = {}
-        # proven webhooks first, and first attempts before retries
-        self._turns = [collections.deque() for _ in range(4)]
-        self._doubtful_count = 0  # attempts in flight to webhooks that are not proven
-        self._busy: set[Lane] = set()
+        self._turns = Turns(settings.max_in_flight)
         self._awaiting: set[Lane] = set()  # a commit, see _await_commit
         self._alarms = []  # a heap of (milliseconds, webhook id)
-        self._in_flight = 0  # attempts
         self._inbox = collections.deque()  # appended to by any thread
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked = time.monotonic()
@@ -3682,7 +3736,7 @@ class Dispatcher:
 
     def in_flight(self) -> int:
         """How many attempts are being made."""
-        return self._in_flight
+        return self._turns.in_flight
 
     def _wake(self):
         with contextlib.suppress(RuntimeError):  # the loop has ended: the next start
@@ -3710,7 +3764,7 @@ class Dispatcher:
         self._client.close()  # what has not ended is attempted after the next start
 
     async def _all_ended(self):
-        while self._in_flight:
+        while self._turns.in_flight:
             self._ended.clear()
             await self._ended.wait()
 
@@ -3722,7 +3776,7 @@ class Dispatcher:
     async def _until_idle(self):
         self._enter_loop()
         self.step()
-        while self._in_flight or self._awaiting:
+        while self._turns.in_flight or self._awaiting:
             await self._all_ended()
             self._store.flush()
             self.step()
@@ -3844,13 +3898,8 @@ class Dispatcher:
     def _queue(self, lane):
         """Let a lane wait for its turn, if it has something to do and may do it."""
         if (lane.ready or lane.backlog) and not lane.waiting and self._may_start(lane):
-            lane.waiting = True
-            is_retry = bool(lane.ready and lane.ready[0].attempt_count)
-            self._turns[2 * (not lane.proven) + is_retry].append(lane)
-        if lane.waiting or lane.in_flight:
-            self._busy.add(lane)
-        else:
-            self._busy.discard(lane)
+            self._turns.wait(lane)
+        self._turns.leave(lane)
 
     def _may_start(self, lane):
         """Whether it may have one more attempt now; if it rests, an alarm is set."""
@@ -3865,35 +3914,28 @@ class Dispatcher:
     def _may_widen(self, lane):
         if lane.in_flight >= lane.width or lane.health.paused_until:
             return False
-        # a quarter stays free: those that work today may all hang tomorrow
-        share = self._settings.max_in_flight * 3 // 4 // len(self._busy)
-        return lane.in_flight < share and not self._is_ordered(lane)
+        return lane.in_flight < self._turns.share() and not self._is_ordered(lane)
 
     def _start_attempts(self):
-        """Those to proven webhooks first; the others never take all the places."""
-        most = self._settings.max_in_flight
-        doubtful = max(1, most - max(1, most // RESERVED_SHARE))
-        while self._in_flight < most and not self._stop.is_set():
-            allowed = self._turns[: 4 if self._doubtful_count < doubtful else 2]
-            turns = next(filter(None, allowed), None)
-            if turns is None or self._store.problem:
+        while not self._stop.is_set() and not self._store.problem:
+            lane = self._turns.next()
+            if lane is None:
                 return
-            lane = turns.popleft()
-            lane.waiting = False
-            if not self._may_start(lane):  # any more
-                self._queue(lane)
-                continue
-            webhook = self._store.webhooks.by_id.get(lane.webhook_id)
-            try:
-                due = self._next(lane, webhook)
-            except sqlite3.Error as error:
-                fact("the database cannot be read", level=logging.ERROR, reason=error)
-                lane.reread()
-                lane.not_before = self._now_ms() + RETRY_SECONDS * 1000
-                due = None
+            if self._may_start(lane):  # still
+                self._start_one(lane)
+            self._queue(lane)
+
+    def _start_one(self, lane):
+        webhook = self._store.webhooks.by_id.get(lane.webhook_id)
+        try:
+            due = self._next(lane, webhook)
+        except sqlite3.Error as error:
+            fact("the database cannot be read", level=logging.ERROR, reason=error)
+            lane.reread()
+            lane.not_before = self._now_ms() + RETRY_SECONDS * 1000
+        else:
             if due:
                 self._start(lane, due, webhook)
-            self._queue(lane)
 
     def _next(self, lane, webhook):
         if webhook is None:
@@ -3919,18 +3961,13 @@ class Dispatcher:
         if webhook.rate_limit:
             start = max(lane.limited_until, now_ms)
             lane.limited_until = start + 1000 / webhook.rate_limit
-        doubtful = not lane.proven
-        self._doubtful_count += doubtful
-        self._in_flight += 1
-        lane.in_flight += 1
+        doubtful = self._turns.begin(lane)
         headers = attempt_headers(webhook, due.event, due.id, number, due.body, now_ms)
         done = functools.partial(self._finish, lane, due, doubtful)
         start_attempt(self._client, webhook, headers, due.body, now_ms, done)
 
     def _finish(self, lane, due, doubtful, attempt):
-        self._doubtful_count -= doubtful
-        self._in_flight -= 1
-        lane.in_flight -= 1
+        self._turns.end(lane, doubtful)
         self._settle(lane, due, attempt)
         self._queue(lane)
         self._start_attempts()
@@ -3982,9 +4019,8 @@ class Dispatcher:
         if after.paused_until and not before.paused_until:
             fact("webhook paused", **facts, reason=after.reason)
         if after.disabled and not before.disabled:
-            fact(
-                "webhook disabled", level=logging.WARNING, **facts, reason=after.reason
-            )
+            level = logging.WARNING
+            fact("webhook disabled", level=level, **facts, reason=after.reason)
         if settled.state == FAILED:
             facts |= {"id": settled.due.id, "reason": settled.attempt.description}
             fact("delivery given up", level=logging.WARNING, **facts)
