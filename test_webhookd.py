@@ -5098,6 +5098,14 @@ def test_nobody_else_is_believed(daemon):
     assert "evil.example" not in page["_links"]["self"]
 
 
+def test_all_threads_are_kept_on_one_core(shared_daemon):
+    tasks = pathlib.Path(f"/proc/{shared_daemon.process.pid}/task").iterdir()
+
+    cores = {frozenset(os.sched_getaffinity(int(task.name))) for task in tasks}
+
+    assert [len(core) for core in cores] == [1]
+
+
 def test_kill_9_at_any_moment_loses_nothing_that_was_acknowledged(daemon, receiver):
     """Publishers go on while the process is killed again and again."""
     acknowledged, ended = [], threading.Event()

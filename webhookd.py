@@ -4017,7 +4017,8 @@ class Dispatcher:
         if after.failures and not before.failures:
             fact("webhook fails", **facts, reason=after.reason)
         if after.paused_until and not before.paused_until:
-            fact("webhook paused", **facts, reason=after.reason)
+            level = logging.WARNING
+            fact("webhook paused", level=level, **facts, reason=after.reason)
         if after.disabled and not before.disabled:
             level = logging.WARNING
             fact("webhook disabled", level=level, **facts, reason=after.reason)
@@ -5903,7 +5904,7 @@ class Sink(http.server.ThreadingHTTPServer):
 
 SERVER_THREADS = 16  # so many publications can share one commit
 MAX_CONNECTIONS = 1000
-M_ARENA_MAX = -8  # of malloc.h
+M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # of malloc.h
 PAGES_PER_COPY_STEP = 256  # 1 MB: a publication waits for one step at most
 
 
@@ -5965,12 +5966,14 @@ def make_server(app, listener: socket.socket, settings: Settings):
 
 
 def spare_memory() -> None:
-    """Give back what compiling this file took, and have one heap for all threads.
+    """Have glibc give memory back, and one heap for all threads (mallopt(3)).
 
-    Each would have one of its own (mallopt(3)), which on one core is of no use."""
-    with contextlib.suppress(AttributeError):  # another C library than glibc
+    Each thread would have one of its own, which on one core is of no use; and what a
+    password's hash takes would stay, were its 16 MB not mapped by themselves."""
+    with contextlib.suppress(AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(M_ARENA_MAX, 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
         libc.malloc_trim(0)
 
 
@@ -5979,8 +5982,9 @@ def hold_to_one_core() -> None:
 
     Only one of them runs at a time anyway, the one that has the GIL, and handing it to
     another core costs more than the request for which it is handed over."""
-    fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    os.sched_setaffinity(0, {int(fields[36])})  # proc(5): "processor", 39th of all
+    with contextlib.suppress(OSError, AttributeError):  # where that may not be: slower
+        fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        os.sched_setaffinity(0, {int(fields[36])})  # proc(5): "processor", 39th of all
 
 
 def _stop(number, frame):
