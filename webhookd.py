@@ -311,6 +311,13 @@ class Fault:
     def __str__(self):
         return f"{self.context}: {self.message}" if self.context else self.message
 
+    def within(self, place: str | None) -> "Fault":
+        """The fault as one of a larger whole, where its object has that place."""
+        if place is None or self.context is None:
+            return Fault(self.context if place is None else place, self.message)
+        dot = "" if self.context.startswith("[") else "."
+        return Fault(f"{place}{dot}{self.context}", self.message)
+
 
 class WebhookdError(Exception):
     """What the client is told: a status, one or more faults, and perhaps headers."""
@@ -322,58 +329,32 @@ class WebhookdError(Exception):
         self.headers = headers or {}
         super().__init__("; ".join(map(str, self.faults)))
 
-
-class Invalid(WebhookdError):
-    status = 400
-
-
-class Unauthorized(WebhookdError):
-    status = 401
+    def within(self, place: str | None) -> list[Fault]:
+        """Its faults as those of a larger whole, where its object has that place."""
+        return [fault.within(place) for fault in self.faults]
 
 
-class Forbidden(WebhookdError):
-    status = 403
-
-
-class NotFound(WebhookdError):
-    status = 404
-
-
-class TooLarge(WebhookdError):
-    status = 413
-
-
-class WrongMediaType(WebhookdError):
-    status = 415
-
-
-class KeyReused(WebhookdError):
-    status = 422
-
-
-class TooManyRequests(WebhookdError):
-    status = 429
-
-
-class Unavailable(WebhookdError):
-    status = 503
-
-
-class StorageFull(WebhookdError):
-    status = 507
+Invalid = type("Invalid", (WebhookdError,), {"status": 400})
+Unauthorized = type("Unauthorized", (WebhookdError,), {"status": 401})
+Forbidden = type("Forbidden", (WebhookdError,), {"status": 403})
+NotFound = type("NotFound", (WebhookdError,), {"status": 404})
+TooLarge = type("TooLarge", (WebhookdError,), {"status": 413})
+WrongMediaType = type("WrongMediaType", (WebhookdError,), {"status": 415})
+KeyReused = type("KeyReused", (WebhookdError,), {"status": 422})
+TooManyRequests = type("TooManyRequests", (WebhookdError,), {"status": 429})
+Unavailable = type("Unavailable", (WebhookdError,), {"status": 503})
+StorageFull = type("StorageFull", (WebhookdError,), {"status": 507})
 
 
 def error_document(status: int, faults: list[Fault]) -> dict:
     """The one shape of every error."""
-    return {
-        "statusCode": status,
-        "reason": http.HTTPStatus(status).phrase,
-        "message": "; ".join(map(str, faults)),
-        "errors": [
-            {"context": fault.context, "message": fault.message, "exceptionName": None}
-            for fault in faults
-        ],
-    }
+    reason, message = http.HTTPStatus(status).phrase, "; ".join(map(str, faults))
+    errors = [
+        {"context": fault.context, "message": fault.message, "exceptionName": None}
+        for fault in faults
+    ]
+    document = {"statusCode": status, "reason": reason}
+    return document | {"message": message, "errors": errors}
 
 
 # ======================================================================================
@@ -766,6 +747,12 @@ _decode = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant)
 _marked_number = re.compile(f'"{NUMBER_MARK}([^"]*)"')
 
 
+def require(condition: object, message: str) -> None:
+    """Raise Invalid unless the condition holds."""
+    if not condition:
+        raise Invalid(message)
+
+
 def json_value(body: bytes, decode: collections.abc.Callable = _decode):
     """The value of a JSON text; raises Invalid."""
     try:
@@ -781,8 +768,7 @@ def json_value(body: bytes, decode: collections.abc.Callable = _decode):
 def json_object(body: bytes) -> dict:
     """The object of a JSON text, all of whose strings can be stored; raises Invalid."""
     value = json_value(body)
-    if not isinstance(value, dict):
-        raise Invalid("the body must be a JSON object")
+    require(isinstance(value, dict), "the body must be a JSON object")
     try:
         _encode(value).encode()
     except UnicodeEncodeError:
@@ -790,88 +776,82 @@ def json_object(body: bytes) -> dict:
     return value
 
 
-class Reader:
-    """Reads the fields of one untrusted object and collects the faults it finds."""
+def read_all(readings: collections.abc.Iterable[tuple]) -> list:
+    """What parse(*arguments) makes of each (place, parse, *arguments).
 
-    def __init__(self, fields: dict):
-        self.fields = fields
-        self.faults: list[Fault] = []
-
-    def fault(self, context: str | None, message: str) -> None:
-        """Note a fault; `check` will raise it with the others."""
-        self.faults.append(Fault(context, message))
-
-    def check(self) -> None:
-        """Raise Invalid if anything was wrong."""
-        if self.faults:
-            raise Invalid(*self.faults)
-
-    def read(
-        self, name: str, parse: collections.abc.Callable, default, takes_null=False
-    ):
-        """The field as `parse` reads it; left out, null or at fault: the default."""
-        value = self.fields.get(name)
-        if name not in self.fields or value is None and not takes_null:
-            return default
+    Raises Invalid with the faults of all of them, TooLarge with the first one's."""
+    values, faults = [], []
+    for place, parse, *arguments in readings:
         try:
-            return parse(value)
-        except ValueError as error:
-            self.fault(name, str(error))
+            values.append(parse(*arguments))
         except Invalid as error:
-            self.faults += error.faults
-        return default
+            faults += error.within(place)
+        except TooLarge as error:
+            raise TooLarge(*error.within(place)) from None
+    if faults:
+        raise Invalid(*faults)
+    return values
 
 
-# ---- fields ----
+def read_given(fields: dict, readers: dict, nullable: tuple[str, ...] = ()) -> dict:
+    """By attribute what its (name, parse, *arguments) makes of the field of that name.
+
+    A field that is left out, or null and not nullable, is left out here, too."""
+    there = {name for name in fields if fields[name] is not None or name in nullable}
+    given = {attribute: r for attribute, r in readers.items() if r[0] in there}
+    values = read_all(
+        (name, parse, fields[name], *more) for name, parse, *more in given.values()
+    )
+    return dict(zip(given, values))
 
 
-def text_of(limit: int) -> collections.abc.Callable:
-    """A reader of strings of at most so many characters that are not blank."""
+# ---- fields: their readers raise Invalid, with no name or with one inside the field ----
 
-    def parse(value):
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError("must be a string that is not blank")
-        if len(value) > limit:
-            raise ValueError(
-                f"at most {limit} characters are allowed, these are {len(value)}"
-            )
-        return value
 
-    return parse
+def at_most(limit: int, value: collections.abc.Sized, what: str = "") -> None:
+    """Raise Invalid if there are more."""
+    count = len(value)
+    require(count <= limit, f"at most {limit}{what} are allowed, these are {count}")
+
+
+def webhook_name(value: object) -> str:
+    """A string that is not blank."""
+    is_text = isinstance(value, str) and value.strip()
+    require(is_text, "must be a string that is not blank")
+    at_most(255, value, " characters")
+    return value
 
 
 def boolean(value: object) -> bool:
     """A boolean, also spelled as a string."""
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    raise ValueError("must be true or false")
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower())
+    require(isinstance(value, bool), "must be true or false")
+    return value
 
 
-def object_of(limit: int, value: object) -> dict:
-    """An object with at most so many members; null is an empty one."""
-    if value is not None and not isinstance(value, dict):
-        raise ValueError("must be an object")
-    if value and len(value) > limit:
-        raise ValueError(f"at most {limit} are allowed, these are {len(value)}")
+def members(value: object) -> dict:
+    """An object with at most 20 members; null is an empty one."""
+    require(value is None or isinstance(value, dict), "must be an object")
+    at_most(20, value or {})
     return value or {}
 
 
 def rate(value: object) -> float | None:
     """Deliveries per second, or null for as many as there are."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise ValueError("must be a number above 0")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(value is None or is_number and value > 0, "must be a number above 0")
     return value
+
+
+EVENT_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 
 def event_name(value: object) -> str:
     """The name of an event."""
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", value):
+    if isinstance(value, str) and EVENT_NAME.fullmatch(value):
         return value
-    raise ValueError("must be 1 to 64 characters out of A-Z a-z 0-9 _ . : -")
+    raise Invalid("must be 1 to 64 characters out of A-Z a-z 0-9 _ . : -")
 
 
 def subscription(value: object) -> str:
@@ -883,21 +863,12 @@ def subscription(value: object) -> str:
 
 def subscriptions(value: object) -> tuple[str, ...]:
     """The set of names and wildcards that a webhook is subscribed to."""
-    if not isinstance(value, list):
-        raise ValueError("must be a list of event names")
-    if not value:
-        raise ValueError("at least one is needed")
-    if len(value) > 100:
-        raise ValueError(f"at most 100 are allowed, these are {len(value)}")
-    faults = []
-    for index, item in enumerate(value):
-        try:
-            subscription(item)
-        except ValueError as error:
-            faults.append(Fault(f"events[{index}]", str(error)))
-    if faults:
-        raise Invalid(*faults)
-    return tuple(dict.fromkeys(value))
+    require(isinstance(value, list), "must be a list of event names")
+    require(value, "at least one is needed")
+    at_most(100, value)
+    items = enumerate(value)
+    names = read_all((f"[{index}]", subscription, item) for index, item in items)
+    return tuple(dict.fromkeys(names))
 
 
 def ascii_host(host: str) -> str:
@@ -905,24 +876,28 @@ def ascii_host(host: str) -> str:
     return host if host.isascii() else host.encode("idna").decode()
 
 
-def _check_url(url):
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        raise ValueError("must begin with http:// or https://")
-    if not parts.hostname:
-        raise ValueError("must have a host")
-    if parts.port == 0:
-        raise ValueError("must have a port from 1 to 65535")
-    if "#" in url:
-        raise ValueError("must not have a fragment")
-    if "%" in parts.hostname:
-        raise ValueError("must not have a zone id or escapes in its host")
-    if f"{MASK}@" in parts.netloc:
-        raise ValueError("has a masked password that stands for none")
+def _is_host(name):
     try:
-        ascii_host(parts.hostname)
+        return bool(ascii_host(name))
     except UnicodeError:
-        raise ValueError("has a host that is not a valid name") from None
+        return False
+
+
+def _check_url(url):
+    at_most(2000, url, " characters")
+    bad = re.search(r"[\x00-\x20\x7f\\]", url)
+    require(not bad, "must not contain spaces, control characters or backslashes")
+    parts = urllib.parse.urlsplit(url)
+    is_http = parts.scheme in ("http", "https")
+    require(is_http, "must begin with http:// or https://")
+    require(parts.hostname, "must have a host")
+    require(parts.port != 0, "must have a port from 1 to 65535")
+    require("#" not in url, "must not have a fragment")
+    is_plain = "%" not in parts.hostname
+    require(is_plain, "must not have a zone id or escapes in its host")
+    is_masked = f"{MASK}@" in parts.netloc
+    require(not is_masked, "has a masked password that stands for none")
+    require(_is_host(parts.hostname), "has a host that is not a valid name")
 
 
 def _unmasked_url(url, previous):
@@ -934,73 +909,54 @@ def _unmasked_url(url, previous):
     return url
 
 
-def url_of(previous: str, check: collections.abc.Callable) -> collections.abc.Callable:
-    """A reader of a webhook's URL; a masked password stands for the previous one's.
+def read_url(value: object, previous: str, check: collections.abc.Callable) -> str:
+    """A webhook's URL; a masked password stands for the previous one's.
 
-    check(url) raises ValueError if deliveries may not go there; the previous may stay."""
-
-    def parse(value):
-        if not isinstance(value, str) or not value:
-            raise ValueError("must be a string")
+    check(url) raises Invalid if deliveries may not go there; the previous may stay."""
+    require(value and isinstance(value, str), "must be a string")
+    try:
         url = _unmasked_url(value, previous)
-        if len(url) > 2000:
-            raise ValueError(
-                f"at most 2000 characters are allowed, these are {len(url)}"
-            )
-        if re.search(r"[\x00-\x20\x7f\\]", url):
-            raise ValueError(
-                "must not contain spaces, control characters or backslashes"
-            )
         _check_url(url)
         if url != previous:
             check(url)
-        return url
-
-    return parse
-
-
-def configuration_of(previous: dict) -> collections.abc.Callable:
-    """A reader of the configuration, merged into the previous one; null removes a key."""
-
-    def parse(value):
-        if not isinstance(value, dict):
-            raise ValueError("must be an object of strings")
-        reader = Reader(value)
-        for key, text in value.items():
-            if text is not None and not isinstance(text, str):
-                reader.fault(f"configuration.{key}", "must be a string or null")
-        if len(str(value.get("secret"))) > 255:
-            reader.fault("configuration.secret", "at most 255 characters are allowed")
-        reader.check()
-        merged = previous | {
-            k: v for k, v in value.items() if (k, v) != ("secret", MASK)
-        }
-        return {key: text for key, text in merged.items() if text is not None}
-
-    return parse
+    except ValueError as error:  # urllib's
+        raise Invalid(str(error)) from None
+    return url
 
 
-def credentials_of(previous: dict | None) -> collections.abc.Callable:
-    """A reader of credentials; a password left out or masked keeps the previous one."""
+def _check_configured(key, text):
+    is_text = text is None or isinstance(text, str)
+    require(is_text, "must be a string or null")
+    is_short = key != "secret" or len(text or "") <= 255
+    require(is_short, "at most 255 characters are allowed")
 
-    def parse(value):
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise ValueError("must be an object with username and password")
-        kept = previous["password"] if previous else None
-        username, password = value.get("username"), value.get("password")
-        if password in (None, MASK):
-            password = kept
-        reader = Reader(value)
-        if not isinstance(username, str) or not username or ":" in username:
-            reader.fault("credentials.username", "must be a string without a colon")
-        if not isinstance(password, str):
-            reader.fault("credentials.password", "must be a string")
-        reader.check()
-        return {"username": username, "password": password}
 
-    return parse
+def read_configuration(value: object, previous: dict) -> dict:
+    """The configuration, merged into the previous one; null removes a key."""
+    require(isinstance(value, dict), "must be an object of strings")
+    read_all((key, _check_configured, key, text) for key, text in value.items())
+    given = {k: v for k, v in value.items() if (k, v) != ("secret", MASK)}
+    merged = previous | given
+    return {key: text for key, text in merged.items() if text is not None}
+
+
+def read_credentials(value: object, previous: dict | None) -> dict | None:
+    """Credentials; a password left out or masked keeps the previous one."""
+    if value is None:
+        return None
+    require(isinstance(value, dict), "must be an object with username and password")
+    username, password = value.get("username"), value.get("password")
+    if password in (None, MASK):
+        password = previous and previous["password"]
+    is_name = isinstance(username, str) and username and ":" not in username
+    is_password = isinstance(password, str)
+    read_all(
+        [
+            ("username", require, is_name, "must be a string without a colon"),
+            ("password", require, is_password, "must be a string"),
+        ]
+    )
+    return {"username": username, "password": password}
 
 
 HEADERS_NOT_TO_SET = frozenset(
@@ -1011,53 +967,42 @@ HEADERS_NOT_TO_SET = frozenset(
 )
 
 
-def _header_faults(headers):
-    seen = set()
-    for name, value in headers.items():
-        context = f"headers.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name):
-            yield Fault(context, "is not a header name")
-        elif name.lower() in HEADERS_NOT_TO_SET:
-            yield Fault(context, "is set by webhookd or belongs to the connection")
-        elif name.lower() in seen:
-            yield Fault(context, "is there twice")
-        if not isinstance(value, str) or not re.fullmatch(
-            r"[\x20-\x7e\xa0-\xff\t]*", value
-        ):
-            yield Fault(
-                context, "must be a string of Latin-1 without control characters"
-            )
-        seen.add(name.lower())
+def _check_header(name, value, is_first):
+    is_name = re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name)
+    require(is_name, "is not a header name")
+    is_free = name.lower() not in HEADERS_NOT_TO_SET
+    require(is_free, "is set by webhookd or belongs to the connection")
+    require(is_first, "is there twice")
+    is_text = isinstance(value, str) and re.fullmatch(r"[\x20-\x7e\xa0-\xff\t]*", value)
+    require(is_text, "must be a string of Latin-1 without control characters")
 
 
-def headers_of(previous: dict) -> collections.abc.Callable:
-    """A reader of extra request headers; a masked value keeps the previous one."""
+def read_headers(value: object, previous: dict) -> dict:
+    """Extra request headers; a masked value keeps the previous one."""
+    headers = {
+        name: previous.get(name) if text == MASK else text
+        for name, text in members(value).items()
+    }
+    first = {name.lower(): name for name in reversed(headers)}
+    read_all(
+        (name, _check_header, name, text, first[name.lower()] == name)
+        for name, text in headers.items()
+    )
+    return headers
 
-    def parse(value):
-        value = object_of(20, value)
-        headers = {k: previous.get(k) if v == MASK else v for k, v in value.items()}
-        faults = list(_header_faults(headers))
-        if faults:
-            raise Invalid(*faults)
-        return headers
 
-    return parse
+def _check_filter(path, accepted):
+    require(0 < len(path) <= 255, "must be a path of 1 to 255 characters")
+    accepted = accepted if isinstance(accepted, list) else [accepted]
+    is_plain = not any(isinstance(item, (list, dict)) for item in accepted)
+    require(accepted and is_plain, "must be a plain value or a list of plain values")
 
 
-def filters(value: object) -> dict:
+def read_filters(value: object) -> dict:
     """Dotted paths and the value, or list of values, that the event must have there."""
-    value = object_of(20, value)
-    reader = Reader(value)
-    for path, accepted in value.items():
-        accepted = accepted if isinstance(accepted, list) else [accepted]
-        if not path or len(path) > 255:
-            reader.fault(f"filters.{path}", "must be a path of 1 to 255 characters")
-        if not accepted or any(isinstance(item, (list, dict)) for item in accepted):
-            reader.fault(
-                f"filters.{path}", "must be a plain value or a list of plain values"
-            )
-    reader.check()
-    return value
+    filters = members(value)
+    read_all((path, _check_filter, path, item) for path, item in filters.items())
+    return filters
 
 
 def epoch_ms(text: str) -> int:
@@ -1069,130 +1014,115 @@ def epoch_ms(text: str) -> int:
         iso = text.replace(" ", "+") if "T" in text else text
         moment = datetime.datetime.fromisoformat(iso)
     except ValueError:
-        raise ValueError("must be epoch milliseconds or an ISO 8601 time") from None
+        raise Invalid("must be epoch milliseconds or an ISO 8601 time") from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=datetime.timezone.utc)
     return round(moment.timestamp() * 1000)
 
 
-def whole_number(lowest: int, highest: int = 1 << 53) -> collections.abc.Callable:
-    """A reader of whole numbers from lowest up; above the highest, the highest."""
-
-    def parse(text):
-        if not re.fullmatch(r"\d{1,15}", text, re.ASCII) or int(text) < lowest:
-            raise ValueError(f"must be a whole number from {lowest} up")
-        return min(int(text), highest)
-
-    return parse
-
-
-def one_of(allowed: tuple[str, ...]) -> collections.abc.Callable:
-    """A reader of the allowed words."""
-
-    def parse(text):
-        if text not in allowed:
-            raise ValueError(f"must be one of {', '.join(allowed)}")
-        return text
-
-    return parse
-
-
-class Query(Reader):
-    """Reads a query string; a parameter left blank is left out, of several the last counts."""
-
-    def __init__(self, query_string: str):
-        super().__init__(urllib.parse.parse_qs(query_string))
-
-    def read(self, name: str, parse: collections.abc.Callable, default):
-        return super().read(name, lambda values: parse(values[-1]), default)
-
-    def all(self, name: str, parse: collections.abc.Callable = str) -> tuple:
-        """The values of a parameter that may be repeated."""
-        return super().read(name, lambda values: tuple(map(parse, values)), ())
-
-    def page(self, limit: int = DEFAULT_PAGE) -> Page:
-        """start and limit."""
-        return Page(
-            self.read("start", whole_number(0), 0),
-            self.read("limit", whole_number(1, MAX_PAGE), limit),
-        )
-
-    def filter(self) -> Filter:
-        """event, outcome, state, since and until."""
-        return Filter(
-            events=self.all("event"),
-            outcomes=self.all("outcome", one_of(OUTCOMES)),
-            states=self.all("state", one_of((PENDING, SUCCEEDED, FAILED))),
-            since=self.read("since", epoch_ms, None),
-            until=self.read("until", epoch_ms, None),
-        )
-
-
-def strings(parse: collections.abc.Callable) -> collections.abc.Callable:
-    """A reader of one string or a list of them."""
-
-    def parse_all(value):
-        several = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, str) for item in several):
-            raise ValueError("must be a string or a list of strings")
-        return tuple(map(parse, several))
-
-    return parse_all
-
-
-def moment(value: object) -> int:
+def json_moment(value: object) -> int:
     """Epoch milliseconds of a JSON number or string, see `epoch_ms`."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError("must be epoch milliseconds or an ISO 8601 time")
-    return epoch_ms(str(value))
+    # true is no number, and what epoch_ms() says of it is right
+    return epoch_ms(str(value) if isinstance(value, (int, str)) else "")
+
+
+def whole_number(text: str, lowest: int, highest: int = 1 << 53) -> int:
+    """A whole number from lowest up; above the highest, the highest."""
+    is_number = re.fullmatch(r"\d{1,15}", text, re.ASCII) and int(text) >= lowest
+    require(is_number, f"must be a whole number from {lowest} up")
+    return min(int(text), highest)
+
+
+def strings(value: object, allowed: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """One string or a list of them, all among the allowed if any are named."""
+    several = value if isinstance(value, list) else [value]
+    are_strings = all(isinstance(item, str) for item in several)
+    require(are_strings, "must be a string or a list of strings")
+    are_allowed = not allowed or set(several) <= set(allowed)
+    require(are_allowed, f"must be one of {', '.join(allowed)}")
+    return tuple(several)
+
+
+# ---- queries: dicts as of parse_qs(), which leaves out what is blank ----
+
+
+def last(values: list[str], parse: collections.abc.Callable, *arguments) -> object:
+    """What parse makes of the last value of a parameter."""
+    return parse(values[-1], *arguments)
+
+
+PAGE_READERS = {
+    "start": ("start", last, whole_number, 0),
+    "limit": ("limit", last, whole_number, 1, MAX_PAGE),
+}
+SELECTION_READERS = {  # of a JSON object
+    "events": ("event", strings),
+    "outcomes": ("outcome", strings, OUTCOMES),
+    "since": ("since", json_moment),
+    "until": ("until", json_moment),
+    "dry_run": ("dryRun", boolean),
+}
+FILTER_READERS = {
+    "events": ("event", strings),
+    "outcomes": ("outcome", strings, OUTCOMES),
+    "states": ("state", strings, (PENDING, SUCCEEDED, FAILED)),
+    "since": ("since", last, epoch_ms),
+    "until": ("until", last, epoch_ms),
+}
+
+
+def read_parameter(
+    query: dict, name: str, default, parse: collections.abc.Callable, *arguments
+):
+    """What parse makes of the parameter; without it the default."""
+    given = read_given(query, {name: (name, last, parse, *arguments)})
+    return given.get(name, default)
+
+
+def read_page(query: dict, limit: int = DEFAULT_PAGE) -> Page:
+    """The page that start and limit ask for."""
+    return Page(**{"limit": limit} | read_given(query, PAGE_READERS))
+
+
+def read_filter(query: dict) -> Filter:
+    """What event, outcome, state, since and until ask for."""
+    return Filter(**read_given(query, FILTER_READERS))
+
+
+def read_statistics_wish(query: dict) -> bool:
+    """Whether statistics are asked for."""
+    return read_parameter(query, "statistics", False, boolean)
 
 
 def read_selection(body: bytes) -> tuple[Filter, bool]:
     """Which deliveries or events an operation is for, and if it only counts them."""
-    value = json_object(body)
-    reader = Reader(value)
-    wanted = Filter(
-        events=reader.read("event", strings(str), ()),
-        outcomes=reader.read("outcome", strings(one_of(OUTCOMES)), ()),
-        since=reader.read("since", moment, None),
-        until=reader.read("until", moment, None),
-    )
-    dry_run = reader.read("dryRun", boolean, False)
-    reader.check()
-    return wanted, dry_run
+    given = read_given(json_object(body), SELECTION_READERS)
+    dry_run = given.pop("dry_run", False)
+    return Filter(**given), dry_run
 
 
 # ---- webhooks ----
 
 
-def _full_configuration(webhook):
-    secret = {"secret": webhook.secret} if webhook.secret else {}
-    return webhook.configuration | secret
+def _webhook_readers(old, check_url):
+    secret = {"secret": old.secret} if old.secret else {}
+    configuration = old.configuration | secret
+    return {
+        "configuration": ("configuration", read_configuration, configuration),
+        "name": ("name", webhook_name),
+        "url": ("url", read_url, old.url, check_url),
+        "events": ("events", subscriptions),
+        "active": ("active", boolean),
+        "verify_tls": ("sslVerificationRequired", boolean),
+        "credentials": ("credentials", read_credentials, old.credentials),
+        "headers": ("headers", read_headers, old.headers),
+        "filters": ("filters", read_filters),
+        "ordered": ("ordered", boolean),
+        "rate_limit": ("rateLimit", rate),
+    }
 
 
-def _read_fields(reader, old, check_url):
-    configuration = reader.read(
-        "configuration",
-        configuration_of(_full_configuration(old)),
-        _full_configuration(old),
-    )
-    return dataclasses.replace(
-        old,
-        name=reader.read("name", text_of(255), old.name),
-        url=reader.read("url", url_of(old.url, check_url), old.url),
-        events=reader.read("events", subscriptions, old.events),
-        active=reader.read("active", boolean, old.active),
-        verify_tls=reader.read("sslVerificationRequired", boolean, old.verify_tls),
-        secret=configuration.get("secret") or None,
-        configuration={k: v for k, v in configuration.items() if k != "secret"},
-        credentials=reader.read(
-            "credentials", credentials_of(old.credentials), old.credentials, True
-        ),
-        headers=reader.read("headers", headers_of(old.headers), old.headers, True),
-        filters=reader.read("filters", filters, old.filters, True),
-        ordered=reader.read("ordered", boolean, old.ordered),
-        rate_limit=reader.read("rateLimit", rate, old.rate_limit, True),
-    )
+NULLABLE = ("credentials", "headers", "filters", "rateLimit")
 
 
 def read_webhook(
@@ -1200,13 +1130,20 @@ def read_webhook(
 ) -> Webhook:
     """The webhook that the fields ask for, those left out as in the old one.
 
-    check_url raises ValueError. Raises Invalid with every field at fault."""
-    reader = Reader(fields)
-    for name in ("url", "events"):
-        if not getattr(old, name) and fields.get(name) is None:
-            reader.fault(name, "is needed")
-    webhook = _read_fields(reader, old, check_url)
-    reader.check()
+    check_url raises Invalid. Raises Invalid with every field at fault."""
+    has_url = old.url or fields.get("url") is not None
+    has_events = old.events or fields.get("events") is not None
+    readers = _webhook_readers(old, check_url)
+    *_, given = read_all(
+        [
+            ("url", require, has_url, "is needed"),
+            ("events", require, has_events, "is needed"),
+            (None, read_given, fields, readers, NULLABLE),
+        ]
+    )
+    if "configuration" in given:
+        given["secret"] = given["configuration"].pop("secret", None) or None
+    webhook = dataclasses.replace(old, **given)
     if not webhook.name:
         webhook = dataclasses.replace(webhook, name=webhook.masked_url[:255])
     return webhook
@@ -1247,50 +1184,39 @@ def _event_body(fields):
     return _marked_number.sub(r"\1", text).encode("utf-8", "backslashreplace")
 
 
+def _name_of(fields):
+    if fields.get("event") is None:
+        raise Invalid("must be a string" if "event" in fields else "is needed")
+    return event_name(fields["event"])
+
+
+def _event_time(value):
+    moment = value.value if isinstance(value, JsonNumber) else value
+    if isinstance(moment, bool) or not isinstance(moment, (int, float)):
+        raise Invalid("must be a number")
+    if not abs(moment) < 1e15:
+        raise Invalid("is out of range")
+    return int(moment)
+
+
 def _read_event(value, sent_bytes, now_ms, max_bytes):
     if not isinstance(value, dict):
         raise Invalid("an event must be a JSON object")
-    reader = Reader(value)
-    if "event" not in value:
-        reader.fault("event", "is needed")
-    name = reader.read("event", event_name, "")
     timestamp = value.get("timestamp", now_ms)
-    moment = timestamp.value if isinstance(timestamp, JsonNumber) else timestamp
-    if isinstance(moment, bool) or not isinstance(moment, (int, float)):
-        reader.fault("timestamp", "must be a number")
-    elif not abs(moment) < 1e15:
-        reader.fault("timestamp", "is out of range")
-    if value.get("event", "") is None:
-        reader.fault("event", "must be a string")
-    reader.check()
+    name, moment = read_all(
+        [("event", _name_of, value), ("timestamp", _event_time, timestamp)]
+    )
     body = _event_body({"timestamp": timestamp, "event": name} | value)
     added = 0 if "timestamp" in value else len(f'"timestamp":{now_ms},')
     if max(sent_bytes, len(body) - added) > max_bytes:
         raise TooLarge(
             f"an event may have at most {max_bytes} bytes (--max-event-size)"
         )
-    return NewEvent(name, int(moment), body, value)
+    return NewEvent(name, moment, body, value)
 
 
-def _placed(fault, index):
-    context = f"[{index}].{fault.context}" if fault.context else f"[{index}]"
-    return Fault(context, fault.message)
-
-
-def _read_all(parts, now_ms, max_bytes):
-    events, faults = [], []
-    for index, (part, sent_bytes) in enumerate(parts):
-        try:
-            value = json_value(part, _decode_event) if sent_bytes else part
-            events.append(_read_event(value, sent_bytes, now_ms, max_bytes))
-        except (Invalid, TooLarge) as error:
-            place = [_placed(fault, index) for fault in error.faults]
-            if isinstance(error, TooLarge):
-                raise TooLarge(*place) from None
-            faults += place
-    if faults:
-        raise Invalid(*faults)
-    return events
+def _read_line(line, now_ms, max_bytes):
+    return _read_event(json_value(line, _decode_event), len(line), now_ms, max_bytes)
 
 
 def read_events(
@@ -1300,17 +1226,19 @@ def read_events(
 
     Raises Invalid with the faults of all of them, TooLarge for one over max_bytes."""
     if lines:
-        parts = [(line, len(line)) for line in body.split(b"\n") if line.strip()]
+        parts = [(_read_line, line) for line in body.split(b"\n") if line.strip()]
     else:
         value = json_value(body, _decode_event)
         if not isinstance(value, list):
             return _read_event(value, len(body), now_ms, max_bytes)
-        parts = [(item, 0) for item in value]
+        parts = [(_read_event, item, 0) for item in value]
     if not 1 <= len(parts) <= MAX_EVENTS_PER_REQUEST:
         raise Invalid(
             f"1 to {MAX_EVENTS_PER_REQUEST} events are allowed, not {len(parts)}"
         )
-    return _read_all(parts, now_ms, max_bytes)
+    return read_all(
+        (f"[{index}]", *part, now_ms, max_bytes) for index, part in enumerate(parts)
+    )
 
 
 # ======================================================================================
@@ -1568,7 +1496,7 @@ MAX_LOOKUPS = 64  # names being looked up at one moment, a thread each
 LOOKUP_SECONDS_AT_REGISTRATION = 5
 
 
-class AddressRefused(ValueError):
+class AddressRefused(Invalid):
     """A delivery may not go to this address; the text says which, and what allows it."""
 
 
@@ -2962,8 +2890,8 @@ class Store:
         id: int,
         change: collections.abc.Callable[[Webhook], Webhook],
         starts_clean: bool = False,
-    ) -> Webhook:
-        """Replace a webhook by change(it); no other change comes in between.
+    ) -> tuple[Webhook, Webhook]:
+        """Replace a webhook by change(it), which no other comes between; both of them.
 
         starts_clean: forget its failures, too. Raises NotFound."""
 
@@ -2972,13 +2900,14 @@ class Store:
             row = batch.connection.execute(sql, [id]).fetchone()
             if row is None:
                 raise NotFound(f"there is no webhook {id}")
-            webhook = change(stored_webhook(*row))
+            old = stored_webhook(*row)
+            new = change(old)
             sql = "UPDATE webhooks SET definition = ? WHERE id = ?"
-            batch.connection.execute(sql, (definition_of(webhook), id))
+            batch.connection.execute(sql, (definition_of(new), id))
             if starts_clean:
                 save_health(batch.connection, id, HEALTHY)
             batch.webhooks_changed()
-            return webhook
+            return old, new
 
         return self._write(work)
 
@@ -4440,21 +4369,25 @@ class Api:
     def _object(self):
         return json_object(self._body(JSON_TYPE)[0])
 
-    def _query(self):
-        return Query(bottle.request.environ.get("QUERY_STRING", ""))
+    @staticmethod
+    def _query():
+        return urllib.parse.parse_qs(bottle.request.environ.get("QUERY_STRING", ""))
 
-    def _page_of(self, query, page, total, results):
+    def _asked(self, *readers):
+        """What each reader takes from the query; raises Invalid with all the faults."""
+        query = self._query()
+        return read_all((None, read, query) for read in readers)
+
+    def _page_of(self, page, total, results):
         """A page of results, with links to itself and its neighbours."""
-        start, limit = page.start, page.limit
-        path = bottle.request.path
+        path, query = bottle.request.path, self._query()
         links = {
-            name: self._link(path, query.fields | {"start": [first], "limit": [limit]})
-            for name, first in page.neighbours(total).items()
+            name: self._link(path, query | {"start": start, "limit": page.limit})
+            for name, start in page.neighbours(total).items()
         }
-        return self._json(
-            {"results": results, "start": start, "limit": limit, "size": len(results)}
-            | {"totalCount": total, "_links": links}
-        )
+        part = {"start": page.start, "limit": page.limit, "size": len(results)}
+        totals = {"totalCount": total, "_links": links}
+        return self._json({"results": results} | part | totals)
 
     def _log_change(self, words, **values):
         environ = bottle.request.environ
@@ -4464,20 +4397,16 @@ class Api:
     # ---- webhooks ----
 
     def list_webhooks(self):
-        query = self._query()
-        page, wanted, statistics = (
-            query.page(),
-            query.filter(),
-            query.read("statistics", boolean, False),
+        page, wanted, statistics = self._asked(
+            read_page, read_filter, read_statistics_wish
         )
-        query.check()
         webhooks = [
             webhook
             for webhook in self._store.webhooks.by_id.values()
             if not wanted.events or any(map(webhook.subscribed, wanted.events))
         ]
         part = webhooks[page.start : page.start + page.limit]
-        return self._page_of(query, page, len(webhooks), self._shown(part, statistics))
+        return self._page_of(page, len(webhooks), self._shown(part, statistics))
 
     def create_webhook(self):
         webhook = self.register(self._object())
@@ -4496,9 +4425,7 @@ class Api:
         return webhook
 
     def get_webhook(self, id):
-        query = self._query()
-        statistics = query.read("statistics", boolean, False)
-        query.check()
+        [statistics] = self._asked(read_statistics_wish)
         return self._json(self._shown([self._store.webhook(id)], statistics)[0])
 
     def update_webhook(self, id):
@@ -4507,20 +4434,15 @@ class Api:
 
     def change(self, id: int, fields: dict) -> Webhook:
         """Change the fields of a webhook that are given; raises NotFound, Invalid."""
-        old = self._store.webhook(id)
         # looking its host up takes time, so the writer reads it again without that
-        read_webhook(fields, old, self._destinations.check_url)
-        now = self._now_ms()
+        read_webhook(fields, self._store.webhook(id), self._destinations.check_url)
+        now, starts_clean = self._now_ms(), not {"active", "url"}.isdisjoint(fields)
 
-        def change(current):
-            nonlocal old
-            old = current
+        def change(old):
             new = dataclasses.replace(read_webhook(fields, old), updated=now)
             return with_rotated_secret(old, new, now)
 
-        webhook = self._store.change_webhook(
-            id, change, starts_clean=not {"active", "url"}.isdisjoint(fields)
-        )
+        old, webhook = self._store.change_webhook(id, change, starts_clean)
         self._dispatcher.reconsider(id)
         names, url = changed_fields(old, webhook), webhook.masked_url
         self._log_change(change_in_words(old, webhook), id=id, fields=names, url=url)
@@ -4550,9 +4472,7 @@ class Api:
         return shown
 
     def latest(self, id):
-        query = self._query()
-        wanted = query.filter()
-        query.check()
+        [wanted] = self._asked(read_filter)
         invocation = self._store.latest(self._store.webhook(id).id, wanted)
         if invocation is None:
             bottle.response.status = 204
@@ -4560,25 +4480,18 @@ class Api:
         return self._json(invocation)
 
     def statistics(self, id):
-        query = self._query()
-        wanted = query.filter()
-        query.check()
+        [wanted], now = self._asked(read_filter), self._now_ms()
         webhook = self._store.webhook(id)
-        return self._json(
-            self._store.statistics(webhook.id, wanted.events, self._now_ms())
-        )
+        return self._json(self._store.statistics(webhook.id, wanted.events, now))
 
     def statistics_summary(self, id):
         webhook, now = self._store.webhook(id), self._now_ms()
-        return self._json(
-            {
-                event: self._store.statistics(webhook.id, (event,), now)
-                for event in self._store.attempted_events(webhook.id)
-            }
-        )
+        events = self._store.attempted_events(webhook.id)
+        of_event = functools.partial(self._store.statistics, webhook.id, now_ms=now)
+        return self._json({event: of_event((event,)) for event in events})
 
     def test_webhook(self):
-        return self._json(self.test(self._webhook_to_test(self._query())))
+        return self._json(self.test(self._webhook_to_test()))
 
     def test(self, webhook: Webhook) -> dict:
         """Send a ping now; what was sent and what came back. Raises TooManyRequests."""
@@ -4602,16 +4515,14 @@ class Api:
         answer["response"] = {"status": attempt.status} | attempt.response()
         return answer
 
-    def _webhook_to_test(self, query):
-        id = query.read("webhookId", whole_number(1), 0)
-        if "webhookId" in query.fields:
-            query.check()
+    def _webhook_to_test(self):
+        query, check_url = self._query(), self._destinations.check_url
+        id = read_parameter(query, "webhookId", None, whole_number, 1)
+        if id is not None:
             return self._store.webhook(id)
-        url = query.read("url", url_of("", self._destinations.check_url), None)
-        if "url" not in query.fields:
-            query.fault("url", "url or webhookId is needed")
-        query.check()
-        return Webhook(url=url)
+        if "url" not in query:
+            raise Invalid(Fault("url", "url or webhookId is needed"))
+        return Webhook(url=read_parameter(query, "url", "", read_url, "", check_url))
 
     async def _ping(self, webhook):
         client = Client(self._destinations, self._settings.delivery_timeout)
@@ -4649,11 +4560,9 @@ class Api:
         return IdempotencyKey(user, key, hashlib.sha256(body).digest())
 
     def list_events(self):
-        query = self._query()
-        page, wanted = query.page(), query.filter()
-        query.check()
+        page, wanted = self._asked(read_page, read_filter)
         events, total = self._store.events(wanted, page)
-        return self._page_of(query, page, total, [event.shown() for event in events])
+        return self._page_of(page, total, [event.shown() for event in events])
 
     def get_event(self, id):
         event, body, deliveries = self._store.event(id)
@@ -4665,12 +4574,10 @@ class Api:
         return self._json(head + b',"payload":' + payload_of(body, event.name) + b"}")
 
     def list_deliveries(self, id):
-        query = self._query()
-        page, wanted = query.page(), query.filter()
-        query.check()
+        page, wanted = self._asked(read_page, read_filter)
         webhook = self._store.webhook(id)
         deliveries, total = self._store.deliveries(webhook.id, wanted, page)
-        return self._page_of(query, page, total, [d.shown() for d in deliveries])
+        return self._page_of(page, total, [delivery.shown() for delivery in deliveries])
 
     def get_delivery(self, uuid):
         delivery, body, attempts = self._store.delivery(uuid.lower())
@@ -5546,11 +5453,11 @@ class Pages(Api):
 
         return checked
 
-    def _beside(self, query, page, total):
+    def _beside(self, page, total):
         """The links to the parts of a list before and after this one."""
+        query = self._query()
         return {
-            name: "?"
-            + urllib.parse.urlencode(query.fields | {"start": start}, doseq=True)
+            name: "?" + urllib.parse.urlencode(query | {"start": start}, doseq=True)
             for name, start in page.neighbours(total).items()
         }
 
@@ -5568,9 +5475,7 @@ class Pages(Api):
         return CURL_PAGE.format(version=VERSION, **quoted)
 
     def show_webhooks(self):
-        query = self._query()
-        page = query.page()
-        query.check()
+        [page] = self._asked(read_page)
         webhooks = list(self._store.webhooks.by_id.values())
         part = self._shown(webhooks[page.start : page.start + page.limit])
         ids = tuple(webhook["id"] for webhook in part)
@@ -5581,7 +5486,7 @@ class Pages(Api):
             webhooks=part,
             summary=self._summary(webhooks),
             rates={id: success_rate(counts[id]) for id in ids},
-            neighbours=self._beside(query, page, len(webhooks)),
+            neighbours=self._beside(page, len(webhooks)),
         )
 
     def _summary(self, webhooks):
@@ -5592,10 +5497,11 @@ class Pages(Api):
         return ", ".join(f"{n} {state}" for state, n in states.items()) or "None yet."
 
     def show_webhook(self, id):
-        query = self._query()
-        page, wanted = query.page(DELIVERIES_PER_PAGE), query.filter()
-        redelivered = query.read("redelivered", whole_number(0), None)
-        query.check()
+        page, wanted, redelivered = self._asked(
+            lambda query: read_page(query, DELIVERIES_PER_PAGE),
+            read_filter,
+            lambda query: read_parameter(query, "redelivered", None, whole_number, 0),
+        )
         now = self._now_ms()
         [webhook] = self._shown([self._store.webhook(id)], statistics=True)
         deliveries, total = self._store.deliveries(id, wanted, page)
@@ -5612,7 +5518,7 @@ class Pages(Api):
             rate=success_rate,
             shown_state=wanted.states[0] if wanted.states else "",
             deliveries=deliveries,
-            neighbours=self._beside(query, page, total),
+            neighbours=self._beside(page, total),
         )
 
     def show_delivery(self, uuid):
