@@ -167,17 +167,12 @@ def positive(text: str) -> int:
 
 def listen_address(text: str) -> tuple[str, int]:
     """Host and port of HOST:PORT or [IPV6]:PORT."""
-    host, _, port = text.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if (
-        not bare
-        or (":" in bare) != (bare != host)
-        or not re.fullmatch(r"[0-9]{1,5}", port)
-    ):
+    match = re.fullmatch(r"(?:\[(.*:.*)\]|([^][:]+)):([0-9]{1,5})", text)
+    if not match:
         raise ValueError(f"{text!r} is not an address and port such as 127.0.0.1:8090")
-    if int(port) > 65535:
+    if int(match[3]) > 65535:
         raise ValueError(f"{text!r} has a port above 65535")
-    return bare, int(port)
+    return match[1] or match[2], int(match[3])
 
 
 def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
@@ -498,9 +493,9 @@ class Webhook:
 
     def shown(self) -> dict:
         """The webhook as the API shows it."""
+        login = self.credentials and {"username": self.credentials["username"]}
         optional = {
-            "credentials": self.credentials
-            and {"username": self.credentials["username"]},
+            "credentials": login,
             "headers": dict.fromkeys(self.headers, MASK),
             "filters": self.filters,
             "ordered": self.ordered,
@@ -553,8 +548,7 @@ class Health(typing.NamedTuple):
 HEALTHY = Health()
 
 
-@dataclasses.dataclass(frozen=True)
-class NewEvent:
+class NewEvent(typing.NamedTuple):
     """An event as it was published: its body is what every delivery sends."""
 
     name: str
@@ -563,8 +557,10 @@ class NewEvent:
     fields: dict  # the parsed body, for filters; its numbers are JsonNumbers
 
 
-@dataclasses.dataclass(frozen=True)
-class Event:
+EVENT_KEYS = ("id", "event", "timestamp", "deliveries")
+
+
+class Event(typing.NamedTuple):
     """A stored event."""
 
     id: int
@@ -574,12 +570,7 @@ class Event:
 
     def shown(self) -> dict:
         """The event as publishing answers it and as lists show it."""
-        return {
-            "id": self.id,
-            "event": self.name,
-            "timestamp": self.timestamp,
-            "deliveries": self.delivery_count,
-        }
+        return dict(zip(EVENT_KEYS, self))
 
 
 def payload_of(body: bytes, name: str) -> bytes:
@@ -588,8 +579,13 @@ def payload_of(body: bytes, name: str) -> bytes:
     return b"{" + body[body.index(head) + len(head) :].removeprefix(b",")
 
 
-@dataclasses.dataclass(frozen=True)
-class Delivery:
+DELIVERY_KEYS = (
+    "id webhookId eventId event state attemptCount nextAttempt createdDate"
+    " outcome description duration".split()
+)
+
+
+class Delivery(typing.NamedTuple):
     """One event for one webhook, as the API shows it."""
 
     id: str  # UUID
@@ -606,19 +602,7 @@ class Delivery:
 
     def shown(self) -> dict:
         """The delivery as the API shows it."""
-        return {
-            "id": self.id,
-            "webhookId": self.webhook_id,
-            "eventId": self.event_id,
-            "event": self.event,
-            "state": self.state,
-            "attemptCount": self.attempt_count,
-            "nextAttempt": self.next_attempt,
-            "createdDate": self.created,
-            "outcome": self.outcome,
-            "description": self.description,
-            "duration": self.duration,
-        }
+        return dict(zip(DELIVERY_KEYS, self))
 
 
 class DueDelivery(typing.NamedTuple):
@@ -660,28 +644,17 @@ class Attempt(typing.NamedTuple):
 
     def shown(self, delivery_id: str, event: str, body: str | None) -> dict:
         """The invocation as the API shows it; body None: without headers and bodies."""
+        sent = {"id": delivery_id, "event": event, "duration": self.duration}
+        sent |= {"start": self.start, "finish": self.start + self.duration}
         request = {"method": "POST", "url": self.url}
-        result = {
-            "description": self.description,
-            "outcome": self.outcome,
-            "statusCode": self.status,
-        }
+        result = {"description": self.description, "outcome": self.outcome}
+        result |= {"statusCode": self.status}
         if body is not None:
-            request = self.request(body)
-            result |= self.response()
-        return {
-            "id": delivery_id,
-            "event": event,
-            "duration": self.duration,
-            "start": self.start,
-            "finish": self.start + self.duration,
-            "request": request,
-            "result": result,
-        }
+            request, result = self.request(body), result | self.response()
+        return sent | {"request": request, "result": result}
 
 
-@dataclasses.dataclass(frozen=True)
-class Page:
+class Page(typing.NamedTuple):
     """Which part of a list is wanted."""
 
     start: int = 0
@@ -1245,8 +1218,6 @@ def read_events(
 # Signatures: what one attempt sends
 # ======================================================================================
 
-
-ROTATION_SECONDS = 86400
 SIGNATURE_TOLERANCE_SECONDS = 300  # what Standard Webhooks asks of receivers
 
 
@@ -1296,21 +1267,17 @@ def standard_signature(secret: str, id: str, seconds: int, body: bytes) -> str:
 
 def signing_secrets(webhook: Webhook, now_ms: int) -> list[str]:
     """The secret, and for a day after it changed the one before it."""
-    previous = [webhook.previous_secret] if webhook.previous_secret else []
-    return [webhook.secret] + (
-        previous if now_ms < webhook.previous_secret_until else []
-    )
+    if webhook.previous_secret and now_ms < webhook.previous_secret_until:
+        return [webhook.secret, webhook.previous_secret]
+    return [webhook.secret]
 
 
 def with_rotated_secret(old: Webhook, new: Webhook, now_ms: int) -> Webhook:
-    """The new webhook; if its secret changed, the old one's signs for a while too."""
+    """The new webhook; if its secret changed, the old one's signs for a day too."""
     if not old.secret or old.secret == new.secret:
         return new
-    return dataclasses.replace(
-        new,
-        previous_secret=old.secret,
-        previous_secret_until=now_ms + ROTATION_SECONDS * 1000,
-    )
+    previous = {"previous_secret": old.secret, "previous_secret_until": now_ms + DAY_MS}
+    return dataclasses.replace(new, **previous)
 
 
 def attempt_headers(
@@ -1363,10 +1330,8 @@ def standard_fault(
 # Policy: is it a success, and when is the next attempt
 # ======================================================================================
 
-MAX_RETRY_AFTER_SECONDS = 86400
+MAX_RETRY_AFTER_SECONDS = DAY_SECONDS
 JITTER = 0.1  # every wait varies by this share, so that retries do not come in step
-
-
 FAILURES_TO_PAUSE = 5
 PAUSE_GROWTH = 1.2
 
@@ -1408,9 +1373,8 @@ def next_wait(
     jitter is a factor around 1. A receiver may ask for later, never for earlier."""
     if attempts > len(schedule):
         return None
-    return max(
-        schedule[attempts - 1] * jitter, min(retry_after, MAX_RETRY_AFTER_SECONDS)
-    )
+    planned = schedule[attempts - 1] * jitter
+    return max(planned, min(retry_after, MAX_RETRY_AFTER_SECONDS))
 
 
 def pause_seconds(failures: int, initial: float, maximum: float) -> float | None:
@@ -1492,6 +1456,7 @@ REFUSED_NETWORKS = networks(
 )
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 COMPATIBLE = ipaddress.ip_network("::/96")
+LOOPBACK = {4: ipaddress.ip_address("127.0.0.1"), 6: ipaddress.ip_address("::1")}
 MAX_LOOKUPS = 64  # names being looked up at one moment, a thread each
 LOOKUP_SECONDS_AT_REGISTRATION = 5
 
@@ -1528,13 +1493,10 @@ def endpoint(url: str) -> Endpoint:
     default = 443 if tls else 80
     port = parts.port or default
     name = f"[{host}]" if ":" in host else host
-    target = urllib.parse.quote(
-        (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
-        safe="!#$%&'()*+,/:;=?@[]~",
-    )
-    return Endpoint(
-        tls, host, port, name if port == default else f"{name}:{port}", target
-    )
+    host_header = name if port == default else f"{name}:{port}"
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    quoted = urllib.parse.quote(target, safe="!#$%&'()*+,/:;=?@[]~")
+    return Endpoint(tls, host, port, host_header, quoted)
 
 
 def _is_ip(host):
@@ -1576,11 +1538,9 @@ class Destinations:
         inside = embedded_ipv4(address) if address.version == 6 else None
         if self._is_own(inside or address, port):
             raise AddressRefused(f"{text} port {port} is webhookd itself")
-        if any(address in network for network in self._allowed):
-            return
         judged = inside or address
         refused = next((net for net in REFUSED_NETWORKS if judged in net), None)
-        if refused and not any(judged in network for network in self._allowed):
+        if refused and not any(address in n or judged in n for n in self._allowed):
             raise AddressRefused(
                 f"{text} is not a public address; to deliver there start with"
                 f" --allow-networks {refused}"
@@ -1590,22 +1550,16 @@ class Destinations:
         if not self._own or port != self._own[1]:
             return False
         if address.is_unspecified:  # connects to this machine
-            address = ipaddress.ip_address(
-                "127.0.0.1" if address.version == 4 else "::1"
-            )
-        return (
-            address == self._own[0]
-            or self._own[0].is_unspecified
-            and _is_local(address)
-        )
+            address = LOOPBACK[address.version]
+        own = self._own[0]
+        return address == own or own.is_unspecified and _is_local(address)
 
     def check_url(self, url: str) -> None:
         """Raise AddressRefused if the URL leads, as far as is known now, astray."""
         place = endpoint(url)
-        with contextlib.suppress(OSError, concurrent.futures.TimeoutError):
-            for address in self.lookup(place.host).result(
-                LOOKUP_SECONDS_AT_REGISTRATION
-            ):
+        with contextlib.suppress(OSError):  # TimeoutError is one
+            found = self.lookup(place.host).result(LOOKUP_SECONDS_AT_REGISTRATION)
+            for address in found:
                 self.check(address, place.port)
 
     def lookup(self, host: str) -> concurrent.futures.Future:
@@ -1726,10 +1680,8 @@ class Response:
     def end(self) -> None:
         """The receiver closed the connection. Raises ProtocolError if that was too early."""
         if self._step != self._read_until_close:
-            where = (
-                "in the middle of its answer" if self.started else "without an answer"
-            )
-            raise ProtocolError(f"the receiver closed the connection {where}")
+            when = "in the middle of its" if self.started else "without an"
+            raise ProtocolError(f"the receiver closed the connection {when} answer")
         self.complete = True
 
     def _cut_off(self):
@@ -1816,9 +1768,7 @@ class Response:
         return line is not None
 
 
-LATIN_CHARSET = re.compile(
-    r"charset=\"?(iso-8859-1|us-ascii|windows-1252)\b", re.IGNORECASE
-)
+LATIN_CHARSET = re.compile(r"(?i)charset=\"?(iso-8859-1|us-ascii|windows-1252)\b")
 BINARY = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 
@@ -1904,11 +1854,10 @@ class Exchange:
     def received(self, data: bytes) -> None:
         """The connection has brought something."""
         try:
-            self._response.feed(data)
+            if self._response.feed(data):
+                self._end(self._response)
         except ProtocolError as error:
             self._end(error)
-        if self._response.complete:
-            self._end(self._response)
 
     def lost(self, error: Exception | None) -> None:
         """The connection is closed, by the receiver or by an error."""
