@@ -275,7 +275,9 @@ def _parsed(field, text):
         raise SettingError(f"{flag(field)} ({variable(field)}): {error}") from None
 
 
-def _given_settings(flags, environ):
+def read_settings(flags: dict, environ: collections.abc.Mapping) -> Settings:
+    """Settings from flags, else variables, else defaults; raises SettingError."""
+    given = {}
     for field in dataclasses.fields(Settings):
         text = flags.get(field.name)
         if text is None:
@@ -283,12 +285,8 @@ def _given_settings(flags, environ):
         if text is None and field.name == "admin_password":
             text = _credential(environ, "admin-password")
         if text is not None:
-            yield field.name, _parsed(field, text)
-
-
-def read_settings(flags: dict, environ: collections.abc.Mapping) -> Settings:
-    """Settings from flags, else variables, else defaults; raises SettingError."""
-    return Settings(**dict(_given_settings(flags, environ)))
+            given[field.name] = _parsed(field, text)
+    return Settings(**given)
 
 
 # ======================================================================================
@@ -849,13 +847,6 @@ def ascii_host(host: str) -> str:
     return host if host.isascii() else host.encode("idna").decode()
 
 
-def _is_host(name):
-    try:
-        return bool(ascii_host(name))
-    except UnicodeError:
-        return False
-
-
 def _check_url(url):
     at_most(2000, url, " characters")
     bad = re.search(r"[\x00-\x20\x7f\\]", url)
@@ -870,7 +861,7 @@ def _check_url(url):
     require(is_plain, "must not have a zone id or escapes in its host")
     is_masked = f"{MASK}@" in parts.netloc
     require(not is_masked, "has a masked password that stands for none")
-    require(_is_host(parts.hostname), "has a host that is not a valid name")
+    ascii_host(parts.hostname)
 
 
 def _unmasked_url(url, previous):
@@ -892,6 +883,8 @@ def read_url(value: object, previous: str, check: collections.abc.Callable) -> s
         _check_url(url)
         if url != previous:
             check(url)
+    except UnicodeError:
+        raise Invalid("has a host that is not a valid name") from None
     except ValueError as error:  # urllib's
         raise Invalid(str(error)) from None
     return url
@@ -1585,14 +1578,12 @@ class Destinations:
         try:
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
             answer = list(dict.fromkeys(address[0] for *_, address in found))
+            finish = future.set_result
         except Exception:  # whatever it is, the host must not stay looked up for ever
-            answer = UnknownHost(f"unknown host {host}")
+            answer, finish = UnknownHost(f"unknown host {host}"), future.set_exception
         with self._lock:
             del self._lookups[host]
-        if isinstance(answer, UnknownHost):
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)
+        finish(answer)
 
 
 # ---- requests and responses ----
@@ -1617,8 +1608,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\0]*)?")
 LENGTH = re.compile(r"(\d{1,18})(?:[ \t]*,[ \t]*\1)*", re.ASCII)
 
 
-@dataclasses.dataclass(frozen=True)
-class Head:
+class Head(typing.NamedTuple):
     """What comes before the body of a response."""
 
     status: int
@@ -1672,7 +1662,9 @@ class Response:
         while not self.complete and self._step():
             pass
         if not self.complete and self._received >= MAX_RESPONSE_BYTES:
-            self._cut_off()
+            if not self.head:
+                raise ProtocolError("the answer's headers are too long")
+            self.complete, self.reusable = True, False
         if self.complete and self._unread:
             self.reusable = False
         return self.complete
@@ -1683,11 +1675,6 @@ class Response:
             when = "in the middle of its" if self.started else "without an"
             raise ProtocolError(f"the receiver closed the connection {when} answer")
         self.complete = True
-
-    def _cut_off(self):
-        if not self.head:
-            raise ProtocolError("the answer's headers are too long")
-        self.complete, self.reusable = True, False
 
     def _read_line(self):
         """The next line, or None if it is not there yet."""
@@ -1944,16 +1931,15 @@ class Client:
 
     def send(
         self,
-        url: str,
+        webhook: Webhook,
         headers: str,
         body: bytes,
-        verify_tls: bool,
         done: collections.abc.Callable,
     ) -> None:
-        """POST, and call done with what an Exchange ends in."""
-        place = endpoint(url)
-        request = request_bytes(place, headers, body)
-        exchange = Exchange(self, place, verify_tls, request, done)
+        """POST to a webhook, and call done with what an Exchange ends in."""
+        place = endpoint(webhook.url)
+        request = request_bytes(place, webhook.fixed_headers + headers, body)
+        exchange = Exchange(self, place, webhook.verify_tls, request, done)
         now = asyncio.get_running_loop().time()
         self._exchanges[exchange] = now + self.timeout_seconds
         if not self._timer:
@@ -2096,9 +2082,8 @@ def start_attempt(
         sent = webhook.masked_headers + headers
         done(Attempt(start_ms, duration, webhook.masked_url, sent, *outcome))
 
-    all_headers = webhook.fixed_headers + headers
     try:
-        client.send(webhook.url, all_headers, body, webhook.verify_tls, judge)
+        client.send(webhook, headers, body, judge)
     except Exception as error:  # a bug costs this attempt, and not the loop
         asyncio.get_running_loop().call_soon(judge, error)
 
@@ -3970,8 +3955,7 @@ WRONG_PASSWORDS = 10
 WRONG_PASSWORDS_SECONDS = 60
 
 
-@dataclasses.dataclass(frozen=True)
-class User:
+class User(typing.NamedTuple):
     """Somebody who may log in; record is what is kept of the password or secret."""
 
     name: str
@@ -3994,20 +3978,15 @@ def secret_record(secret: str) -> str:
 def matches(password: str, record: str) -> bool:
     """Whether it is the password or secret of the record, in constant time."""
     kind, salt, *_ = record.split("$")
-    given = (
-        secret_record(password) if kind == "secret" else password_record(password, salt)
-    )
+    is_secret = kind == "secret"
+    given = secret_record(password) if is_secret else password_record(password, salt)
     return hmac.compare_digest(given, record)
 
 
 def user_name(text: str) -> str:
     """A name that Basic authentication can carry; raises ValueError."""
-    if (
-        not 1 <= len(text) <= 100
-        or ":" in text
-        or not text.isprintable()
-        or not text.strip()
-    ):
+    is_text = 1 <= len(text) <= 100 and text.isprintable() and text.strip()
+    if not is_text or ":" in text:
         raise ValueError(
             f"{text!r} is not a name of 1 to 100 characters without a colon"
         )
@@ -4101,11 +4080,8 @@ class Logins:
 
     def _count_wrong(self, address):
         now = self._clock()
-        self._wrong = {
-            key: (since, count)
-            for key, (since, count) in self._wrong.items()
-            if now - since < WRONG_PASSWORDS_SECONDS
-        }
+        oldest = now - WRONG_PASSWORDS_SECONDS
+        self._wrong = {key: w for key, w in self._wrong.items() if w[0] > oldest}
         since, count = self._wrong.get(address, (now, 0))
         self._wrong[address] = since, count + 1
         fact("wrong password", level=logging.WARNING, address=address)
@@ -4118,6 +4094,7 @@ class Logins:
 READERS = (ADMIN, VIEWER)
 PUBLISHERS = (ADMIN, PUBLISHER)
 ADMINS = (ADMIN,)
+ANYBODY = ()  # without a login
 JSON_TYPE = "application/json"
 NDJSON_TYPE = "application/x-ndjson"
 MAX_TESTS = 4  # at one moment: each holds one of the server's threads
@@ -4135,14 +4112,6 @@ def _site(origin):
     scheme, _, authority = origin.lower().partition("://")
     default = {"http": ":80", "https": ":443"}.get(scheme, "")
     return scheme, authority.removesuffix(default)
-
-
-def _published_one(events):
-    return json_bytes(events[0].shown())
-
-
-def _published_list(events):
-    return json_bytes({"results": [event.shown() for event in events]})
 
 
 def changed_fields(old: Webhook, new: Webhook) -> str:
@@ -4171,20 +4140,15 @@ class Api:
         settings: Settings,
         clock: collections.abc.Callable[[], float] = time.time,
     ):
-        self._store, self._dispatcher, self._destinations = (
-            store,
-            dispatcher,
-            destinations,
-        )
-        self._settings, self._clock = settings, clock
+        self._store, self._dispatcher, self._settings = store, dispatcher, settings
+        self._destinations, self._clock = destinations, clock
         self._logins = Logins(store, clock)
         self._tests = threading.Semaphore(MAX_TESTS)
         self.app = bottle.Bottle()
         self.app.default_error_handler = self._render_bottle_error
         self.app.router.add_filter("id", lambda _: (r"\d{1,15}", int, str))
         self.app.add_hook("before_request", self._ignore_trailing_slash)
-        for plugin in (self._render_errors, self._refuse_other_sites, self._log_in):
-            self.app.install(plugin)
+        self.app.install(self._guarded)
         hooks, hook = "/rest/api/webhooks", "/rest/api/webhooks/<id:id>"
         events, deliveries = "/rest/api/events", "/rest/api/deliveries"
         for method, path, handler, roles in (
@@ -4208,13 +4172,17 @@ class Api:
             ("DELETE", events + "/<id:id>", self.delete_event, ADMINS),
         ):
             self.app.route(path, method, handler, roles=roles)
-        self.app.route("/health", "GET", self.health, skip=[self._log_in])
+        self.app.route("/health", "GET", self.health, roles=ANYBODY)
 
-    # ---- plugins: what every request passes ----
+    # ---- what every request passes ----
 
-    def _render_errors(self, handler):
-        def rendered(*args, **kwargs):
+    def _guarded(self, handler):
+        """A plugin: the handler behind all checks, its errors as documents."""
+
+        def guarded(*args, **kwargs):
             try:
+                self._refuse_other_sites()
+                self._log_in(bottle.request.route.config["roles"])
                 return handler(*args, **kwargs)
             except WebhookdError as error:
                 bottle.response.headers.update(error.headers)
@@ -4222,51 +4190,43 @@ class Api:
             except bottle.HTTPResponse:
                 raise
             except Exception:
-                log.exception(
-                    "%s %s failed", bottle.request.method, bottle.request.path
-                )
-                faults = [Fault(None, "an internal error, which is in the log")]
-                return self._error(500, faults)
+                request = bottle.request
+                log.exception("%s %s failed", request.method, request.path)
+                fault = Fault(None, "an internal error, which is in the log")
+                return self._error(500, [fault])
 
-        return rendered
+        return guarded
+
+    def _refuse_other_sites(self):
+        if bottle.request.method in ("GET", "HEAD"):
+            return
+        site = self._header("Sec-Fetch-Site") or "none"
+        own = f"{bottle.request.environ['wsgi.url_scheme']}://{self._host()}"
+        origin = self._header("Origin") or own
+        if site not in ("none", "same-origin") or _site(origin) != _site(own):
+            raise Forbidden("requests from other sites are refused")
+
+    def _log_in(self, roles):
+        if roles == ANYBODY:
+            return
+        environ = bottle.request.environ
+        address = environ.get("REMOTE_ADDR", "")
+        try:
+            user = self._logins.user(self._header("Authorization"), address)
+        except Unauthorized as error:
+            error.headers["WWW-Authenticate"] = 'Basic realm="webhookd"'
+            raise
+        if user.role not in roles:
+            raise Forbidden(f"the role {user.role} may not do this")
+        environ["webhookd.user"] = user
 
     def _render_bottle_error(self, error):
-        faults = [Fault(None, str(error.body))]
-        if error.status_code == 404:
-            faults = [Fault(None, "there is no such resource")]
-        return self._error(error.status_code, faults)
+        is_missing = error.status_code == 404
+        message = "there is no such resource" if is_missing else str(error.body)
+        return self._error(error.status_code, [Fault(None, message)])
 
     def _error(self, status, faults):
         return self._json(error_document(status, faults), status)
-
-    def _refuse_other_sites(self, handler):
-        def refusing(*args, **kwargs):
-            request = bottle.request
-            if request.method not in ("GET", "HEAD"):
-                site = self._header("Sec-Fetch-Site") or "none"
-                own = f"{request.environ['wsgi.url_scheme']}://{self._host()}"
-                origin = self._header("Origin") or own
-                if site not in ("none", "same-origin") or _site(origin) != _site(own):
-                    raise Forbidden("requests from other sites are refused")
-            return handler(*args, **kwargs)
-
-        return refusing
-
-    def _log_in(self, handler):
-        def logged_in(*args, **kwargs):
-            request = bottle.request
-            address = request.environ.get("REMOTE_ADDR", "")
-            try:
-                user = self._logins.user(self._header("Authorization"), address)
-            except Unauthorized as error:
-                error.headers["WWW-Authenticate"] = 'Basic realm="webhookd"'
-                raise
-            if user.role not in request.route.config["roles"]:
-                raise Forbidden(f"the role {user.role} may not do this")
-            request.environ["webhookd.user"] = user
-            return handler(*args, **kwargs)
-
-        return logged_in
 
     @staticmethod
     def _ignore_trailing_slash():
@@ -4289,10 +4249,8 @@ class Api:
     @staticmethod
     def _host():
         environ = bottle.request.environ
-        return (
-            environ.get("HTTP_HOST")
-            or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
-        )
+        own = f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
+        return environ.get("HTTP_HOST") or own
 
     def _link(self, path, query=()):
         encoded = urllib.parse.urlencode(query, doseq=True)
@@ -4306,9 +4264,8 @@ class Api:
         """The request's body, and whether it is NDJSON; raises WrongMediaType, TooLarge."""
         sent = bottle.request.environ.get("CONTENT_TYPE", "")
         sent = sent.partition(";")[0].strip().lower()
-        if sent not in types and not re.fullmatch(
-            r"application/(json|[\w.-]+\+json)", sent
-        ):
+        is_json = re.fullmatch(r"application/(json|[\w.-]+\+json)", sent)
+        if sent not in types and not is_json:
             raise WrongMediaType(f"the body must be sent as {' or '.join(types)}")
         length = max(0, bottle.request.content_length)
         if length > limit:
@@ -4366,9 +4323,8 @@ class Api:
     def register(self, fields: dict) -> Webhook:
         """Add the webhook that the fields ask for; raises Invalid."""
         now = self._now_ms()
-        webhook = read_webhook(
-            fields, Webhook(created=now, updated=now), self._destinations.check_url
-        )
+        new = Webhook(created=now, updated=now)
+        webhook = read_webhook(fields, new, self._destinations.check_url)
         webhook = self._store.add_webhook(webhook)
         self._log_change("webhook created", id=webhook.id, url=webhook.masked_url)
         return webhook
@@ -4452,12 +4408,8 @@ class Api:
             attempt = asyncio.run(self._ping(webhook))
         finally:
             self._tests.release()
-        self._log_change(
-            "webhook tested",
-            id=webhook.id or "none",
-            url=attempt.url,
-            result=attempt.description,
-        )
+        id, result = webhook.id or "none", attempt.description
+        self._log_change("webhook tested", id=id, url=attempt.url, result=result)
         answer = {"request": attempt.request(PING.decode()), "response": None}
         if attempt.status is None:
             return answer | {"error": attempt.description}
@@ -4490,14 +4442,15 @@ class Api:
         body, lines = self._body(JSON_TYPE, NDJSON_TYPE, limit=limit)
         now = self._now_ms()
         events = read_events(body, lines, now, self._settings.max_event_size)
-        several = isinstance(events, list)
-        answer, repeated = self._store.publish(
-            events if several else [events],
-            now,
-            _published_list if several else _published_one,
-            self._idempotency(body),
-        )
-        return self._json(answer, 200 if repeated else 202)
+        several, key = isinstance(events, list), self._idempotency(body)
+
+        def answer(published):
+            shown = [event.shown() for event in published]
+            return json_bytes({"results": shown} if several else shown[0])
+
+        events = events if several else [events]
+        answered, is_repeated = self._store.publish(events, now, answer, key)
+        return self._json(answered, 200 if is_repeated else 202)
 
     def _idempotency(self, body):
         key = self._header("Idempotency-Key")
@@ -4515,9 +4468,8 @@ class Api:
 
     def get_event(self, id):
         event, body, deliveries = self._store.event(id)
-        shown = event.shown() | {
-            "deliveries": [delivery.shown() for delivery in deliveries]
-        }
+        shown = event.shown()
+        shown["deliveries"] = [delivery.shown() for delivery in deliveries]
         # the payload is put in as text: it was sent, so it need not be read once more
         head = json_bytes(shown).removesuffix(b"}")
         return self._json(head + b',"payload":' + payload_of(body, event.name) + b"}")
@@ -4530,9 +4482,8 @@ class Api:
 
     def get_delivery(self, uuid):
         delivery, body, attempts = self._store.delivery(uuid.lower())
-        shown = [
-            attempt.shown(delivery.id, delivery.event, body) for attempt in attempts
-        ]
+        id, event = delivery.id, delivery.event
+        shown = [attempt.shown(id, event, body) for attempt in attempts]
         return self._json(delivery.shown() | {"attempts": shown})
 
     # ---- operations ----
@@ -4551,8 +4502,8 @@ class Api:
 
     def redeliver_many(self, id):
         self._store.webhook(id)  # that there is none comes before a fault in the body
-        matched, redelivered = self.redeliver_all(id, *self._selection())
-        return self._json({"matched": matched, "redelivered": redelivered}, 202)
+        counts = self.redeliver_all(id, *self._selection())
+        return self._json(dict(zip(("matched", "redelivered"), counts)), 202)
 
     def redeliver_all(
         self, id: int, wanted: Filter, dry_run: bool = False
@@ -4560,31 +4511,30 @@ class Api:
         """Have those wanted, or else all that failed, attempted at once.
 
         Returns how many matched and how many are redelivered; raises NotFound."""
-        webhook, now = self._store.webhook(id), self._now_ms()
+        self._store.webhook(id)
         if not wanted.outcomes:
             wanted = dataclasses.replace(wanted, states=(FAILED,))
-        matched = redelivered = 0
-        for numbers in self._store.redeliverable(id, wanted):
-            matched += len(numbers)
-            if not dry_run:
-                redelivered += self._store.redeliver(webhook.id, numbers, now)
-        if redelivered:
+        found, words = self._store.redeliverable(id, wanted), "deliveries redelivered"
+        return self._make_due(id, found, self._store.redeliver, dry_run, words)
+
+    def _make_due(self, id, found, make_due, dry_run, words):
+        matched = made = 0
+        now = self._now_ms()
+        for ids in found:
+            matched += len(ids)
+            if ids and not dry_run:
+                made += make_due(id, ids, now)
+        if made:
             self._dispatcher.reconsider(id)
-            self._log_change("deliveries redelivered", webhook=id, count=redelivered)
-        return matched, redelivered
+            self._log_change(words, webhook=id, count=made)
+        return matched, made
 
     def replay(self, id):
-        webhook, now = self._store.webhook(id), self._now_ms()
+        webhook = self._store.webhook(id)
         wanted, dry_run = self._selection()
-        matched = replayed = 0
-        for event_ids in self._store.missed_events(webhook, wanted):
-            matched += len(event_ids)
-            if not dry_run and event_ids:
-                replayed += self._store.replay(id, event_ids, now)
-        if replayed:
-            self._dispatcher.reconsider(id)
-            self._log_change("events replayed", webhook=id, count=replayed)
-        return self._json({"matched": matched, "replayed": replayed}, 202)
+        found, words = self._store.missed_events(webhook, wanted), "events replayed"
+        counts = self._make_due(id, found, self._store.replay, dry_run, words)
+        return self._json(dict(zip(("matched", "replayed"), counts)), 202)
 
     def _selection(self):
         """What the body of an operation on many selects, and if it only counts."""
@@ -4602,9 +4552,8 @@ class Api:
     # ---- health ----
 
     def health(self):
-        problems = [self._store.problem, self._dispatcher.problem()]
-        if self._store.stands_still():
-            problems.append("the store's writer stands still")
+        stuck = self._store.stands_still() and "the store's writer stands still"
+        problems = [self._store.problem, self._dispatcher.problem(), stuck]
         problems = list(filter(None, problems))
         if problems:
             return self._json({"status": "failing", "problems": problems}, 503)
@@ -5322,7 +5271,7 @@ class Pages(Api):
     def __init__(self, *parts):
         super().__init__(*parts)
         hook, delivery = "/webhooks/<id:id>", "/deliveries/<uuid>"
-        self.app.route("/", "GET", self.show_start, roles=READERS, skip=[self._log_in])
+        self.app.route("/", "GET", self.show_start, roles=ANYBODY)
         for path, handler, roles in (
             (hook, self.show_webhook, READERS),
             (delivery, self.show_delivery, READERS),
@@ -5415,7 +5364,8 @@ class Pages(Api):
     def show_start(self):
         bottle.response.headers["Vary"] = "Accept"
         if self._wants_html():
-            return self._log_in(self.show_webhooks)()
+            self._log_in(READERS)
+            return self.show_webhooks()
         bottle.response.content_type = "text/plain; charset=utf-8"
         bottle.response.headers.update(PAGE_HEADERS)
         test_url = self._link("/rest/api/webhooks/test", {"webhookId": 1})
