@@ -294,8 +294,7 @@ def read_settings(flags: dict, environ: collections.abc.Mapping) -> Settings:
 # ======================================================================================
 
 
-@dataclasses.dataclass(frozen=True)
-class Fault:
+class Fault(typing.NamedTuple):
     """What is wrong, and with which field (None: with the request as a whole)."""
 
     context: str | None
@@ -321,10 +320,6 @@ class WebhookdError(Exception):
         self.faults = [f if isinstance(f, Fault) else Fault(None, f) for f in faults]
         self.headers = headers or {}
         super().__init__("; ".join(map(str, self.faults)))
-
-    def within(self, place: str | None) -> list[Fault]:
-        """Its faults as those of a larger whole, where its object has that place."""
-        return [fault.within(place) for fault in self.faults]
 
 
 Invalid = type("Invalid", (WebhookdError,), {"status": 400})
@@ -668,8 +663,7 @@ class Page(typing.NamedTuple):
         return starts
 
 
-@dataclasses.dataclass(frozen=True)
-class Filter:
+class Filter(typing.NamedTuple):
     """Which rows of a list are wanted; an empty field asks for nothing."""
 
     events: tuple[str, ...] = ()
@@ -755,10 +749,11 @@ def read_all(readings: collections.abc.Iterable[tuple]) -> list:
     for place, parse, *arguments in readings:
         try:
             values.append(parse(*arguments))
-        except Invalid as error:
-            faults += error.within(place)
-        except TooLarge as error:
-            raise TooLarge(*error.within(place)) from None
+        except (Invalid, TooLarge) as error:
+            found = [fault.within(place) for fault in error.faults]
+            if isinstance(error, TooLarge):
+                raise TooLarge(*found) from None
+            faults += found
     if faults:
         raise Invalid(*faults)
     return values
@@ -916,12 +911,9 @@ def read_credentials(value: object, previous: dict | None) -> dict | None:
         password = previous and previous["password"]
     is_name = isinstance(username, str) and username and ":" not in username
     is_password = isinstance(password, str)
-    read_all(
-        [
-            ("username", require, is_name, "must be a string without a colon"),
-            ("password", require, is_password, "must be a string"),
-        ]
-    )
+    name_check = "username", require, is_name, "must be a string without a colon"
+    password_check = "password", require, is_password, "must be a string"
+    read_all([name_check, password_check])
     return {"username": username, "password": password}
 
 
@@ -1099,20 +1091,15 @@ def read_webhook(
     check_url raises Invalid. Raises Invalid with every field at fault."""
     has_url = old.url or fields.get("url") is not None
     has_events = old.events or fields.get("events") is not None
-    readers = _webhook_readers(old, check_url)
-    *_, given = read_all(
-        [
-            ("url", require, has_url, "is needed"),
-            ("events", require, has_events, "is needed"),
-            (None, read_given, fields, readers, NULLABLE),
-        ]
-    )
+    url_check = "url", require, has_url, "is needed"
+    events_check = "events", require, has_events, "is needed"
+    reading = None, read_given, fields, _webhook_readers(old, check_url), NULLABLE
+    *_, given = read_all([url_check, events_check, reading])
     if "configuration" in given:
         given["secret"] = given["configuration"].pop("secret", None) or None
-    webhook = dataclasses.replace(old, **given)
-    if not webhook.name:
-        webhook = dataclasses.replace(webhook, name=webhook.masked_url[:255])
-    return webhook
+    if not old.name and "name" not in given:
+        given["name"] = masked_url(given.get("url", old.url))[:255]
+    return dataclasses.replace(old, **given)
 
 
 def _accepts(accepted, value):
@@ -1169,9 +1156,8 @@ def _read_event(value, sent_bytes, now_ms, max_bytes):
     if not isinstance(value, dict):
         raise Invalid("an event must be a JSON object")
     timestamp = value.get("timestamp", now_ms)
-    name, moment = read_all(
-        [("event", _name_of, value), ("timestamp", _event_time, timestamp)]
-    )
+    name_reading = "event", _name_of, value
+    name, moment = read_all([name_reading, ("timestamp", _event_time, timestamp)])
     body = _event_body({"timestamp": timestamp, "event": name} | value)
     added = 0 if "timestamp" in value else len(f'"timestamp":{now_ms},')
     if max(sent_bytes, len(body) - added) > max_bytes:
@@ -1467,8 +1453,7 @@ def embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | Non
     return address.ipv4_mapped or address.sixtofour
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(typing.NamedTuple):
     """The parts of a URL that sending needs."""
 
     tls: bool
@@ -4513,7 +4498,7 @@ class Api:
         Returns how many matched and how many are redelivered; raises NotFound."""
         self._store.webhook(id)
         if not wanted.outcomes:
-            wanted = dataclasses.replace(wanted, states=(FAILED,))
+            wanted = wanted._replace(states=(FAILED,))
         found, words = self._store.redeliverable(id, wanted), "deliveries redelivered"
         return self._make_due(id, found, self._store.redeliver, dry_run, words)
 
