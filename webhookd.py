@@ -887,9 +887,10 @@ def read_url(value: object, previous: str, check: collections.abc.Callable) -> s
 
 def _check_configured(key, text):
     is_text = text is None or isinstance(text, str)
-    require(is_text, "must be a string or null")
-    is_short = key != "secret" or len(text or "") <= 255
-    require(is_short, "at most 255 characters are allowed")
+    is_short = key != "secret" or len(str(text)) <= 255
+    text_check = None, require, is_text, "must be a string or null"
+    size_check = None, require, is_short, "at most 255 characters are allowed"
+    read_all([text_check, size_check])
 
 
 def read_configuration(value: object, previous: dict) -> dict:
@@ -925,14 +926,19 @@ HEADERS_NOT_TO_SET = frozenset(
 )
 
 
-def _check_header(name, value, is_first):
+def _check_header_name(name, is_first):
     is_name = re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name)
     require(is_name, "is not a header name")
     is_free = name.lower() not in HEADERS_NOT_TO_SET
     require(is_free, "is set by webhookd or belongs to the connection")
     require(is_first, "is there twice")
-    is_text = isinstance(value, str) and re.fullmatch(r"[\x20-\x7e\xa0-\xff\t]*", value)
-    require(is_text, "must be a string of Latin-1 without control characters")
+
+
+def _check_header(name, text, is_first):
+    name_check = None, _check_header_name, name, is_first
+    is_text = isinstance(text, str) and re.fullmatch(r"[\x20-\x7e\xa0-\xff\t]*", text)
+    rule = "must be a string of Latin-1 without control characters"
+    read_all([name_check, (None, require, is_text, rule)])
 
 
 def read_headers(value: object, previous: dict) -> dict:
@@ -950,10 +956,12 @@ def read_headers(value: object, previous: dict) -> dict:
 
 
 def _check_filter(path, accepted):
-    require(0 < len(path) <= 255, "must be a path of 1 to 255 characters")
     accepted = accepted if isinstance(accepted, list) else [accepted]
-    is_plain = not any(isinstance(item, (list, dict)) for item in accepted)
-    require(accepted and is_plain, "must be a plain value or a list of plain values")
+    is_path = 0 < len(path) <= 255
+    is_plain = accepted and not any(isinstance(i, (list, dict)) for i in accepted)
+    path_check = None, require, is_path, "must be a path of 1 to 255 characters"
+    rule = "must be a plain value or a list of plain values"
+    read_all([path_check, (None, require, is_plain, rule)])
 
 
 def read_filters(value: object) -> dict:
@@ -1104,10 +1112,8 @@ def read_webhook(
 
 def _accepts(accepted, value):
     accepted = accepted if isinstance(accepted, list) else [accepted]
-    return any(
-        item == value and isinstance(item, bool) == isinstance(value, bool)
-        for item in accepted
-    )
+    is_bool = isinstance(value, bool)
+    return any(i == value and isinstance(i, bool) == is_bool for i in accepted)
 
 
 def _field_at(fields, path):
