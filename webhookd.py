@@ -1523,8 +1523,10 @@ class Destinations:
         if self._is_own(inside or address, port):
             raise AddressRefused(f"{text} port {port} is webhookd itself")
         judged = inside or address
+        if any(address in net or judged in net for net in self._allowed):
+            return
         refused = next((net for net in REFUSED_NETWORKS if judged in net), None)
-        if refused and not any(address in n or judged in n for n in self._allowed):
+        if refused:
             raise AddressRefused(
                 f"{text} is not a public address; to deliver there start with"
                 f" --allow-networks {refused}"
