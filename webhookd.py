@@ -167,17 +167,12 @@ def positive(text: str) -> int:
 
 def listen_address(text: str) -> tuple[str, int]:
     """Host and port of HOST:PORT or [IPV6]:PORT."""
-    host, _, port = text.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if (
-        not bare
-        or (":" in bare) != (bare != host)
-        or not re.fullmatch(r"[0-9]{1,5}", port)
-    ):
+    match = re.fullmatch(r"(?:\[(.*:.*)\]|([^][:]+)):([0-9]{1,5})", text)
+    if not match:
         raise ValueError(f"{text!r} is not an address and port such as 127.0.0.1:8090")
-    if int(port) > 65535:
+    if int(match[3]) > 65535:
         raise ValueError(f"{text!r} has a port above 65535")
-    return bare, int(port)
+    return match[1] or match[2], int(match[3])
 
 
 def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
@@ -280,7 +275,9 @@ def _parsed(field, text):
         raise SettingError(f"{flag(field)} ({variable(field)}): {error}") from None
 
 
-def _given_settings(flags, environ):
+def read_settings(flags: dict, environ: collections.abc.Mapping) -> Settings:
+    """Settings from flags, else variables, else defaults; raises SettingError."""
+    given = {}
     for field in dataclasses.fields(Settings):
         text = flags.get(field.name)
         if text is None:
@@ -288,12 +285,8 @@ def _given_settings(flags, environ):
         if text is None and field.name == "admin_password":
             text = _credential(environ, "admin-password")
         if text is not None:
-            yield field.name, _parsed(field, text)
-
-
-def read_settings(flags: dict, environ: collections.abc.Mapping) -> Settings:
-    """Settings from flags, else variables, else defaults; raises SettingError."""
-    return Settings(**dict(_given_settings(flags, environ)))
+            given[field.name] = _parsed(field, text)
+    return Settings(**given)
 
 
 # ======================================================================================
@@ -301,8 +294,7 @@ def read_settings(flags: dict, environ: collections.abc.Mapping) -> Settings:
 # ======================================================================================
 
 
-@dataclasses.dataclass(frozen=True)
-class Fault:
+class Fault(typing.NamedTuple):
     """What is wrong, and with which field (None: with the request as a whole)."""
 
     context: str | None
@@ -310,6 +302,13 @@ class Fault:
 
     def __str__(self):
         return f"{self.context}: {self.message}" if self.context else self.message
+
+    def within(self, place: str | None) -> "Fault":
+        """The fault as one of a larger whole, where its object has that place."""
+        if place is None or self.context is None:
+            return Fault(self.context if place is None else place, self.message)
+        dot = "" if self.context.startswith("[") else "."
+        return Fault(f"{place}{dot}{self.context}", self.message)
 
 
 class WebhookdError(Exception):
@@ -323,57 +322,27 @@ class WebhookdError(Exception):
         super().__init__("; ".join(map(str, self.faults)))
 
 
-class Invalid(WebhookdError):
-    status = 400
-
-
-class Unauthorized(WebhookdError):
-    status = 401
-
-
-class Forbidden(WebhookdError):
-    status = 403
-
-
-class NotFound(WebhookdError):
-    status = 404
-
-
-class TooLarge(WebhookdError):
-    status = 413
-
-
-class WrongMediaType(WebhookdError):
-    status = 415
-
-
-class KeyReused(WebhookdError):
-    status = 422
-
-
-class TooManyRequests(WebhookdError):
-    status = 429
-
-
-class Unavailable(WebhookdError):
-    status = 503
-
-
-class StorageFull(WebhookdError):
-    status = 507
+Invalid = type("Invalid", (WebhookdError,), {"status": 400})
+Unauthorized = type("Unauthorized", (WebhookdError,), {"status": 401})
+Forbidden = type("Forbidden", (WebhookdError,), {"status": 403})
+NotFound = type("NotFound", (WebhookdError,), {"status": 404})
+TooLarge = type("TooLarge", (WebhookdError,), {"status": 413})
+WrongMediaType = type("WrongMediaType", (WebhookdError,), {"status": 415})
+KeyReused = type("KeyReused", (WebhookdError,), {"status": 422})
+TooManyRequests = type("TooManyRequests", (WebhookdError,), {"status": 429})
+Unavailable = type("Unavailable", (WebhookdError,), {"status": 503})
+StorageFull = type("StorageFull", (WebhookdError,), {"status": 507})
 
 
 def error_document(status: int, faults: list[Fault]) -> dict:
     """The one shape of every error."""
-    return {
-        "statusCode": status,
-        "reason": http.HTTPStatus(status).phrase,
-        "message": "; ".join(map(str, faults)),
-        "errors": [
-            {"context": fault.context, "message": fault.message, "exceptionName": None}
-            for fault in faults
-        ],
-    }
+    reason, message = http.HTTPStatus(status).phrase, "; ".join(map(str, faults))
+    errors = [
+        {"context": fault.context, "message": fault.message, "exceptionName": None}
+        for fault in faults
+    ]
+    document = {"statusCode": status, "reason": reason}
+    return document | {"message": message, "errors": errors}
 
 
 # ======================================================================================
@@ -517,9 +486,9 @@ class Webhook:
 
     def shown(self) -> dict:
         """The webhook as the API shows it."""
+        login = self.credentials and {"username": self.credentials["username"]}
         optional = {
-            "credentials": self.credentials
-            and {"username": self.credentials["username"]},
+            "credentials": login,
             "headers": dict.fromkeys(self.headers, MASK),
             "filters": self.filters,
             "ordered": self.ordered,
@@ -572,8 +541,7 @@ class Health(typing.NamedTuple):
 HEALTHY = Health()
 
 
-@dataclasses.dataclass(frozen=True)
-class NewEvent:
+class NewEvent(typing.NamedTuple):
     """An event as it was published: its body is what every delivery sends."""
 
     name: str
@@ -582,8 +550,10 @@ class NewEvent:
     fields: dict  # the parsed body, for filters; its numbers are JsonNumbers
 
 
-@dataclasses.dataclass(frozen=True)
-class Event:
+EVENT_KEYS = ("id", "event", "timestamp", "deliveries")
+
+
+class Event(typing.NamedTuple):
     """A stored event."""
 
     id: int
@@ -593,12 +563,7 @@ class Event:
 
     def shown(self) -> dict:
         """The event as publishing answers it and as lists show it."""
-        return {
-            "id": self.id,
-            "event": self.name,
-            "timestamp": self.timestamp,
-            "deliveries": self.delivery_count,
-        }
+        return dict(zip(EVENT_KEYS, self))
 
 
 def payload_of(body: bytes, name: str) -> bytes:
@@ -607,8 +572,13 @@ def payload_of(body: bytes, name: str) -> bytes:
     return b"{" + body[body.index(head) + len(head) :].removeprefix(b",")
 
 
-@dataclasses.dataclass(frozen=True)
-class Delivery:
+DELIVERY_KEYS = (
+    "id webhookId eventId event state attemptCount nextAttempt createdDate"
+    " outcome description duration".split()
+)
+
+
+class Delivery(typing.NamedTuple):
     """One event for one webhook, as the API shows it."""
 
     id: str  # UUID
@@ -625,19 +595,7 @@ class Delivery:
 
     def shown(self) -> dict:
         """The delivery as the API shows it."""
-        return {
-            "id": self.id,
-            "webhookId": self.webhook_id,
-            "eventId": self.event_id,
-            "event": self.event,
-            "state": self.state,
-            "attemptCount": self.attempt_count,
-            "nextAttempt": self.next_attempt,
-            "createdDate": self.created,
-            "outcome": self.outcome,
-            "description": self.description,
-            "duration": self.duration,
-        }
+        return dict(zip(DELIVERY_KEYS, self))
 
 
 class DueDelivery(typing.NamedTuple):
@@ -679,28 +637,17 @@ class Attempt(typing.NamedTuple):
 
     def shown(self, delivery_id: str, event: str, body: str | None) -> dict:
         """The invocation as the API shows it; body None: without headers and bodies."""
+        sent = {"id": delivery_id, "event": event, "duration": self.duration}
+        sent |= {"start": self.start, "finish": self.start + self.duration}
         request = {"method": "POST", "url": self.url}
-        result = {
-            "description": self.description,
-            "outcome": self.outcome,
-            "statusCode": self.status,
-        }
+        result = {"description": self.description, "outcome": self.outcome}
+        result |= {"statusCode": self.status}
         if body is not None:
-            request = self.request(body)
-            result |= self.response()
-        return {
-            "id": delivery_id,
-            "event": event,
-            "duration": self.duration,
-            "start": self.start,
-            "finish": self.start + self.duration,
-            "request": request,
-            "result": result,
-        }
+            request, result = self.request(body), result | self.response()
+        return sent | {"request": request, "result": result}
 
 
-@dataclasses.dataclass(frozen=True)
-class Page:
+class Page(typing.NamedTuple):
     """Which part of a list is wanted."""
 
     start: int = 0
@@ -716,8 +663,7 @@ class Page:
         return starts
 
 
-@dataclasses.dataclass(frozen=True)
-class Filter:
+class Filter(typing.NamedTuple):
     """Which rows of a list are wanted; an empty field asks for nothing."""
 
     events: tuple[str, ...] = ()
@@ -766,6 +712,12 @@ _decode = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant)
 _marked_number = re.compile(f'"{NUMBER_MARK}([^"]*)"')
 
 
+def require(condition: object, message: str) -> None:
+    """Raise Invalid unless the condition holds."""
+    if not condition:
+        raise Invalid(message)
+
+
 def json_value(body: bytes, decode: collections.abc.Callable = _decode):
     """The value of a JSON text; raises Invalid."""
     try:
@@ -781,8 +733,7 @@ def json_value(body: bytes, decode: collections.abc.Callable = _decode):
 def json_object(body: bytes) -> dict:
     """The object of a JSON text, all of whose strings can be stored; raises Invalid."""
     value = json_value(body)
-    if not isinstance(value, dict):
-        raise Invalid("the body must be a JSON object")
+    require(isinstance(value, dict), "the body must be a JSON object")
     try:
         _encode(value).encode()
     except UnicodeEncodeError:
@@ -790,88 +741,83 @@ def json_object(body: bytes) -> dict:
     return value
 
 
-class Reader:
-    """Reads the fields of one untrusted object and collects the faults it finds."""
+def read_all(readings: collections.abc.Iterable[tuple]) -> list:
+    """What parse(*arguments) makes of each (place, parse, *arguments).
 
-    def __init__(self, fields: dict):
-        self.fields = fields
-        self.faults: list[Fault] = []
-
-    def fault(self, context: str | None, message: str) -> None:
-        """Note a fault; `check` will raise it with the others."""
-        self.faults.append(Fault(context, message))
-
-    def check(self) -> None:
-        """Raise Invalid if anything was wrong."""
-        if self.faults:
-            raise Invalid(*self.faults)
-
-    def read(
-        self, name: str, parse: collections.abc.Callable, default, takes_null=False
-    ):
-        """The field as `parse` reads it; left out, null or at fault: the default."""
-        value = self.fields.get(name)
-        if name not in self.fields or value is None and not takes_null:
-            return default
+    Raises Invalid with the faults of all of them, TooLarge with the first one's."""
+    values, faults = [], []
+    for place, parse, *arguments in readings:
         try:
-            return parse(value)
-        except ValueError as error:
-            self.fault(name, str(error))
-        except Invalid as error:
-            self.faults += error.faults
-        return default
+            values.append(parse(*arguments))
+        except (Invalid, TooLarge) as error:
+            found = [fault.within(place) for fault in error.faults]
+            if isinstance(error, TooLarge):
+                raise TooLarge(*found) from None
+            faults += found
+    if faults:
+        raise Invalid(*faults)
+    return values
 
 
-# ---- fields ----
+def read_given(fields: dict, readers: dict, nullable: tuple[str, ...] = ()) -> dict:
+    """By attribute what its (name, parse, *arguments) makes of the field of that name.
+
+    A field that is left out, or null and not nullable, is left out here, too."""
+    there = {name for name in fields if fields[name] is not None or name in nullable}
+    given = {attribute: r for attribute, r in readers.items() if r[0] in there}
+    values = read_all(
+        (name, parse, fields[name], *more) for name, parse, *more in given.values()
+    )
+    return dict(zip(given, values))
 
 
-def text_of(limit: int) -> collections.abc.Callable:
-    """A reader of strings of at most so many characters that are not blank."""
+# ---- fields: their readers raise Invalid, with no name or with one inside the field ----
 
-    def parse(value):
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError("must be a string that is not blank")
-        if len(value) > limit:
-            raise ValueError(
-                f"at most {limit} characters are allowed, these are {len(value)}"
-            )
-        return value
 
-    return parse
+def at_most(limit: int, value: collections.abc.Sized, what: str = "") -> None:
+    """Raise Invalid if there are more."""
+    count = len(value)
+    require(count <= limit, f"at most {limit}{what} are allowed, these are {count}")
+
+
+def webhook_name(value: object) -> str:
+    """A string that is not blank."""
+    is_text = isinstance(value, str) and value.strip()
+    require(is_text, "must be a string that is not blank")
+    at_most(255, value, " characters")
+    return value
 
 
 def boolean(value: object) -> bool:
     """A boolean, also spelled as a string."""
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    raise ValueError("must be true or false")
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower())
+    require(isinstance(value, bool), "must be true or false")
+    return value
 
 
-def object_of(limit: int, value: object) -> dict:
-    """An object with at most so many members; null is an empty one."""
-    if value is not None and not isinstance(value, dict):
-        raise ValueError("must be an object")
-    if value and len(value) > limit:
-        raise ValueError(f"at most {limit} are allowed, these are {len(value)}")
+def members(value: object) -> dict:
+    """An object with at most 20 members; null is an empty one."""
+    require(value is None or isinstance(value, dict), "must be an object")
+    at_most(20, value or {})
     return value or {}
 
 
 def rate(value: object) -> float | None:
     """Deliveries per second, or null for as many as there are."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise ValueError("must be a number above 0")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(value is None or is_number and value > 0, "must be a number above 0")
     return value
+
+
+EVENT_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 
 def event_name(value: object) -> str:
     """The name of an event."""
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", value):
+    if isinstance(value, str) and EVENT_NAME.fullmatch(value):
         return value
-    raise ValueError("must be 1 to 64 characters out of A-Z a-z 0-9 _ . : -")
+    raise Invalid("must be 1 to 64 characters out of A-Z a-z 0-9 _ . : -")
 
 
 def subscription(value: object) -> str:
@@ -883,21 +829,12 @@ def subscription(value: object) -> str:
 
 def subscriptions(value: object) -> tuple[str, ...]:
     """The set of names and wildcards that a webhook is subscribed to."""
-    if not isinstance(value, list):
-        raise ValueError("must be a list of event names")
-    if not value:
-        raise ValueError("at least one is needed")
-    if len(value) > 100:
-        raise ValueError(f"at most 100 are allowed, these are {len(value)}")
-    faults = []
-    for index, item in enumerate(value):
-        try:
-            subscription(item)
-        except ValueError as error:
-            faults.append(Fault(f"events[{index}]", str(error)))
-    if faults:
-        raise Invalid(*faults)
-    return tuple(dict.fromkeys(value))
+    require(isinstance(value, list), "must be a list of event names")
+    require(value, "at least one is needed")
+    at_most(100, value)
+    items = enumerate(value)
+    names = read_all((f"[{index}]", subscription, item) for index, item in items)
+    return tuple(dict.fromkeys(names))
 
 
 def ascii_host(host: str) -> str:
@@ -906,23 +843,20 @@ def ascii_host(host: str) -> str:
 
 
 def _check_url(url):
+    at_most(2000, url, " characters")
+    bad = re.search(r"[\x00-\x20\x7f\\]", url)
+    require(not bad, "must not contain spaces, control characters or backslashes")
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        raise ValueError("must begin with http:// or https://")
-    if not parts.hostname:
-        raise ValueError("must have a host")
-    if parts.port == 0:
-        raise ValueError("must have a port from 1 to 65535")
-    if "#" in url:
-        raise ValueError("must not have a fragment")
-    if "%" in parts.hostname:
-        raise ValueError("must not have a zone id or escapes in its host")
-    if f"{MASK}@" in parts.netloc:
-        raise ValueError("has a masked password that stands for none")
-    try:
-        ascii_host(parts.hostname)
-    except UnicodeError:
-        raise ValueError("has a host that is not a valid name") from None
+    is_http = parts.scheme in ("http", "https")
+    require(is_http, "must begin with http:// or https://")
+    require(parts.hostname, "must have a host")
+    require(parts.port != 0, "must have a port from 1 to 65535")
+    require("#" not in url, "must not have a fragment")
+    is_plain = "%" not in parts.hostname
+    require(is_plain, "must not have a zone id or escapes in its host")
+    is_masked = f"{MASK}@" in parts.netloc
+    require(not is_masked, "has a masked password that stands for none")
+    ascii_host(parts.hostname)
 
 
 def _unmasked_url(url, previous):
@@ -934,73 +868,54 @@ def _unmasked_url(url, previous):
     return url
 
 
-def url_of(previous: str, check: collections.abc.Callable) -> collections.abc.Callable:
-    """A reader of a webhook's URL; a masked password stands for the previous one's.
+def read_url(value: object, previous: str, check: collections.abc.Callable) -> str:
+    """A webhook's URL; a masked password stands for the previous one's.
 
-    check(url) raises ValueError if deliveries may not go there; the previous may stay."""
-
-    def parse(value):
-        if not isinstance(value, str) or not value:
-            raise ValueError("must be a string")
+    check(url) raises Invalid if deliveries may not go there; the previous may stay."""
+    require(value and isinstance(value, str), "must be a string")
+    try:
         url = _unmasked_url(value, previous)
-        if len(url) > 2000:
-            raise ValueError(
-                f"at most 2000 characters are allowed, these are {len(url)}"
-            )
-        if re.search(r"[\x00-\x20\x7f\\]", url):
-            raise ValueError(
-                "must not contain spaces, control characters or backslashes"
-            )
         _check_url(url)
         if url != previous:
             check(url)
-        return url
-
-    return parse
-
-
-def configuration_of(previous: dict) -> collections.abc.Callable:
-    """A reader of the configuration, merged into the previous one; null removes a key."""
-
-    def parse(value):
-        if not isinstance(value, dict):
-            raise ValueError("must be an object of strings")
-        reader = Reader(value)
-        for key, text in value.items():
-            if text is not None and not isinstance(text, str):
-                reader.fault(f"configuration.{key}", "must be a string or null")
-        if len(str(value.get("secret"))) > 255:
-            reader.fault("configuration.secret", "at most 255 characters are allowed")
-        reader.check()
-        merged = previous | {
-            k: v for k, v in value.items() if (k, v) != ("secret", MASK)
-        }
-        return {key: text for key, text in merged.items() if text is not None}
-
-    return parse
+    except UnicodeError:
+        raise Invalid("has a host that is not a valid name") from None
+    except ValueError as error:  # urllib's
+        raise Invalid(str(error)) from None
+    return url
 
 
-def credentials_of(previous: dict | None) -> collections.abc.Callable:
-    """A reader of credentials; a password left out or masked keeps the previous one."""
+def _check_configured(key, text):
+    is_text = text is None or isinstance(text, str)
+    is_short = key != "secret" or len(str(text)) <= 255
+    text_check = None, require, is_text, "must be a string or null"
+    size_check = None, require, is_short, "at most 255 characters are allowed"
+    read_all([text_check, size_check])
 
-    def parse(value):
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise ValueError("must be an object with username and password")
-        kept = previous["password"] if previous else None
-        username, password = value.get("username"), value.get("password")
-        if password in (None, MASK):
-            password = kept
-        reader = Reader(value)
-        if not isinstance(username, str) or not username or ":" in username:
-            reader.fault("credentials.username", "must be a string without a colon")
-        if not isinstance(password, str):
-            reader.fault("credentials.password", "must be a string")
-        reader.check()
-        return {"username": username, "password": password}
 
-    return parse
+def read_configuration(value: object, previous: dict) -> dict:
+    """The configuration, merged into the previous one; null removes a key."""
+    require(isinstance(value, dict), "must be an object of strings")
+    read_all((key, _check_configured, key, text) for key, text in value.items())
+    given = {k: v for k, v in value.items() if (k, v) != ("secret", MASK)}
+    merged = previous | given
+    return {key: text for key, text in merged.items() if text is not None}
+
+
+def read_credentials(value: object, previous: dict | None) -> dict | None:
+    """Credentials; a password left out or masked keeps the previous one."""
+    if value is None:
+        return None
+    require(isinstance(value, dict), "must be an object with username and password")
+    username, password = value.get("username"), value.get("password")
+    if password in (None, MASK):
+        password = previous and previous["password"]
+    is_name = isinstance(username, str) and username and ":" not in username
+    is_password = isinstance(password, str)
+    name_check = "username", require, is_name, "must be a string without a colon"
+    password_check = "password", require, is_password, "must be a string"
+    read_all([name_check, password_check])
+    return {"username": username, "password": password}
 
 
 HEADERS_NOT_TO_SET = frozenset(
@@ -1011,53 +926,49 @@ HEADERS_NOT_TO_SET = frozenset(
 )
 
 
-def _header_faults(headers):
-    seen = set()
-    for name, value in headers.items():
-        context = f"headers.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name):
-            yield Fault(context, "is not a header name")
-        elif name.lower() in HEADERS_NOT_TO_SET:
-            yield Fault(context, "is set by webhookd or belongs to the connection")
-        elif name.lower() in seen:
-            yield Fault(context, "is there twice")
-        if not isinstance(value, str) or not re.fullmatch(
-            r"[\x20-\x7e\xa0-\xff\t]*", value
-        ):
-            yield Fault(
-                context, "must be a string of Latin-1 without control characters"
-            )
-        seen.add(name.lower())
+def _check_header_name(name, is_first):
+    is_name = re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name)
+    require(is_name, "is not a header name")
+    is_free = name.lower() not in HEADERS_NOT_TO_SET
+    require(is_free, "is set by webhookd or belongs to the connection")
+    require(is_first, "is there twice")
 
 
-def headers_of(previous: dict) -> collections.abc.Callable:
-    """A reader of extra request headers; a masked value keeps the previous one."""
-
-    def parse(value):
-        value = object_of(20, value)
-        headers = {k: previous.get(k) if v == MASK else v for k, v in value.items()}
-        faults = list(_header_faults(headers))
-        if faults:
-            raise Invalid(*faults)
-        return headers
-
-    return parse
+def _check_header(name, text, is_first):
+    name_check = None, _check_header_name, name, is_first
+    is_text = isinstance(text, str) and re.fullmatch(r"[\x20-\x7e\xa0-\xff\t]*", text)
+    rule = "must be a string of Latin-1 without control characters"
+    read_all([name_check, (None, require, is_text, rule)])
 
 
-def filters(value: object) -> dict:
+def read_headers(value: object, previous: dict) -> dict:
+    """Extra request headers; a masked value keeps the previous one."""
+    headers = {
+        name: previous.get(name) if text == MASK else text
+        for name, text in members(value).items()
+    }
+    first = {name.lower(): name for name in reversed(headers)}
+    read_all(
+        (name, _check_header, name, text, first[name.lower()] == name)
+        for name, text in headers.items()
+    )
+    return headers
+
+
+def _check_filter(path, accepted):
+    accepted = accepted if isinstance(accepted, list) else [accepted]
+    is_path = 0 < len(path) <= 255
+    is_plain = accepted and not any(isinstance(i, (list, dict)) for i in accepted)
+    path_check = None, require, is_path, "must be a path of 1 to 255 characters"
+    rule = "must be a plain value or a list of plain values"
+    read_all([path_check, (None, require, is_plain, rule)])
+
+
+def read_filters(value: object) -> dict:
     """Dotted paths and the value, or list of values, that the event must have there."""
-    value = object_of(20, value)
-    reader = Reader(value)
-    for path, accepted in value.items():
-        accepted = accepted if isinstance(accepted, list) else [accepted]
-        if not path or len(path) > 255:
-            reader.fault(f"filters.{path}", "must be a path of 1 to 255 characters")
-        if not accepted or any(isinstance(item, (list, dict)) for item in accepted):
-            reader.fault(
-                f"filters.{path}", "must be a plain value or a list of plain values"
-            )
-    reader.check()
-    return value
+    filters = members(value)
+    read_all((path, _check_filter, path, item) for path, item in filters.items())
+    return filters
 
 
 def epoch_ms(text: str) -> int:
@@ -1069,130 +980,115 @@ def epoch_ms(text: str) -> int:
         iso = text.replace(" ", "+") if "T" in text else text
         moment = datetime.datetime.fromisoformat(iso)
     except ValueError:
-        raise ValueError("must be epoch milliseconds or an ISO 8601 time") from None
+        raise Invalid("must be epoch milliseconds or an ISO 8601 time") from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=datetime.timezone.utc)
     return round(moment.timestamp() * 1000)
 
 
-def whole_number(lowest: int, highest: int = 1 << 53) -> collections.abc.Callable:
-    """A reader of whole numbers from lowest up; above the highest, the highest."""
-
-    def parse(text):
-        if not re.fullmatch(r"\d{1,15}", text, re.ASCII) or int(text) < lowest:
-            raise ValueError(f"must be a whole number from {lowest} up")
-        return min(int(text), highest)
-
-    return parse
-
-
-def one_of(allowed: tuple[str, ...]) -> collections.abc.Callable:
-    """A reader of the allowed words."""
-
-    def parse(text):
-        if text not in allowed:
-            raise ValueError(f"must be one of {', '.join(allowed)}")
-        return text
-
-    return parse
-
-
-class Query(Reader):
-    """Reads a query string; a parameter left blank is left out, of several the last counts."""
-
-    def __init__(self, query_string: str):
-        super().__init__(urllib.parse.parse_qs(query_string))
-
-    def read(self, name: str, parse: collections.abc.Callable, default):
-        return super().read(name, lambda values: parse(values[-1]), default)
-
-    def all(self, name: str, parse: collections.abc.Callable = str) -> tuple:
-        """The values of a parameter that may be repeated."""
-        return super().read(name, lambda values: tuple(map(parse, values)), ())
-
-    def page(self, limit: int = DEFAULT_PAGE) -> Page:
-        """start and limit."""
-        return Page(
-            self.read("start", whole_number(0), 0),
-            self.read("limit", whole_number(1, MAX_PAGE), limit),
-        )
-
-    def filter(self) -> Filter:
-        """event, outcome, state, since and until."""
-        return Filter(
-            events=self.all("event"),
-            outcomes=self.all("outcome", one_of(OUTCOMES)),
-            states=self.all("state", one_of((PENDING, SUCCEEDED, FAILED))),
-            since=self.read("since", epoch_ms, None),
-            until=self.read("until", epoch_ms, None),
-        )
-
-
-def strings(parse: collections.abc.Callable) -> collections.abc.Callable:
-    """A reader of one string or a list of them."""
-
-    def parse_all(value):
-        several = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, str) for item in several):
-            raise ValueError("must be a string or a list of strings")
-        return tuple(map(parse, several))
-
-    return parse_all
-
-
-def moment(value: object) -> int:
+def json_moment(value: object) -> int:
     """Epoch milliseconds of a JSON number or string, see `epoch_ms`."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError("must be epoch milliseconds or an ISO 8601 time")
-    return epoch_ms(str(value))
+    # true is no number, and what epoch_ms() says of it is right
+    return epoch_ms(str(value) if isinstance(value, (int, str)) else "")
+
+
+def whole_number(text: str, lowest: int, highest: int = 1 << 53) -> int:
+    """A whole number from lowest up; above the highest, the highest."""
+    is_number = re.fullmatch(r"\d{1,15}", text, re.ASCII) and int(text) >= lowest
+    require(is_number, f"must be a whole number from {lowest} up")
+    return min(int(text), highest)
+
+
+def strings(value: object, allowed: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """One string or a list of them, all among the allowed if any are named."""
+    several = value if isinstance(value, list) else [value]
+    are_strings = all(isinstance(item, str) for item in several)
+    require(are_strings, "must be a string or a list of strings")
+    are_allowed = not allowed or set(several) <= set(allowed)
+    require(are_allowed, f"must be one of {', '.join(allowed)}")
+    return tuple(several)
+
+
+# ---- queries: dicts as of parse_qs(), which leaves out what is blank ----
+
+
+def last(values: list[str], parse: collections.abc.Callable, *arguments) -> object:
+    """What parse makes of the last value of a parameter."""
+    return parse(values[-1], *arguments)
+
+
+PAGE_READERS = {
+    "start": ("start", last, whole_number, 0),
+    "limit": ("limit", last, whole_number, 1, MAX_PAGE),
+}
+SELECTION_READERS = {  # of a JSON object
+    "events": ("event", strings),
+    "outcomes": ("outcome", strings, OUTCOMES),
+    "since": ("since", json_moment),
+    "until": ("until", json_moment),
+    "dry_run": ("dryRun", boolean),
+}
+FILTER_READERS = {
+    "events": ("event", strings),
+    "outcomes": ("outcome", strings, OUTCOMES),
+    "states": ("state", strings, (PENDING, SUCCEEDED, FAILED)),
+    "since": ("since", last, epoch_ms),
+    "until": ("until", last, epoch_ms),
+}
+
+
+def read_parameter(
+    query: dict, name: str, default, parse: collections.abc.Callable, *arguments
+):
+    """What parse makes of the parameter; without it the default."""
+    given = read_given(query, {name: (name, last, parse, *arguments)})
+    return given.get(name, default)
+
+
+def read_page(query: dict, limit: int = DEFAULT_PAGE) -> Page:
+    """The page that start and limit ask for."""
+    return Page(**{"limit": limit} | read_given(query, PAGE_READERS))
+
+
+def read_filter(query: dict) -> Filter:
+    """What event, outcome, state, since and until ask for."""
+    return Filter(**read_given(query, FILTER_READERS))
+
+
+def read_statistics_wish(query: dict) -> bool:
+    """Whether statistics are asked for."""
+    return read_parameter(query, "statistics", False, boolean)
 
 
 def read_selection(body: bytes) -> tuple[Filter, bool]:
     """Which deliveries or events an operation is for, and if it only counts them."""
-    value = json_object(body)
-    reader = Reader(value)
-    wanted = Filter(
-        events=reader.read("event", strings(str), ()),
-        outcomes=reader.read("outcome", strings(one_of(OUTCOMES)), ()),
-        since=reader.read("since", moment, None),
-        until=reader.read("until", moment, None),
-    )
-    dry_run = reader.read("dryRun", boolean, False)
-    reader.check()
-    return wanted, dry_run
+    given = read_given(json_object(body), SELECTION_READERS)
+    dry_run = given.pop("dry_run", False)
+    return Filter(**given), dry_run
 
 
 # ---- webhooks ----
 
 
-def _full_configuration(webhook):
-    secret = {"secret": webhook.secret} if webhook.secret else {}
-    return webhook.configuration | secret
+def _webhook_readers(old, check_url):
+    secret = {"secret": old.secret} if old.secret else {}
+    configuration = old.configuration | secret
+    return {
+        "configuration": ("configuration", read_configuration, configuration),
+        "name": ("name", webhook_name),
+        "url": ("url", read_url, old.url, check_url),
+        "events": ("events", subscriptions),
+        "active": ("active", boolean),
+        "verify_tls": ("sslVerificationRequired", boolean),
+        "credentials": ("credentials", read_credentials, old.credentials),
+        "headers": ("headers", read_headers, old.headers),
+        "filters": ("filters", read_filters),
+        "ordered": ("ordered", boolean),
+        "rate_limit": ("rateLimit", rate),
+    }
 
 
-def _read_fields(reader, old, check_url):
-    configuration = reader.read(
-        "configuration",
-        configuration_of(_full_configuration(old)),
-        _full_configuration(old),
-    )
-    return dataclasses.replace(
-        old,
-        name=reader.read("name", text_of(255), old.name),
-        url=reader.read("url", url_of(old.url, check_url), old.url),
-        events=reader.read("events", subscriptions, old.events),
-        active=reader.read("active", boolean, old.active),
-        verify_tls=reader.read("sslVerificationRequired", boolean, old.verify_tls),
-        secret=configuration.get("secret") or None,
-        configuration={k: v for k, v in configuration.items() if k != "secret"},
-        credentials=reader.read(
-            "credentials", credentials_of(old.credentials), old.credentials, True
-        ),
-        headers=reader.read("headers", headers_of(old.headers), old.headers, True),
-        filters=reader.read("filters", filters, old.filters, True),
-        ordered=reader.read("ordered", boolean, old.ordered),
-        rate_limit=reader.read("rateLimit", rate, old.rate_limit, True),
-    )
+NULLABLE = ("credentials", "headers", "filters", "rateLimit")
 
 
 def read_webhook(
@@ -1200,24 +1096,24 @@ def read_webhook(
 ) -> Webhook:
     """The webhook that the fields ask for, those left out as in the old one.
 
-    check_url raises ValueError. Raises Invalid with every field at fault."""
-    reader = Reader(fields)
-    for name in ("url", "events"):
-        if not getattr(old, name) and fields.get(name) is None:
-            reader.fault(name, "is needed")
-    webhook = _read_fields(reader, old, check_url)
-    reader.check()
-    if not webhook.name:
-        webhook = dataclasses.replace(webhook, name=webhook.masked_url[:255])
-    return webhook
+    check_url raises Invalid. Raises Invalid with every field at fault."""
+    has_url = old.url or fields.get("url") is not None
+    has_events = old.events or fields.get("events") is not None
+    url_check = "url", require, has_url, "is needed"
+    events_check = "events", require, has_events, "is needed"
+    reading = None, read_given, fields, _webhook_readers(old, check_url), NULLABLE
+    *_, given = read_all([url_check, events_check, reading])
+    if "configuration" in given:
+        given["secret"] = given["configuration"].pop("secret", None) or None
+    if not old.name and "name" not in given:
+        given["name"] = masked_url(given.get("url", old.url))[:255]
+    return dataclasses.replace(old, **given)
 
 
 def _accepts(accepted, value):
     accepted = accepted if isinstance(accepted, list) else [accepted]
-    return any(
-        item == value and isinstance(item, bool) == isinstance(value, bool)
-        for item in accepted
-    )
+    is_bool = isinstance(value, bool)
+    return any(i == value and isinstance(i, bool) == is_bool for i in accepted)
 
 
 def _field_at(fields, path):
@@ -1247,50 +1143,38 @@ def _event_body(fields):
     return _marked_number.sub(r"\1", text).encode("utf-8", "backslashreplace")
 
 
+def _name_of(fields):
+    if fields.get("event") is None:
+        raise Invalid("must be a string" if "event" in fields else "is needed")
+    return event_name(fields["event"])
+
+
+def _event_time(value):
+    moment = value.value if isinstance(value, JsonNumber) else value
+    if isinstance(moment, bool) or not isinstance(moment, (int, float)):
+        raise Invalid("must be a number")
+    if not abs(moment) < 1e15:
+        raise Invalid("is out of range")
+    return int(moment)
+
+
 def _read_event(value, sent_bytes, now_ms, max_bytes):
     if not isinstance(value, dict):
         raise Invalid("an event must be a JSON object")
-    reader = Reader(value)
-    if "event" not in value:
-        reader.fault("event", "is needed")
-    name = reader.read("event", event_name, "")
     timestamp = value.get("timestamp", now_ms)
-    moment = timestamp.value if isinstance(timestamp, JsonNumber) else timestamp
-    if isinstance(moment, bool) or not isinstance(moment, (int, float)):
-        reader.fault("timestamp", "must be a number")
-    elif not abs(moment) < 1e15:
-        reader.fault("timestamp", "is out of range")
-    if value.get("event", "") is None:
-        reader.fault("event", "must be a string")
-    reader.check()
+    name_reading = "event", _name_of, value
+    name, moment = read_all([name_reading, ("timestamp", _event_time, timestamp)])
     body = _event_body({"timestamp": timestamp, "event": name} | value)
     added = 0 if "timestamp" in value else len(f'"timestamp":{now_ms},')
     if max(sent_bytes, len(body) - added) > max_bytes:
         raise TooLarge(
             f"an event may have at most {max_bytes} bytes (--max-event-size)"
         )
-    return NewEvent(name, int(moment), body, value)
+    return NewEvent(name, moment, body, value)
 
 
-def _placed(fault, index):
-    context = f"[{index}].{fault.context}" if fault.context else f"[{index}]"
-    return Fault(context, fault.message)
-
-
-def _read_all(parts, now_ms, max_bytes):
-    events, faults = [], []
-    for index, (part, sent_bytes) in enumerate(parts):
-        try:
-            value = json_value(part, _decode_event) if sent_bytes else part
-            events.append(_read_event(value, sent_bytes, now_ms, max_bytes))
-        except (Invalid, TooLarge) as error:
-            place = [_placed(fault, index) for fault in error.faults]
-            if isinstance(error, TooLarge):
-                raise TooLarge(*place) from None
-            faults += place
-    if faults:
-        raise Invalid(*faults)
-    return events
+def _read_line(line, now_ms, max_bytes):
+    return _read_event(json_value(line, _decode_event), len(line), now_ms, max_bytes)
 
 
 def read_events(
@@ -1300,25 +1184,25 @@ def read_events(
 
     Raises Invalid with the faults of all of them, TooLarge for one over max_bytes."""
     if lines:
-        parts = [(line, len(line)) for line in body.split(b"\n") if line.strip()]
+        parts = [(_read_line, line) for line in body.split(b"\n") if line.strip()]
     else:
         value = json_value(body, _decode_event)
         if not isinstance(value, list):
             return _read_event(value, len(body), now_ms, max_bytes)
-        parts = [(item, 0) for item in value]
+        parts = [(_read_event, item, 0) for item in value]
     if not 1 <= len(parts) <= MAX_EVENTS_PER_REQUEST:
         raise Invalid(
             f"1 to {MAX_EVENTS_PER_REQUEST} events are allowed, not {len(parts)}"
         )
-    return _read_all(parts, now_ms, max_bytes)
+    return read_all(
+        (f"[{index}]", *part, now_ms, max_bytes) for index, part in enumerate(parts)
+    )
 
 
 # ======================================================================================
 # Signatures: what one attempt sends
 # ======================================================================================
 
-
-ROTATION_SECONDS = 86400
 SIGNATURE_TOLERANCE_SECONDS = 300  # what Standard Webhooks asks of receivers
 
 
@@ -1368,21 +1252,17 @@ def standard_signature(secret: str, id: str, seconds: int, body: bytes) -> str:
 
 def signing_secrets(webhook: Webhook, now_ms: int) -> list[str]:
     """The secret, and for a day after it changed the one before it."""
-    previous = [webhook.previous_secret] if webhook.previous_secret else []
-    return [webhook.secret] + (
-        previous if now_ms < webhook.previous_secret_until else []
-    )
+    if webhook.previous_secret and now_ms < webhook.previous_secret_until:
+        return [webhook.secret, webhook.previous_secret]
+    return [webhook.secret]
 
 
 def with_rotated_secret(old: Webhook, new: Webhook, now_ms: int) -> Webhook:
-    """The new webhook; if its secret changed, the old one's signs for a while too."""
+    """The new webhook; if its secret changed, the old one's signs for a day too."""
     if not old.secret or old.secret == new.secret:
         return new
-    return dataclasses.replace(
-        new,
-        previous_secret=old.secret,
-        previous_secret_until=now_ms + ROTATION_SECONDS * 1000,
-    )
+    previous = {"previous_secret": old.secret, "previous_secret_until": now_ms + DAY_MS}
+    return dataclasses.replace(new, **previous)
 
 
 def attempt_headers(
@@ -1435,10 +1315,8 @@ def standard_fault(
 # Policy: is it a success, and when is the next attempt
 # ======================================================================================
 
-MAX_RETRY_AFTER_SECONDS = 86400
+MAX_RETRY_AFTER_SECONDS = DAY_SECONDS
 JITTER = 0.1  # every wait varies by this share, so that retries do not come in step
-
-
 FAILURES_TO_PAUSE = 5
 PAUSE_GROWTH = 1.2
 
@@ -1480,9 +1358,8 @@ def next_wait(
     jitter is a factor around 1. A receiver may ask for later, never for earlier."""
     if attempts > len(schedule):
         return None
-    return max(
-        schedule[attempts - 1] * jitter, min(retry_after, MAX_RETRY_AFTER_SECONDS)
-    )
+    planned = schedule[attempts - 1] * jitter
+    return max(planned, min(retry_after, MAX_RETRY_AFTER_SECONDS))
 
 
 def pause_seconds(failures: int, initial: float, maximum: float) -> float | None:
@@ -1564,11 +1441,12 @@ REFUSED_NETWORKS = networks(
 )
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 COMPATIBLE = ipaddress.ip_network("::/96")
+LOOPBACK = {4: ipaddress.ip_address("127.0.0.1"), 6: ipaddress.ip_address("::1")}
 MAX_LOOKUPS = 64  # names being looked up at one moment, a thread each
 LOOKUP_SECONDS_AT_REGISTRATION = 5
 
 
-class AddressRefused(ValueError):
+class AddressRefused(Invalid):
     """A delivery may not go to this address; the text says which, and what allows it."""
 
 
@@ -1581,8 +1459,7 @@ def embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | Non
     return address.ipv4_mapped or address.sixtofour
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(typing.NamedTuple):
     """The parts of a URL that sending needs."""
 
     tls: bool
@@ -1600,13 +1477,10 @@ def endpoint(url: str) -> Endpoint:
     default = 443 if tls else 80
     port = parts.port or default
     name = f"[{host}]" if ":" in host else host
-    target = urllib.parse.quote(
-        (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
-        safe="!#$%&'()*+,/:;=?@[]~",
-    )
-    return Endpoint(
-        tls, host, port, name if port == default else f"{name}:{port}", target
-    )
+    host_header = name if port == default else f"{name}:{port}"
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    quoted = urllib.parse.quote(target, safe="!#$%&'()*+,/:;=?@[]~")
+    return Endpoint(tls, host, port, host_header, quoted)
 
 
 def _is_ip(host):
@@ -1648,11 +1522,11 @@ class Destinations:
         inside = embedded_ipv4(address) if address.version == 6 else None
         if self._is_own(inside or address, port):
             raise AddressRefused(f"{text} port {port} is webhookd itself")
-        if any(address in network for network in self._allowed):
-            return
         judged = inside or address
+        if any(address in net or judged in net for net in self._allowed):
+            return
         refused = next((net for net in REFUSED_NETWORKS if judged in net), None)
-        if refused and not any(judged in network for network in self._allowed):
+        if refused:
             raise AddressRefused(
                 f"{text} is not a public address; to deliver there start with"
                 f" --allow-networks {refused}"
@@ -1662,22 +1536,16 @@ class Destinations:
         if not self._own or port != self._own[1]:
             return False
         if address.is_unspecified:  # connects to this machine
-            address = ipaddress.ip_address(
-                "127.0.0.1" if address.version == 4 else "::1"
-            )
-        return (
-            address == self._own[0]
-            or self._own[0].is_unspecified
-            and _is_local(address)
-        )
+            address = LOOPBACK[address.version]
+        own = self._own[0]
+        return address == own or own.is_unspecified and _is_local(address)
 
     def check_url(self, url: str) -> None:
         """Raise AddressRefused if the URL leads, as far as is known now, astray."""
         place = endpoint(url)
-        with contextlib.suppress(OSError, concurrent.futures.TimeoutError):
-            for address in self.lookup(place.host).result(
-                LOOKUP_SECONDS_AT_REGISTRATION
-            ):
+        with contextlib.suppress(OSError):  # TimeoutError is one
+            found = self.lookup(place.host).result(LOOKUP_SECONDS_AT_REGISTRATION)
+            for address in found:
                 self.check(address, place.port)
 
     def lookup(self, host: str) -> concurrent.futures.Future:
@@ -1703,14 +1571,12 @@ class Destinations:
         try:
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
             answer = list(dict.fromkeys(address[0] for *_, address in found))
+            finish = future.set_result
         except Exception:  # whatever it is, the host must not stay looked up for ever
-            answer = UnknownHost(f"unknown host {host}")
+            answer, finish = UnknownHost(f"unknown host {host}"), future.set_exception
         with self._lock:
             del self._lookups[host]
-        if isinstance(answer, UnknownHost):
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)
+        finish(answer)
 
 
 # ---- requests and responses ----
@@ -1735,8 +1601,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\0]*)?")
 LENGTH = re.compile(r"(\d{1,18})(?:[ \t]*,[ \t]*\1)*", re.ASCII)
 
 
-@dataclasses.dataclass(frozen=True)
-class Head:
+class Head(typing.NamedTuple):
     """What comes before the body of a response."""
 
     status: int
@@ -1790,7 +1655,9 @@ class Response:
         while not self.complete and self._step():
             pass
         if not self.complete and self._received >= MAX_RESPONSE_BYTES:
-            self._cut_off()
+            if not self.head:
+                raise ProtocolError("the answer's headers are too long")
+            self.complete, self.reusable = True, False
         if self.complete and self._unread:
             self.reusable = False
         return self.complete
@@ -1798,16 +1665,9 @@ class Response:
     def end(self) -> None:
         """The receiver closed the connection. Raises ProtocolError if that was too early."""
         if self._step != self._read_until_close:
-            where = (
-                "in the middle of its answer" if self.started else "without an answer"
-            )
-            raise ProtocolError(f"the receiver closed the connection {where}")
+            when = "in the middle of its" if self.started else "without an"
+            raise ProtocolError(f"the receiver closed the connection {when} answer")
         self.complete = True
-
-    def _cut_off(self):
-        if not self.head:
-            raise ProtocolError("the answer's headers are too long")
-        self.complete, self.reusable = True, False
 
     def _read_line(self):
         """The next line, or None if it is not there yet."""
@@ -1888,9 +1748,7 @@ class Response:
         return line is not None
 
 
-LATIN_CHARSET = re.compile(
-    r"charset=\"?(iso-8859-1|us-ascii|windows-1252)\b", re.IGNORECASE
-)
+LATIN_CHARSET = re.compile(r"(?i)charset=\"?(iso-8859-1|us-ascii|windows-1252)\b")
 BINARY = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 
@@ -1976,11 +1834,10 @@ class Exchange:
     def received(self, data: bytes) -> None:
         """The connection has brought something."""
         try:
-            self._response.feed(data)
+            if self._response.feed(data):
+                self._end(self._response)
         except ProtocolError as error:
             self._end(error)
-        if self._response.complete:
-            self._end(self._response)
 
     def lost(self, error: Exception | None) -> None:
         """The connection is closed, by the receiver or by an error."""
@@ -2067,16 +1924,15 @@ class Client:
 
     def send(
         self,
-        url: str,
+        webhook: Webhook,
         headers: str,
         body: bytes,
-        verify_tls: bool,
         done: collections.abc.Callable,
     ) -> None:
-        """POST, and call done with what an Exchange ends in."""
-        place = endpoint(url)
-        request = request_bytes(place, headers, body)
-        exchange = Exchange(self, place, verify_tls, request, done)
+        """POST to a webhook, and call done with what an Exchange ends in."""
+        place = endpoint(webhook.url)
+        request = request_bytes(place, webhook.fixed_headers + headers, body)
+        exchange = Exchange(self, place, webhook.verify_tls, request, done)
         now = asyncio.get_running_loop().time()
         self._exchanges[exchange] = now + self.timeout_seconds
         if not self._timer:
@@ -2219,9 +2075,8 @@ def start_attempt(
         sent = webhook.masked_headers + headers
         done(Attempt(start_ms, duration, webhook.masked_url, sent, *outcome))
 
-    all_headers = webhook.fixed_headers + headers
     try:
-        client.send(webhook.url, all_headers, body, webhook.verify_tls, judge)
+        client.send(webhook, headers, body, judge)
     except Exception as error:  # a bug costs this attempt, and not the loop
         asyncio.get_running_loop().call_soon(judge, error)
 
@@ -2962,8 +2817,8 @@ class Store:
         id: int,
         change: collections.abc.Callable[[Webhook], Webhook],
         starts_clean: bool = False,
-    ) -> Webhook:
-        """Replace a webhook by change(it); no other change comes in between.
+    ) -> tuple[Webhook, Webhook]:
+        """Replace a webhook by change(it), which no other comes between; both of them.
 
         starts_clean: forget its failures, too. Raises NotFound."""
 
@@ -2972,13 +2827,14 @@ class Store:
             row = batch.connection.execute(sql, [id]).fetchone()
             if row is None:
                 raise NotFound(f"there is no webhook {id}")
-            webhook = change(stored_webhook(*row))
+            old = stored_webhook(*row)
+            new = change(old)
             sql = "UPDATE webhooks SET definition = ? WHERE id = ?"
-            batch.connection.execute(sql, (definition_of(webhook), id))
+            batch.connection.execute(sql, (definition_of(new), id))
             if starts_clean:
                 save_health(batch.connection, id, HEALTHY)
             batch.webhooks_changed()
-            return webhook
+            return old, new
 
         return self._write(work)
 
@@ -4130,8 +3986,7 @@ WRONG_PASSWORDS = 10
 WRONG_PASSWORDS_SECONDS = 60
 
 
-@dataclasses.dataclass(frozen=True)
-class User:
+class User(typing.NamedTuple):
     """Somebody who may log in; record is what is kept of the password or secret."""
 
     name: str
@@ -4154,20 +4009,15 @@ def secret_record(secret: str) -> str:
 def matches(password: str, record: str) -> bool:
     """Whether it is the password or secret of the record, in constant time."""
     kind, salt, *_ = record.split("$")
-    given = (
-        secret_record(password) if kind == "secret" else password_record(password, salt)
-    )
+    is_secret = kind == "secret"
+    given = secret_record(password) if is_secret else password_record(password, salt)
     return hmac.compare_digest(given, record)
 
 
 def user_name(text: str) -> str:
     """A name that Basic authentication can carry; raises ValueError."""
-    if (
-        not 1 <= len(text) <= 100
-        or ":" in text
-        or not text.isprintable()
-        or not text.strip()
-    ):
+    is_text = 1 <= len(text) <= 100 and text.isprintable() and text.strip()
+    if not is_text or ":" in text:
         raise ValueError(
             f"{text!r} is not a name of 1 to 100 characters without a colon"
         )
@@ -4261,11 +4111,8 @@ class Logins:
 
     def _count_wrong(self, address):
         now = self._clock()
-        self._wrong = {
-            key: (since, count)
-            for key, (since, count) in self._wrong.items()
-            if now - since < WRONG_PASSWORDS_SECONDS
-        }
+        oldest = now - WRONG_PASSWORDS_SECONDS
+        self._wrong = {key: w for key, w in self._wrong.items() if w[0] > oldest}
         since, count = self._wrong.get(address, (now, 0))
         self._wrong[address] = since, count + 1
         fact("wrong password", level=logging.WARNING, address=address)
@@ -4278,6 +4125,7 @@ class Logins:
 READERS = (ADMIN, VIEWER)
 PUBLISHERS = (ADMIN, PUBLISHER)
 ADMINS = (ADMIN,)
+ANYBODY = ()  # without a login
 JSON_TYPE = "application/json"
 NDJSON_TYPE = "application/x-ndjson"
 MAX_TESTS = 4  # at one moment: each holds one of the server's threads
@@ -4295,14 +4143,6 @@ def _site(origin):
     scheme, _, authority = origin.lower().partition("://")
     default = {"http": ":80", "https": ":443"}.get(scheme, "")
     return scheme, authority.removesuffix(default)
-
-
-def _published_one(events):
-    return json_bytes(events[0].shown())
-
-
-def _published_list(events):
-    return json_bytes({"results": [event.shown() for event in events]})
 
 
 def changed_fields(old: Webhook, new: Webhook) -> str:
@@ -4331,20 +4171,15 @@ class Api:
         settings: Settings,
         clock: collections.abc.Callable[[], float] = time.time,
     ):
-        self._store, self._dispatcher, self._destinations = (
-            store,
-            dispatcher,
-            destinations,
-        )
-        self._settings, self._clock = settings, clock
+        self._store, self._dispatcher, self._settings = store, dispatcher, settings
+        self._destinations, self._clock = destinations, clock
         self._logins = Logins(store, clock)
         self._tests = threading.Semaphore(MAX_TESTS)
         self.app = bottle.Bottle()
         self.app.default_error_handler = self._render_bottle_error
         self.app.router.add_filter("id", lambda _: (r"\d{1,15}", int, str))
         self.app.add_hook("before_request", self._ignore_trailing_slash)
-        for plugin in (self._render_errors, self._refuse_other_sites, self._log_in):
-            self.app.install(plugin)
+        self.app.install(self._guarded)
         hooks, hook = "/rest/api/webhooks", "/rest/api/webhooks/<id:id>"
         events, deliveries = "/rest/api/events", "/rest/api/deliveries"
         for method, path, handler, roles in (
@@ -4368,13 +4203,17 @@ class Api:
             ("DELETE", events + "/<id:id>", self.delete_event, ADMINS),
         ):
             self.app.route(path, method, handler, roles=roles)
-        self.app.route("/health", "GET", self.health, skip=[self._log_in])
+        self.app.route("/health", "GET", self.health, roles=ANYBODY)
 
-    # ---- plugins: what every request passes ----
+    # ---- what every request passes ----
 
-    def _render_errors(self, handler):
-        def rendered(*args, **kwargs):
+    def _guarded(self, handler):
+        """A plugin: the handler behind all checks, its errors as documents."""
+
+        def guarded(*args, **kwargs):
             try:
+                self._refuse_other_sites()
+                self._log_in(bottle.request.route.config["roles"])
                 return handler(*args, **kwargs)
             except WebhookdError as error:
                 bottle.response.headers.update(error.headers)
@@ -4382,51 +4221,43 @@ class Api:
             except bottle.HTTPResponse:
                 raise
             except Exception:
-                log.exception(
-                    "%s %s failed", bottle.request.method, bottle.request.path
-                )
-                faults = [Fault(None, "an internal error, which is in the log")]
-                return self._error(500, faults)
+                request = bottle.request
+                log.exception("%s %s failed", request.method, request.path)
+                fault = Fault(None, "an internal error, which is in the log")
+                return self._error(500, [fault])
 
-        return rendered
+        return guarded
+
+    def _refuse_other_sites(self):
+        if bottle.request.method in ("GET", "HEAD"):
+            return
+        site = self._header("Sec-Fetch-Site") or "none"
+        own = f"{bottle.request.environ['wsgi.url_scheme']}://{self._host()}"
+        origin = self._header("Origin") or own
+        if site not in ("none", "same-origin") or _site(origin) != _site(own):
+            raise Forbidden("requests from other sites are refused")
+
+    def _log_in(self, roles):
+        if roles == ANYBODY:
+            return
+        environ = bottle.request.environ
+        address = environ.get("REMOTE_ADDR", "")
+        try:
+            user = self._logins.user(self._header("Authorization"), address)
+        except Unauthorized as error:
+            error.headers["WWW-Authenticate"] = 'Basic realm="webhookd"'
+            raise
+        if user.role not in roles:
+            raise Forbidden(f"the role {user.role} may not do this")
+        environ["webhookd.user"] = user
 
     def _render_bottle_error(self, error):
-        faults = [Fault(None, str(error.body))]
-        if error.status_code == 404:
-            faults = [Fault(None, "there is no such resource")]
-        return self._error(error.status_code, faults)
+        is_missing = error.status_code == 404
+        message = "there is no such resource" if is_missing else str(error.body)
+        return self._error(error.status_code, [Fault(None, message)])
 
     def _error(self, status, faults):
         return self._json(error_document(status, faults), status)
-
-    def _refuse_other_sites(self, handler):
-        def refusing(*args, **kwargs):
-            request = bottle.request
-            if request.method not in ("GET", "HEAD"):
-                site = self._header("Sec-Fetch-Site") or "none"
-                own = f"{request.environ['wsgi.url_scheme']}://{self._host()}"
-                origin = self._header("Origin") or own
-                if site not in ("none", "same-origin") or _site(origin) != _site(own):
-                    raise Forbidden("requests from other sites are refused")
-            return handler(*args, **kwargs)
-
-        return refusing
-
-    def _log_in(self, handler):
-        def logged_in(*args, **kwargs):
-            request = bottle.request
-            address = request.environ.get("REMOTE_ADDR", "")
-            try:
-                user = self._logins.user(self._header("Authorization"), address)
-            except Unauthorized as error:
-                error.headers["WWW-Authenticate"] = 'Basic realm="webhookd"'
-                raise
-            if user.role not in request.route.config["roles"]:
-                raise Forbidden(f"the role {user.role} may not do this")
-            request.environ["webhookd.user"] = user
-            return handler(*args, **kwargs)
-
-        return logged_in
 
     @staticmethod
     def _ignore_trailing_slash():
@@ -4449,10 +4280,8 @@ class Api:
     @staticmethod
     def _host():
         environ = bottle.request.environ
-        return (
-            environ.get("HTTP_HOST")
-            or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
-        )
+        own = f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
+        return environ.get("HTTP_HOST") or own
 
     def _link(self, path, query=()):
         encoded = urllib.parse.urlencode(query, doseq=True)
@@ -4466,9 +4295,8 @@ class Api:
         """The request's body, and whether it is NDJSON; raises WrongMediaType, TooLarge."""
         sent = bottle.request.environ.get("CONTENT_TYPE", "")
         sent = sent.partition(";")[0].strip().lower()
-        if sent not in types and not re.fullmatch(
-            r"application/(json|[\w.-]+\+json)", sent
-        ):
+        is_json = re.fullmatch(r"application/(json|[\w.-]+\+json)", sent)
+        if sent not in types and not is_json:
             raise WrongMediaType(f"the body must be sent as {' or '.join(types)}")
         length = max(0, bottle.request.content_length)
         if length > limit:
@@ -4478,21 +4306,25 @@ class Api:
     def _object(self):
         return json_object(self._body(JSON_TYPE)[0])
 
-    def _query(self):
-        return Query(bottle.request.environ.get("QUERY_STRING", ""))
+    @staticmethod
+    def _query():
+        return urllib.parse.parse_qs(bottle.request.environ.get("QUERY_STRING", ""))
 
-    def _page_of(self, query, page, total, results):
+    def _asked(self, *readers):
+        """What each reader takes from the query; raises Invalid with all the faults."""
+        query = self._query()
+        return read_all((None, read, query) for read in readers)
+
+    def _page_of(self, page, total, results):
         """A page of results, with links to itself and its neighbours."""
-        start, limit = page.start, page.limit
-        path = bottle.request.path
+        path, query = bottle.request.path, self._query()
         links = {
-            name: self._link(path, query.fields | {"start": [first], "limit": [limit]})
-            for name, first in page.neighbours(total).items()
+            name: self._link(path, query | {"start": start, "limit": page.limit})
+            for name, start in page.neighbours(total).items()
         }
-        return self._json(
-            {"results": results, "start": start, "limit": limit, "size": len(results)}
-            | {"totalCount": total, "_links": links}
-        )
+        part = {"start": page.start, "limit": page.limit, "size": len(results)}
+        totals = {"totalCount": total, "_links": links}
+        return self._json({"results": results} | part | totals)
 
     def _log_change(self, words, **values):
         environ = bottle.request.environ
@@ -4502,20 +4334,16 @@ class Api:
     # ---- webhooks ----
 
     def list_webhooks(self):
-        query = self._query()
-        page, wanted, statistics = (
-            query.page(),
-            query.filter(),
-            query.read("statistics", boolean, False),
+        page, wanted, statistics = self._asked(
+            read_page, read_filter, read_statistics_wish
         )
-        query.check()
         webhooks = [
             webhook
             for webhook in self._store.webhooks.by_id.values()
             if not wanted.events or any(map(webhook.subscribed, wanted.events))
         ]
         part = webhooks[page.start : page.start + page.limit]
-        return self._page_of(query, page, len(webhooks), self._shown(part, statistics))
+        return self._page_of(page, len(webhooks), self._shown(part, statistics))
 
     def create_webhook(self):
         webhook = self.register(self._object())
@@ -4526,17 +4354,14 @@ class Api:
     def register(self, fields: dict) -> Webhook:
         """Add the webhook that the fields ask for; raises Invalid."""
         now = self._now_ms()
-        webhook = read_webhook(
-            fields, Webhook(created=now, updated=now), self._destinations.check_url
-        )
+        new = Webhook(created=now, updated=now)
+        webhook = read_webhook(fields, new, self._destinations.check_url)
         webhook = self._store.add_webhook(webhook)
         self._log_change("webhook created", id=webhook.id, url=webhook.masked_url)
         return webhook
 
     def get_webhook(self, id):
-        query = self._query()
-        statistics = query.read("statistics", boolean, False)
-        query.check()
+        [statistics] = self._asked(read_statistics_wish)
         return self._json(self._shown([self._store.webhook(id)], statistics)[0])
 
     def update_webhook(self, id):
@@ -4545,20 +4370,15 @@ class Api:
 
     def change(self, id: int, fields: dict) -> Webhook:
         """Change the fields of a webhook that are given; raises NotFound, Invalid."""
-        old = self._store.webhook(id)
         # looking its host up takes time, so the writer reads it again without that
-        read_webhook(fields, old, self._destinations.check_url)
-        now = self._now_ms()
+        read_webhook(fields, self._store.webhook(id), self._destinations.check_url)
+        now, starts_clean = self._now_ms(), not {"active", "url"}.isdisjoint(fields)
 
-        def change(current):
-            nonlocal old
-            old = current
+        def change(old):
             new = dataclasses.replace(read_webhook(fields, old), updated=now)
             return with_rotated_secret(old, new, now)
 
-        webhook = self._store.change_webhook(
-            id, change, starts_clean=not {"active", "url"}.isdisjoint(fields)
-        )
+        old, webhook = self._store.change_webhook(id, change, starts_clean)
         self._dispatcher.reconsider(id)
         names, url = changed_fields(old, webhook), webhook.masked_url
         self._log_change(change_in_words(old, webhook), id=id, fields=names, url=url)
@@ -4588,9 +4408,7 @@ class Api:
         return shown
 
     def latest(self, id):
-        query = self._query()
-        wanted = query.filter()
-        query.check()
+        [wanted] = self._asked(read_filter)
         invocation = self._store.latest(self._store.webhook(id).id, wanted)
         if invocation is None:
             bottle.response.status = 204
@@ -4598,25 +4416,18 @@ class Api:
         return self._json(invocation)
 
     def statistics(self, id):
-        query = self._query()
-        wanted = query.filter()
-        query.check()
+        [wanted], now = self._asked(read_filter), self._now_ms()
         webhook = self._store.webhook(id)
-        return self._json(
-            self._store.statistics(webhook.id, wanted.events, self._now_ms())
-        )
+        return self._json(self._store.statistics(webhook.id, wanted.events, now))
 
     def statistics_summary(self, id):
         webhook, now = self._store.webhook(id), self._now_ms()
-        return self._json(
-            {
-                event: self._store.statistics(webhook.id, (event,), now)
-                for event in self._store.attempted_events(webhook.id)
-            }
-        )
+        events = self._store.attempted_events(webhook.id)
+        of_event = functools.partial(self._store.statistics, webhook.id, now_ms=now)
+        return self._json({event: of_event((event,)) for event in events})
 
     def test_webhook(self):
-        return self._json(self.test(self._webhook_to_test(self._query())))
+        return self._json(self.test(self._webhook_to_test()))
 
     def test(self, webhook: Webhook) -> dict:
         """Send a ping now; what was sent and what came back. Raises TooManyRequests."""
@@ -4628,28 +4439,22 @@ class Api:
             attempt = asyncio.run(self._ping(webhook))
         finally:
             self._tests.release()
-        self._log_change(
-            "webhook tested",
-            id=webhook.id or "none",
-            url=attempt.url,
-            result=attempt.description,
-        )
+        id, result = webhook.id or "none", attempt.description
+        self._log_change("webhook tested", id=id, url=attempt.url, result=result)
         answer = {"request": attempt.request(PING.decode()), "response": None}
         if attempt.status is None:
             return answer | {"error": attempt.description}
         answer["response"] = {"status": attempt.status} | attempt.response()
         return answer
 
-    def _webhook_to_test(self, query):
-        id = query.read("webhookId", whole_number(1), 0)
-        if "webhookId" in query.fields:
-            query.check()
+    def _webhook_to_test(self):
+        query, check_url = self._query(), self._destinations.check_url
+        id = read_parameter(query, "webhookId", None, whole_number, 1)
+        if id is not None:
             return self._store.webhook(id)
-        url = query.read("url", url_of("", self._destinations.check_url), None)
-        if "url" not in query.fields:
-            query.fault("url", "url or webhookId is needed")
-        query.check()
-        return Webhook(url=url)
+        if "url" not in query:
+            raise Invalid(Fault("url", "url or webhookId is needed"))
+        return Webhook(url=read_parameter(query, "url", "", read_url, "", check_url))
 
     async def _ping(self, webhook):
         client = Client(self._destinations, self._settings.delivery_timeout)
@@ -4668,14 +4473,15 @@ class Api:
         body, lines = self._body(JSON_TYPE, NDJSON_TYPE, limit=limit)
         now = self._now_ms()
         events = read_events(body, lines, now, self._settings.max_event_size)
-        several = isinstance(events, list)
-        answer, repeated = self._store.publish(
-            events if several else [events],
-            now,
-            _published_list if several else _published_one,
-            self._idempotency(body),
-        )
-        return self._json(answer, 200 if repeated else 202)
+        several, key = isinstance(events, list), self._idempotency(body)
+
+        def answer(published):
+            shown = [event.shown() for event in published]
+            return json_bytes({"results": shown} if several else shown[0])
+
+        events = events if several else [events]
+        answered, is_repeated = self._store.publish(events, now, answer, key)
+        return self._json(answered, 200 if is_repeated else 202)
 
     def _idempotency(self, body):
         key = self._header("Idempotency-Key")
@@ -4687,34 +4493,28 @@ class Api:
         return IdempotencyKey(user, key, hashlib.sha256(body).digest())
 
     def list_events(self):
-        query = self._query()
-        page, wanted = query.page(), query.filter()
-        query.check()
+        page, wanted = self._asked(read_page, read_filter)
         events, total = self._store.events(wanted, page)
-        return self._page_of(query, page, total, [event.shown() for event in events])
+        return self._page_of(page, total, [event.shown() for event in events])
 
     def get_event(self, id):
         event, body, deliveries = self._store.event(id)
-        shown = event.shown() | {
-            "deliveries": [delivery.shown() for delivery in deliveries]
-        }
+        shown = event.shown()
+        shown["deliveries"] = [delivery.shown() for delivery in deliveries]
         # the payload is put in as text: it was sent, so it need not be read once more
         head = json_bytes(shown).removesuffix(b"}")
         return self._json(head + b',"payload":' + payload_of(body, event.name) + b"}")
 
     def list_deliveries(self, id):
-        query = self._query()
-        page, wanted = query.page(), query.filter()
-        query.check()
+        page, wanted = self._asked(read_page, read_filter)
         webhook = self._store.webhook(id)
         deliveries, total = self._store.deliveries(webhook.id, wanted, page)
-        return self._page_of(query, page, total, [d.shown() for d in deliveries])
+        return self._page_of(page, total, [delivery.shown() for delivery in deliveries])
 
     def get_delivery(self, uuid):
         delivery, body, attempts = self._store.delivery(uuid.lower())
-        shown = [
-            attempt.shown(delivery.id, delivery.event, body) for attempt in attempts
-        ]
+        id, event = delivery.id, delivery.event
+        shown = [attempt.shown(id, event, body) for attempt in attempts]
         return self._json(delivery.shown() | {"attempts": shown})
 
     # ---- operations ----
@@ -4733,8 +4533,8 @@ class Api:
 
     def redeliver_many(self, id):
         self._store.webhook(id)  # that there is none comes before a fault in the body
-        matched, redelivered = self.redeliver_all(id, *self._selection())
-        return self._json({"matched": matched, "redelivered": redelivered}, 202)
+        counts = self.redeliver_all(id, *self._selection())
+        return self._json(dict(zip(("matched", "redelivered"), counts)), 202)
 
     def redeliver_all(
         self, id: int, wanted: Filter, dry_run: bool = False
@@ -4742,31 +4542,30 @@ class Api:
         """Have those wanted, or else all that failed, attempted at once.
 
         Returns how many matched and how many are redelivered; raises NotFound."""
-        webhook, now = self._store.webhook(id), self._now_ms()
+        self._store.webhook(id)
         if not wanted.outcomes:
-            wanted = dataclasses.replace(wanted, states=(FAILED,))
-        matched = redelivered = 0
-        for numbers in self._store.redeliverable(id, wanted):
-            matched += len(numbers)
-            if not dry_run:
-                redelivered += self._store.redeliver(webhook.id, numbers, now)
-        if redelivered:
+            wanted = wanted._replace(states=(FAILED,))
+        found, words = self._store.redeliverable(id, wanted), "deliveries redelivered"
+        return self._make_due(id, found, self._store.redeliver, dry_run, words)
+
+    def _make_due(self, id, found, make_due, dry_run, words):
+        matched = made = 0
+        now = self._now_ms()
+        for ids in found:
+            matched += len(ids)
+            if ids and not dry_run:
+                made += make_due(id, ids, now)
+        if made:
             self._dispatcher.reconsider(id)
-            self._log_change("deliveries redelivered", webhook=id, count=redelivered)
-        return matched, redelivered
+            self._log_change(words, webhook=id, count=made)
+        return matched, made
 
     def replay(self, id):
-        webhook, now = self._store.webhook(id), self._now_ms()
+        webhook = self._store.webhook(id)
         wanted, dry_run = self._selection()
-        matched = replayed = 0
-        for event_ids in self._store.missed_events(webhook, wanted):
-            matched += len(event_ids)
-            if not dry_run and event_ids:
-                replayed += self._store.replay(id, event_ids, now)
-        if replayed:
-            self._dispatcher.reconsider(id)
-            self._log_change("events replayed", webhook=id, count=replayed)
-        return self._json({"matched": matched, "replayed": replayed}, 202)
+        found, words = self._store.missed_events(webhook, wanted), "events replayed"
+        counts = self._make_due(id, found, self._store.replay, dry_run, words)
+        return self._json(dict(zip(("matched", "replayed"), counts)), 202)
 
     def _selection(self):
         """What the body of an operation on many selects, and if it only counts."""
@@ -4784,9 +4583,8 @@ class Api:
     # ---- health ----
 
     def health(self):
-        problems = [self._store.problem, self._dispatcher.problem()]
-        if self._store.stands_still():
-            problems.append("the store's writer stands still")
+        stuck = self._store.stands_still() and "the store's writer stands still"
+        problems = [self._store.problem, self._dispatcher.problem(), stuck]
         problems = list(filter(None, problems))
         if problems:
             return self._json({"status": "failing", "problems": problems}, 503)
@@ -5504,7 +5302,7 @@ class Pages(Api):
     def __init__(self, *parts):
         super().__init__(*parts)
         hook, delivery = "/webhooks/<id:id>", "/deliveries/<uuid>"
-        self.app.route("/", "GET", self.show_start, roles=READERS, skip=[self._log_in])
+        self.app.route("/", "GET", self.show_start, roles=ANYBODY)
         for path, handler, roles in (
             (hook, self.show_webhook, READERS),
             (delivery, self.show_delivery, READERS),
@@ -5584,11 +5382,11 @@ class Pages(Api):
 
         return checked
 
-    def _beside(self, query, page, total):
+    def _beside(self, page, total):
         """The links to the parts of a list before and after this one."""
+        query = self._query()
         return {
-            name: "?"
-            + urllib.parse.urlencode(query.fields | {"start": start}, doseq=True)
+            name: "?" + urllib.parse.urlencode(query | {"start": start}, doseq=True)
             for name, start in page.neighbours(total).items()
         }
 
@@ -5597,7 +5395,8 @@ class Pages(Api):
     def show_start(self):
         bottle.response.headers["Vary"] = "Accept"
         if self._wants_html():
-            return self._log_in(self.show_webhooks)()
+            self._log_in(READERS)
+            return self.show_webhooks()
         bottle.response.content_type = "text/plain; charset=utf-8"
         bottle.response.headers.update(PAGE_HEADERS)
         test_url = self._link("/rest/api/webhooks/test", {"webhookId": 1})
@@ -5606,9 +5405,7 @@ class Pages(Api):
         return CURL_PAGE.format(version=VERSION, **quoted)
 
     def show_webhooks(self):
-        query = self._query()
-        page = query.page()
-        query.check()
+        [page] = self._asked(read_page)
         webhooks = list(self._store.webhooks.by_id.values())
         part = self._shown(webhooks[page.start : page.start + page.limit])
         ids = tuple(webhook["id"] for webhook in part)
@@ -5619,7 +5416,7 @@ class Pages(Api):
             webhooks=part,
             summary=self._summary(webhooks),
             rates={id: success_rate(counts[id]) for id in ids},
-            neighbours=self._beside(query, page, len(webhooks)),
+            neighbours=self._beside(page, len(webhooks)),
         )
 
     def _summary(self, webhooks):
@@ -5630,10 +5427,11 @@ class Pages(Api):
         return ", ".join(f"{n} {state}" for state, n in states.items()) or "None yet."
 
     def show_webhook(self, id):
-        query = self._query()
-        page, wanted = query.page(DELIVERIES_PER_PAGE), query.filter()
-        redelivered = query.read("redelivered", whole_number(0), None)
-        query.check()
+        page, wanted, redelivered = self._asked(
+            lambda query: read_page(query, DELIVERIES_PER_PAGE),
+            read_filter,
+            lambda query: read_parameter(query, "redelivered", None, whole_number, 0),
+        )
         now = self._now_ms()
         [webhook] = self._shown([self._store.webhook(id)], statistics=True)
         deliveries, total = self._store.deliveries(id, wanted, page)
@@ -5650,7 +5448,7 @@ class Pages(Api):
             rate=success_rate,
             shown_state=wanted.states[0] if wanted.states else "",
             deliveries=deliveries,
-            neighbours=self._beside(query, page, total),
+            neighbours=self._beside(page, total),
         )
 
     def show_delivery(self, uuid):
