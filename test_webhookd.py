@@ -688,6 +688,10 @@ def test_booleans_may_be_strings(value):
     assert read_webhook(active=str(value is None).lower()).active is False
 
 
+def test_events_are_counted_without_duplicates():
+    assert read_webhook(events=["a"] * 101).events == ("a",)
+
+
 def test_events_are_a_set():
     assert read_webhook(events=["b", "a", "b", "page_*", "*"]).events == (
         "b",
@@ -1150,6 +1154,25 @@ def test_a_refusal_names_the_address_and_the_setting():
         "127.0.0.1 is not a public address;"
         " to deliver there start with --allow-networks 127.0.0.0/8"
     )
+
+
+@pytest.mark.parametrize(
+    "address, network",
+    [("::1", "::1/128"), ("::7f00:1", "127.0.0.0/8"), ("64:ff9b:1::1", "64:ff9b:1::/48")],
+)
+def test_a_refusal_advises_no_more_than_is_needed(address, network):
+    with pytest.raises(webhookd.AddressRefused, match=f"--allow-networks {network}$"):
+        webhookd.Destinations(()).check(address, 80)
+
+
+@pytest.mark.parametrize(
+    "address", ["::ffff:169.254.169.254", "::a00:1", "64:ff9b::a00:1", "2002:a00:1::"]
+)
+def test_allowing_what_ipv4_is_inside_of_does_not_allow_it(address):
+    wide = webhookd.Destinations(webhookd.networks("::/8,64:ff9b::/96,2002::/16"))
+
+    with pytest.raises(webhookd.AddressRefused):
+        wide.check(address, 80)
 
 
 @pytest.mark.parametrize(
