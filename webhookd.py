@@ -4919,6 +4919,11 @@ def time_element(ms: int) -> str:
     return f'<time datetime="{text.replace(" ", "T")}Z">{text}</time>'
 
 
+def state_element(state: str) -> str:
+    """The state of a webhook or a delivery in HTML."""
+    return f'<span class="state {state}">{state}</span>'
+
+
 def how_long(seconds: float) -> str:
     """A duration in its largest unit."""
     for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
@@ -4948,48 +4953,34 @@ def state_words(health: dict, now_ms: int) -> str:
     }[state]
 
 
-def http_text(start: str, headers: dict[str, str], body: str | None) -> str:
-    """A request or a response as it went over the wire, nearly."""
-    lines = [start, *(f"{name}: {value}" for name, value in headers.items())]
-    return "\n".join([*lines, "", body] if body else lines)
+def http_text(start: str, message: dict) -> str:
+    """A request or a response, as the API shows it, nearly as it went over the wire."""
+    lines = [start, *(f"{name}: {value}" for name, value in message["headers"].items())]
+    return "\n".join([*lines, "", message["body"]] if message["body"] else lines)
 
 
-def daily_figures(by_day: dict, now_ms: int) -> list[tuple[str, collections.Counter]]:
-    """Each day of the statistics with its attempts by outcome."""
-    today = now_ms // DAY_MS
-    days = range(today - STATISTICS_DAYS, today + 1)
-    return [(utc(day * DAY_MS)[:10], by_day[day]) for day in days]
-
-
-def configuration_rows(webhook: dict) -> list[tuple[str, str]]:
-    """How a webhook, as the API shows it, is set up: what and how."""
-    labels = {"rateLimit": "Rate limit"}
+def optional_settings(webhook: dict) -> list[tuple[str, str]]:
+    """What of a webhook, as the API shows it, not every one has: label and value."""
     names = "credentials headers filters ordered rateLimit configuration".split()
-    optional = [
+    labels = {"rateLimit": "Rate limit"}
+    return [
         (labels.get(name, name.capitalize()), json_bytes(webhook[name]).decode())
         for name in names
         if webhook.get(name)
-    ]
-    return [
-        ("URL", webhook["url"]),
-        ("Events", ", ".join(webhook["events"])),
-        ("Secret", "set" if webhook["secretSet"] else "none"),
-        ("TLS", "verified" if webhook["sslVerificationRequired"] else "not verified"),
-        *optional,
-        ("Created", f"{utc(webhook['createdDate'])} UTC"),
-        ("Changed", f"{utc(webhook['updatedDate'])} UTC"),
-        ("Pending", str(webhook["health"]["pending"])),
     ]
 
 
 def curl_command(attempt: Attempt, body: str) -> str:
     """A shell command that sends an attempt's request again, except for what is masked."""
+    request = attempt.request(body)
+    headers = [f"{name}: {value}" for name, value in request["headers"].items()]
     # the body by standard input, because an argument may have 128 KiB only
-    parts = [f"printf %s {shlex.quote(body)} |"]
-    parts += [f"curl --globoff {shlex.quote(attempt.url)} --data-binary @-"]
-    for name, value in header_fields(attempt.request_headers).values():
-        parts.append(f"-H {shlex.quote(f'{name}: {value}')}")
-    return " \\\n  ".join(parts)
+    lines = [
+        f"printf %s {shlex.quote(body)} |",
+        f"curl --globoff {shlex.quote(attempt.url)} --data-binary @-",
+        *(f"-H {shlex.quote(header)}" for header in headers),
+    ]
+    return " \\\n  ".join(lines)
 
 
 CURL_PAGE = """\
@@ -5021,36 +5012,10 @@ curl {url}/health
 webhookd user add NAME --role publisher --database /var/lib/webhookd/webhookd.db
 """
 
-CONFLUENCE_EVENTS = (
-    "attachment_created attachment_removed attachment_restored attachment_trashed"
-    " attachment_updated blog_created blog_removed blog_restored blog_trashed"
-    " blog_updated blueprint_page_created comment_created comment_removed"
-    " comment_updated content_created content_permissions_updated content_restored"
-    " content_trashed content_updated group_created group_removed label_added"
-    " label_created label_deleted label_removed page_children_reordered page_created"
-    " page_moved page_removed page_restored page_trashed page_updated space_created"
-    " space_logo_updated space_permissions_updated space_removed space_updated"
-    " theme_enabled user_created user_deactivated user_followed user_reactivated"
-    " user_removed"
-).split()
-
 # ---- the form of a webhook: its fields have the API's names ----
 
-FORM_FIELDS = (  # name, label, kind, hint
-    ("name", "Name", "text", ""),
-    ("url", "URL", "text", ""),
-    (
-        "events",
-        "Events",
-        "textarea",
-        "One per line or comma-separated; * is every event, page_* all that begin so.",
-    ),
-    ("secret", "Secret", "password", "Signs every delivery. It is never shown again."),
-    ("active", "Active", "checkbox", ""),
-    ("ordered", "Ordered", "checkbox", "One delivery at a time, in publish order."),
-    ("sslVerificationRequired", "Verify TLS", "checkbox", ""),
-    ("rateLimit", "Rate limit", "text", "Deliveries per second; empty: no limit."),
-)
+FORM_BOXES = ("active", "ordered", "sslVerificationRequired")
+FORM_FIELDS = ("name", "url", "events", "secret", *FORM_BOXES, "rateLimit")
 
 
 def _number(text):
@@ -5063,24 +5028,20 @@ def _number(text):
 def form_values(webhook: Webhook) -> dict[str, str]:
     """What the form of a webhook is filled in with; an unticked box is not there."""
     shown = webhook.shown()
-    boxes = ("active", "ordered", "sslVerificationRequired")
     return {
         "name": webhook.name,
         "url": shown["url"],
         "events": "\n".join(webhook.events),
         "rateLimit": str(webhook.rate_limit or ""),
-    } | {box: "true" for box in boxes if shown.get(box)}
+    } | {box: "true" for box in FORM_BOXES if shown.get(box)}
 
 
 def form_fields(form: dict[str, str], old: Webhook) -> dict:
     """The fields of the API that a form changes: what it leaves as it was is not sent."""
-    fields = {
+    fields = {box: box in form for box in FORM_BOXES} | {
         "name": form.get("name", ""),
         "url": form.get("url", "").strip(),
         "events": re.findall(r"[^\s,]+", form.get("events", "")),
-        "active": "active" in form,
-        "ordered": "ordered" in form,
-        "sslVerificationRequired": "sslVerificationRequired" in form,
         "rateLimit": _number(form.get("rateLimit", "").strip()),
     }
     if form.get("secret") or "removeSecret" in form:
@@ -5090,14 +5051,13 @@ def form_fields(form: dict[str, str], old: Webhook) -> dict:
 
 
 def faults_by_field(faults: list[Fault], fields: dict) -> dict[str, list[str]]:
-    """What is wrong with each field of the form; "" has what is wrong with none of it."""
-    by_field = collections.defaultdict(list)
+    """What is wrong with each field, in the form's order; "" has what is with none."""
+    by_field = {name: [] for name in FORM_FIELDS + ("",)}
     for fault in faults:
         name, _, index = (fault.context or "").partition("[")
         name = name.removeprefix("configuration.")
         item = f"{fields[name][int(index[:-1])]}: " if index else ""
-        known = name in [field[0] for field in FORM_FIELDS]
-        by_field[name if known else ""].append(item + fault.message)
+        by_field[name if name in by_field else ""].append(item + fault.message)
     return by_field
 
 
@@ -5171,7 +5131,7 @@ PAGE_HEADERS = {
     "Cache-Control": "no-store",
 }
 
-BASE = bottle.SimpleTemplate("""\
+_TOP = """\
 <!DOCTYPE html>
 <html lang="en">
 <head>
@@ -5190,13 +5150,42 @@ BASE = bottle.SimpleTemplate("""\
 </header>
 <main id="main" tabindex="-1">
 <h1>{{title}}</h1>
-{{!main}}
-</main>
-</body>
-</html>
-""")
+% def button(label, path, look=""):
+<form method="post" action="{{path}}"><input type="hidden" name="token" value="{{token}}">
+<button class="{{look}}">{{label}}</button></form>
+% end
+% def parts_beside():
+% if len(beside) > 1:
+<nav class="row" aria-label="Parts of the list">
+% for name, label in (("prev", "Previous"), ("next", "Next")):
+% if name in beside:
+<a rel="{{name}}" href="{{beside[name]}}#list">{{label}}</a>
+% end
+% end
+</nav>
+% end
+% end
+"""
 
-ERROR_PAGE = bottle.SimpleTemplate("""\
+
+class PageTemplate(bottle.SimpleTemplate):
+    """A page, of which only the main part is given."""
+
+    defaults = {
+        "style": STYLE,
+        "outcomes": OUTCOMES,
+        "time": time_element,
+        "state": state_element,
+        "rate": success_rate,
+        "http_text": http_text,
+        "curl": curl_command,
+    }
+
+    def __init__(self, main: str):
+        super().__init__(_TOP + main + "</main>\n</body>\n</html>\n")
+
+
+ERROR_PAGE = PageTemplate("""\
 % for fault in faults:
 <p>{{fault}}</p>
 % end
@@ -5205,22 +5194,9 @@ ERROR_PAGE = bottle.SimpleTemplate("""\
 % end
 """)
 
-_neighbours = """\
-% if len(neighbours) > 1:
-<nav class="row" aria-label="Parts of the list">
-% for name, label in (("prev", "Previous"), ("next", "Next")):
-% if name in neighbours:
-<a rel="{{name}}" href="{{neighbours[name]}}#list">{{label}}</a>
-% end
-% end
-</nav>
-% end
-"""
-
-LIST_PAGE = bottle.SimpleTemplate(
-    """\
+LIST_PAGE = PageTemplate("""\
 <div class="row" id="list">
-<span>{{summary}}</span>
+<span>{{", ".join(f"{number} {name}" for name, number in states.items()) or "None yet."}}</span>
 % if changes:
 <a href="/webhooks/new">New webhook</a>
 % end
@@ -5231,103 +5207,113 @@ LIST_PAGE = bottle.SimpleTemplate(
 <th scope="col" class="number">Success 30 d</th><th scope="col" class="number">Pending</th></tr></thead>
 <tbody>
 % for webhook in webhooks:
-% state = webhook["health"]["state"]
 <tr><td class="rest"><div class="line"><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a>
 % if webhook["name"] != webhook["url"]:
 <span class="soft spare">{{webhook["url"]}}</span>
 % end
 </div><div class="line">{{", ".join(webhook["events"])}}</div></td>
-<td><span class="state {{state}}">{{state}}</span></td>
-<td class="number">{{rates[webhook["id"]]}}</td>
+<td>{{!state(webhook["health"]["state"])}}</td>
+<td class="number">{{rate(counts[webhook["id"]])}}</td>
 <td class="number">{{webhook["health"]["pending"]}}</td></tr>
 % end
 </tbody>
 </table>
 % end
-"""
-    + _neighbours
-)
+% parts_beside()
+""")
 
-FORM_PAGE = bottle.SimpleTemplate("""\
+FORM_PAGE = PageTemplate("""\
+% def field(name, label, kind="text", hint=""):
+% wrong = "; ".join(faults.get(name, ()))
+% about = f"{name}-fault " * bool(wrong) + f"{name}-hint" * bool(hint)
+% about = f' aria-describedby="{about.strip()}"' * bool(about)
+% about += ' aria-invalid="true"' * bool(wrong) + " autofocus" * (name == focus)
+<div class="field">
+% if kind == "checkbox":
+<input type="checkbox" id="{{name}}" name="{{name}}" value="true"{{!about}}
+{{"checked" if values.get(name) else ""}}>
+% end
+<label for="{{name}}">{{label}}</label>
+% if kind == "textarea":
+<textarea id="{{name}}" name="{{name}}" rows="5" spellcheck="false"{{!about}}>
+{{values.get(name, "")}}</textarea>
+% elif kind == "password":
+<input type="password" id="{{name}}" name="{{name}}" class="text" autocomplete="new-password"{{!about}}>
+% elif kind == "text":
+<input id="{{name}}" name="{{name}}" value="{{values.get(name, "")}}" class="text" autocomplete="off"{{!about}}>
+% end
+% if wrong:
+<div class="fault" id="{{name}}-fault">{{wrong}}</div>
+% end
+% if hint:
+<div class="soft" id="{{name}}-hint">{{hint}}</div>
+% end
+</div>
+% end
+% focus = next((name for name, messages in faults.items() if messages), None)
 % if faults:
 <p class="fault" role="alert">Nothing was saved.
-% for message in faults.get("", ()):
+% for message in faults[""]:
 {{message}}.
 % end
 </p>
 % end
 <form method="post">
 <input type="hidden" name="token" value="{{token}}">
-% focus = next((field[0] for field in fields if field[0] in faults), None)
-% for name, label, kind, hint in fields:
-<div class="field">
-% wrong = faults.get(name, ())
-% about = [f"{name}-{x}" for x, there in (("fault", wrong), ("hint", hint)) if there]
-% described = f' aria-describedby="{" ".join(about)}"' if about else ""
-% described += ' aria-invalid="true"' * bool(wrong) + " autofocus" * (name == focus)
-% if kind == "checkbox":
-<input type="checkbox" id="{{name}}" name="{{name}}" value="true"{{!described}}
-{{"checked" if values.get(name) else ""}}>
+% field("name", "Name")
+% field("url", "URL")
+% field("events", "Events", "textarea", "One per line or comma-separated; * is every event, page_* all that begin so.")
+<details class="field"><summary>Confluence's events</summary>
+<p>attachment_created, attachment_removed, attachment_restored, attachment_trashed, attachment_updated,
+blog_created, blog_removed, blog_restored, blog_trashed, blog_updated, blueprint_page_created,
+comment_created, comment_removed, comment_updated, content_created, content_permissions_updated,
+content_restored, content_trashed, content_updated, group_created, group_removed, label_added,
+label_created, label_deleted, label_removed, page_children_reordered, page_created, page_moved,
+page_removed, page_restored, page_trashed, page_updated, space_created, space_logo_updated,
+space_permissions_updated, space_removed, space_updated, theme_enabled, user_created,
+user_deactivated, user_followed, user_reactivated, user_removed</p></details>
+% kept = " Left empty, the one that is set stays." if old.secret else ""
+% field("secret", "Secret", "password", "Signs every delivery. It is never shown again." + kept)
+% if old.secret:
+% field("removeSecret", "Remove the secret", "checkbox")
 % end
-<label for="{{name}}">{{label}}</label>
-% if kind == "textarea":
-<textarea id="{{name}}" name="{{name}}" rows="5" spellcheck="false"{{!described}}>
-{{values.get(name, "")}}</textarea>
-% elif kind == "password":
-<input type="password" id="{{name}}" name="{{name}}" class="text" autocomplete="new-password"{{!described}}>
-% elif kind == "text":
-<input id="{{name}}" name="{{name}}" value="{{values.get(name, "")}}" class="text" autocomplete="off"{{!described}}>
-% end
-% if wrong:
-<div class="fault" id="{{name}}-fault">{{"; ".join(wrong)}}</div>
-% end
-% if hint:
-<div class="soft" id="{{name}}-hint">{{hint}}
-% if name == "secret" and old.secret:
-Left empty, the one that is set stays.
-% end
-</div>
-% end
-% if name == "secret" and old.secret:
-<input type="checkbox" id="removeSecret" name="removeSecret" value="true">
-<label for="removeSecret">Remove the secret</label>
-% end
-% if name == "events":
-<details><summary>Confluence's events</summary>
-<p>{{", ".join(suggestions)}}</p></details>
-% end
-</div>
-% end
+% field("active", "Active", "checkbox")
+% field("ordered", "Ordered", "checkbox", "One delivery at a time, in publish order.")
+% field("sslVerificationRequired", "Verify TLS", "checkbox")
+% field("rateLimit", "Rate limit", hint="Deliveries per second; empty: no limit.")
 <div class="row"><button class="first">{{"Save" if old.id else "Create"}}</button>
 <a href="{{f"/webhooks/{old.id}" if old.id else "/"}}">Cancel</a></div>
 </form>
 """)
 
-WEBHOOK_PAGE = bottle.SimpleTemplate(
-    """\
-% state = webhook["health"]["state"]
+WEBHOOK_PAGE = PageTemplate("""\
 % path = f"/webhooks/{webhook['id']}"
-<p><span class="state {{state}}">{{state}}</span> {{words}}</p>
+<p>{{!state(webhook["health"]["state"])}} {{words}}</p>
 % if redelivered is not None:
 <p role="status">Attempted again: {{redelivered}}.</p>
 % end
 % if changes:
 <div class="row">
 <a href="{{path}}/edit">Edit</a>
-% for action, label in (("test", "Test"), *[("pause", "Pause") if webhook["active"] else ("resume", "Resume")], ("redeliver", "Redeliver failed")):
-<form method="post" action="{{path}}/{{action}}">
-<input type="hidden" name="token" value="{{token}}"><button>{{label}}</button></form>
-% end
+% button("Test", f"{path}/test")
+% button("Pause", f"{path}/pause") if webhook["active"] else button("Resume", f"{path}/resume")
+% button("Redeliver failed", f"{path}/redeliver")
 <form action="{{path}}/delete"><button class="fault">Delete</button></form>
 </div>
 % end
 <dl>
-% for term, text in configuration:
-<dt>{{term}}</dt><dd>{{text}}</dd>
+<dt>URL</dt><dd>{{webhook["url"]}}</dd>
+<dt>Events</dt><dd>{{", ".join(webhook["events"])}}</dd>
+<dt>Secret</dt><dd>{{"set" if webhook["secretSet"] else "none"}}</dd>
+<dt>TLS</dt><dd>{{"verified" if webhook["sslVerificationRequired"] else "not verified"}}</dd>
+% for label, value in optional:
+<dt>{{label}}</dt><dd>{{value}}</dd>
 % end
+<dt>Created</dt><dd>{{!time(webhook["createdDate"])}} UTC</dd>
+<dt>Changed</dt><dd>{{!time(webhook["updatedDate"])}} UTC</dd>
+<dt>Pending</dt><dd>{{webhook["health"]["pending"]}}</dd>
 </dl>
 <h2>Last 30 days</h2>
-% most = max(1, *(sum(counts.values()) for _, counts in days))
 % if not total:
 <p>No attempts.</p>
 % else:
@@ -5335,26 +5321,24 @@ WEBHOOK_PAGE = bottle.SimpleTemplate(
 <span class="SUCCESS">Successes: {{total["SUCCESS"]}}</span>,
 <span class="FAILURE">failures: {{total["FAILURE"]}}</span> (an answer other than 2xx),
 <span class="ERROR">errors: {{total["ERROR"]}}</span> (no answer).</p>
+% most = max(sum(counts.values()) for counts in days.values())
 <svg viewBox="0 0 {{10 * len(days)}} 64" preserveAspectRatio="none" role="img"
 aria-label="Attempts a day, at most {{most}}; the figures are in the table below">
-% for x, (day, counts) in enumerate(days):
+% for x, (day, counts) in enumerate(days.items()):
 % y = 64
-% for outcome in outcomes:
-% count = counts[outcome]
-% tall = max(2, 60 * count / most) if count else 0
+% for outcome in filter(counts.get, outcomes):
+% tall = max(2, 60 * counts[outcome] / most)
 % y -= tall
-% if tall:
-<rect class="{{outcome}}" x="{{10 * x + 1}}" y="{{round(y, 1)}}" width="8" height="{{round(tall, 1)}}"><title>{{day}}: {{count}} {{outcome}}</title></rect>
-% end
+<rect class="{{outcome}}" x="{{10 * x + 1}}" y="{{round(y, 1)}}" width="8" height="{{round(tall, 1)}}"><title>{{day}}: {{counts[outcome]}} {{outcome}}</title></rect>
 % end
 % end
 </svg>
-<details><summary>Figures, {{days[0][0]}} to {{days[-1][0]}}</summary>
+<details><summary>Figures, {{min(days)}} to {{max(days)}}</summary>
 <table>
 <thead><tr><th scope="col">Day (UTC)</th><th scope="col" class="number">Successes</th>
 <th scope="col" class="number">Failures</th><th scope="col" class="number">Errors</th></tr></thead>
 <tbody>
-% for day, counts in reversed(days):
+% for day, counts in reversed(days.items()):
 <tr><td>{{day}}</td>
 % for outcome in outcomes:
 <td class="number">{{counts[outcome]}}</td>
@@ -5365,8 +5349,8 @@ aria-label="Attempts a day, at most {{most}}; the figures are in the table below
 </table></details>
 % end
 <dl>
-% for outcome in ("Success", "Failure", "Error"):
-% attempt = webhook["statistics"].get(f"last{outcome}")
+% for outcome in outcomes:
+% attempt = webhook["statistics"].get("last" + outcome.capitalize())
 % if attempt:
 <dt>Last {{outcome.lower()}}</dt>
 <dd>{{!time(attempt["start"])}} <a href="/deliveries/{{attempt["id"]}}">{{attempt["event"]}}</a>: {{attempt["result"]["description"]}}</dd>
@@ -5386,33 +5370,29 @@ aria-label="Attempts a day, at most {{most}}; the figures are in the table below
 <tbody>
 % for delivery in deliveries:
 <tr><td class="moment"><a href="/deliveries/{{delivery.id}}">{{!time(delivery.created)}}</a></td><td>{{delivery.event}}</td>
-<td class="number spare">{{delivery.attempt_count}}</td>
-<td><span class="state {{delivery.state}}">{{delivery.state}}</span> {{delivery.description or ""}}</td></tr>
+<td class="number spare">{{delivery.attempt_count}}</td><td>{{!state(delivery.state)}} {{delivery.description or ""}}</td></tr>
 % end
 </tbody>
 </table>
 % else:
 <p>None.</p>
 % end
-"""
-    + _neighbours
-)
+% parts_beside()
+""")
 
-DELIVERY_PAGE = bottle.SimpleTemplate("""\
-<p><span class="state {{delivery.state}}">{{delivery.state}}</span>
-after {{len(attempts)}} attempt{{"s" * (len(attempts) != 1)}}
+DELIVERY_PAGE = PageTemplate("""\
+<p>{{!state(delivery.state)}} after {{len(attempts)}} attempt{{"s" * (len(attempts) != 1)}}
 % if delivery.next_attempt:
 – the next is planned for {{!time(delivery.next_attempt)}} UTC
 % end
 </p>
 % if changes:
-<form class="row" method="post" action="/deliveries/{{delivery.id}}/redeliver">
-<input type="hidden" name="token" value="{{token}}"><button>Redeliver</button></form>
+<div class="row">
+% button("Redeliver", f"/deliveries/{delivery.id}/redeliver")
+</div>
 % end
 <dl>
-% state = webhook["health"]["state"]
-<dt>Webhook</dt><dd><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a>
-<span class="state {{state}}">{{state}}</span></dd>
+<dt>Webhook</dt><dd><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a> {{!state(webhook["health"]["state"])}}</dd>
 <dt>Event</dt><dd>{{delivery.event}}, number {{delivery.event_id}}</dd>
 <dt>Delivery</dt><dd>{{delivery.id}}</dd>
 <dt>Made</dt><dd>{{!time(delivery.created)}} UTC</dd>
@@ -5424,37 +5404,39 @@ after {{len(attempts)}} attempt{{"s" * (len(attempts) != 1)}}
 <h2>Attempt {{number}}: <span class="{{attempt.outcome}}">{{attempt.outcome}}</span></h2>
 <p>{{attempt.description}}, {{attempt.duration}} ms, at {{!time(attempt.start)}} UTC</p>
 <details{{" open" if number == len(attempts) else ""}}><summary>Request and response {{number}}</summary>
-<pre>{{http_text("POST " + attempt.url, attempt.request("")["headers"], None)}}</pre>
+<pre>{{http_text("POST " + attempt.url, attempt.request(""))}}</pre>
 % if attempt.status is not None:
-<pre>{{http_text(str(attempt.status), **attempt.response())}}</pre>
+<pre>{{http_text(str(attempt.status), attempt.response())}}</pre>
 % end
 </details>
 % end
 % if attempts:
 <details{{short}}><summary>Send it again with curl</summary>
-<pre>{{curl}}</pre></details>
+<pre>{{curl(attempts[-1], body)}}</pre></details>
 % end
 """)
 
-TEST_PAGE = bottle.SimpleTemplate("""\
+TEST_PAGE = PageTemplate("""\
 % request, response = test["request"], test["response"]
 <p>To the webhook <a href="/webhooks/{{webhook.id}}">{{webhook.name}}</a>. A test is not counted or stored.</p>
 <h2>Sent</h2>
-<pre>{{http_text("POST " + request["url"], request["headers"], request["body"])}}</pre>
+<pre>{{http_text("POST " + request["url"], request)}}</pre>
 <h2>Answer</h2>
 % if response is None:
 <p class="fault">None: {{test["error"]}}</p>
 % else:
-<pre>{{http_text(str(response["status"]), response["headers"], response["body"])}}</pre>
+<pre>{{http_text(str(response["status"]), response)}}</pre>
 % end
-<form class="row" method="post"><input type="hidden" name="token" value="{{token}}">
-<button>Test again</button></form>
+<div class="row">
+% button("Test again", f"/webhooks/{webhook.id}/test")
+</div>
 """)
 
-DELETE_PAGE = bottle.SimpleTemplate("""\
+DELETE_PAGE = PageTemplate("""\
 <p>Delete <strong>{{webhook.name}}</strong> and all of its deliveries, {{pending}} of them pending?</p>
-<form class="row" method="post"><input type="hidden" name="token" value="{{token}}">
-<button class="fault">Delete</button> <a href="/webhooks/{{webhook.id}}">Keep it</a></form>
+<div class="row">
+% button("Delete", f"/webhooks/{webhook.id}/delete", look="fault")
+<a href="/webhooks/{{webhook.id}}">Keep it</a></div>
 """)
 
 # ---- the pages ----
@@ -5466,22 +5448,24 @@ class Pages(Api):
     def __init__(self, *parts):
         super().__init__(*parts)
         hook, delivery = "/webhooks/<id:id>", "/deliveries/<uuid>"
+        pause = functools.partial(self.submit_active, False)
+        resume = functools.partial(self.submit_active, True)
         self.app.route("/", "GET", self.show_start, roles=READERS, skip=[self._log_in])
         for path, handler, roles in (
             (hook, self.show_webhook, READERS),
             (delivery, self.show_delivery, READERS),
-            ("/webhooks/new", self.show_new, ADMINS),
-            (hook + "/edit", self.show_edit, ADMINS),
+            ("/webhooks/new", self.show_form, ADMINS),
+            (hook + "/edit", self.show_form, ADMINS),
             (hook + "/delete", self.show_delete, ADMINS),
         ):
             self.app.route(path, "GET", handler, roles=roles)
         for path, handler in (
-            ("/webhooks/new", self.submit_new),
-            (hook + "/edit", self.submit_edit),
+            ("/webhooks/new", self.submit_form),
+            (hook + "/edit", self.submit_form),
             (hook + "/delete", self.submit_delete),
             (hook + "/test", self.submit_test),
-            (hook + "/pause", self.submit_pause),
-            (hook + "/resume", self.submit_resume),
+            (hook + "/pause", pause),
+            (hook + "/resume", resume),
             (hook + "/redeliver", self.submit_redeliver_failed),
             (delivery + "/redeliver", self.submit_redeliver),
         ):
@@ -5491,15 +5475,17 @@ class Pages(Api):
 
     def _page(self, title, template, status=200, **values):
         user = bottle.request.environ.get("webhookd.user")
-        values |= {"title": title, "status": status, "user": user}
-        values |= {"token": user and self._token(user)}
-        values |= {"changes": user is not None and user.role in ADMINS}
-        values |= {"time": time_element, "http_text": http_text, "outcomes": OUTCOMES}
-        main = template.render(values)
         bottle.response.status = status
         bottle.response.content_type = HTML_TYPE
         bottle.response.headers.update(PAGE_HEADERS)
-        return BASE.render(values, main=main, style=STYLE)
+        return template.render(
+            values,
+            title=title,
+            status=status,
+            user=user,
+            token=user and self._token(user),
+            changes=user is not None and user.role in ADMINS,
+        )
 
     def _error(self, status, faults):
         path = bottle.request.path
@@ -5530,9 +5516,9 @@ class Pages(Api):
             pairs = urllib.parse.parse_qsl(
                 body.decode(), True, errors="strict", max_num_fields=100
             )
+            return dict(pairs)
         except ValueError:
             raise Invalid("the form is malformed") from None
-        return dict(pairs)
 
     def _submitted(self, handler):
         """The handler, called with the form that was sent, if one of our pages sent it."""
@@ -5549,8 +5535,7 @@ class Pages(Api):
     def _beside(self, query, page, total):
         """The links to the parts of a list before and after this one."""
         return {
-            name: "?"
-            + urllib.parse.urlencode(query.fields | {"start": start}, doseq=True)
+            name: f"?{urllib.parse.urlencode(query.fields | {'start': start}, True)}"
             for name, start in page.neighbours(total).items()
         }
 
@@ -5563,33 +5548,26 @@ class Pages(Api):
         bottle.response.content_type = "text/plain; charset=utf-8"
         bottle.response.headers.update(PAGE_HEADERS)
         test_url = self._link("/rest/api/webhooks/test", {"webhookId": 1})
-        urls = {"url": self._link(""), "test_url": test_url}
-        quoted = {name: shlex.quote(url) for name, url in urls.items()}
-        return CURL_PAGE.format(version=VERSION, **quoted)
+        url, test_url = shlex.quote(self._link("")), shlex.quote(test_url)
+        return CURL_PAGE.format(version=VERSION, url=url, test_url=test_url)
 
     def show_webhooks(self):
         query = self._query()
         page = query.page()
         query.check()
         webhooks = list(self._store.webhooks.by_id.values())
+        health = self._store.health
+        states = [health.get(w.id, HEALTHY).state(w.active) for w in webhooks]
         part = self._shown(webhooks[page.start : page.start + page.limit])
         ids = tuple(webhook["id"] for webhook in part)
-        counts = self._store.attempts_by("webhook_id", ids, self._now_ms())
         return self._page(
             "Webhooks",
             LIST_PAGE,
             webhooks=part,
-            summary=self._summary(webhooks),
-            rates={id: success_rate(counts[id]) for id in ids},
-            neighbours=self._beside(query, page, len(webhooks)),
+            states=collections.Counter(states),
+            counts=self._store.attempts_by("webhook_id", ids, self._now_ms()),
+            beside=self._beside(query, page, len(webhooks)),
         )
-
-    def _summary(self, webhooks):
-        states = collections.Counter(
-            self._store.health.get(webhook.id, HEALTHY).state(webhook.active)
-            for webhook in webhooks
-        )
-        return ", ".join(f"{n} {state}" for state, n in states.items()) or "None yet."
 
     def show_webhook(self, id):
         query = self._query()
@@ -5599,62 +5577,46 @@ class Pages(Api):
         now = self._now_ms()
         [webhook] = self._shown([self._store.webhook(id)], statistics=True)
         deliveries, total = self._store.deliveries(id, wanted, page)
-        days = daily_figures(self._store.attempts_by("day", (id,), now), now)
+        by_day, today = self._store.attempts_by("day", (id,), now), now // DAY_MS
+        shown_days = range(today - STATISTICS_DAYS, today + 1)
+        days = {utc(day * DAY_MS)[:10]: by_day[day] for day in shown_days}
         return self._page(
             webhook["name"],
             WEBHOOK_PAGE,
             webhook=webhook,
             words=state_words(webhook["health"], now),
             redelivered=redelivered,
-            configuration=configuration_rows(webhook),
+            optional=optional_settings(webhook),
             days=days,
-            total=sum((counts for _, counts in days), collections.Counter()),
-            rate=success_rate,
+            total=sum(days.values(), collections.Counter()),
             shown_state=wanted.states[0] if wanted.states else "",
             deliveries=deliveries,
-            neighbours=self._beside(query, page, total),
+            beside=self._beside(query, page, total),
         )
 
     def show_delivery(self, uuid):
         delivery, body, attempts = self._store.delivery(uuid.lower())
         [webhook] = self._shown([self._store.webhook(delivery.webhook_id)])
-        return self._page(
-            f"Delivery of {delivery.event}",
-            DELIVERY_PAGE,
-            delivery=delivery,
-            webhook=webhook,
-            body=body,
-            attempts=attempts,
-            curl=curl_command(attempts[-1], body) if attempts else "",
-        )
+        values = {"delivery": delivery, "webhook": webhook}
+        values |= {"body": body, "attempts": attempts}
+        return self._page(f"Delivery of {delivery.event}", DELIVERY_PAGE, **values)
 
     # ---- changing ----
 
-    def show_new(self):
-        return self._form_page(Webhook())
+    def _edited(self, id):
+        return Webhook() if id is None else self._store.webhook(id)
 
-    def show_edit(self, id):
-        return self._form_page(self._store.webhook(id))
+    def _form_page(self, old, values, faults=None):
+        title = f"Edit {old.name}" if old.id else "New webhook"
+        values = {"old": old, "values": values, "faults": faults or {}}
+        return self._page(title, FORM_PAGE, 400 if faults else 200, **values)
 
-    def _form_page(self, old, form=None, faults=None):
-        return self._page(
-            f"Edit {old.name}" if old.id else "New webhook",
-            FORM_PAGE,
-            400 if faults else 200,
-            old=old,
-            values=form_values(old) if form is None else form,
-            faults=faults or {},
-            fields=FORM_FIELDS,
-            suggestions=CONFLUENCE_EVENTS,
-        )
+    def show_form(self, id=None):
+        old = self._edited(id)
+        return self._form_page(old, form_values(old))
 
-    def submit_new(self, form):
-        return self._save(form, Webhook())
-
-    def submit_edit(self, form, id):
-        return self._save(form, self._store.webhook(id))
-
-    def _save(self, form, old):
+    def submit_form(self, form, id=None):
+        old = self._edited(id)
         fields = form_fields(form, old)
         try:
             webhook = self.change(old.id, fields) if old.id else self.register(fields)
@@ -5676,16 +5638,11 @@ class Pages(Api):
 
     def submit_test(self, form, id):
         webhook = self._store.webhook(id)
-        test = self.test(webhook)
-        title = f"Test of {webhook.name}"
+        test, title = self.test(webhook), f"Test of {webhook.name}"
         return self._page(title, TEST_PAGE, webhook=webhook, test=test)
 
-    def submit_pause(self, form, id):
-        self.change(id, {"active": False})
-        self._see(f"/webhooks/{id}")
-
-    def submit_resume(self, form, id):
-        self.change(id, {"active": True})
+    def submit_active(self, active, form, id):
+        self.change(id, {"active": active})
         self._see(f"/webhooks/{id}")
 
     def submit_redeliver_failed(self, form, id):
