@@ -4959,15 +4959,11 @@ def http_text(start: str, message: dict) -> str:
     return "\n".join([*lines, "", message["body"]] if message["body"] else lines)
 
 
-def optional_settings(webhook: dict) -> list[tuple[str, str]]:
-    """What of a webhook, as the API shows it, not every one has: label and value."""
-    names = "credentials headers filters ordered rateLimit configuration".split()
-    labels = {"rateLimit": "Rate limit"}
-    return [
-        (labels.get(name, name.capitalize()), json_bytes(webhook[name]).decode())
-        for name in names
-        if webhook.get(name)
-    ]
+def daily_figures(by_day: dict, now_ms: int) -> dict[str, collections.Counter]:
+    """The attempts by outcome for each day of the statistics, oldest first."""
+    today = now_ms // DAY_MS
+    days = range(today - STATISTICS_DAYS, today + 1)
+    return {utc(day * DAY_MS)[:10]: by_day[day] for day in days}
 
 
 def curl_command(attempt: Attempt, body: str) -> str:
@@ -5134,20 +5130,12 @@ PAGE_HEADERS = {
 _TOP = """\
 <!DOCTYPE html>
 <html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{title}} – webhookd</title>
-<style>{{!style}}</style>
-</head>
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{title}} – webhookd</title><style>{{!STYLE}}</style></head>
 <body>
-<header>
-<a class="skip" href="#main">Skip to content</a>
+<header><a class="skip" href="#main">Skip to content</a>
 <nav><a href="/">Webhooks</a></nav>
-% if user:
-<span class="soft">{{user.name}} ({{user.role}})</span>
-% end
-</header>
+<span class="soft">{{f"{user.name} ({user.role})" if user else ""}}</span></header>
 <main id="main" tabindex="-1">
 <h1>{{title}}</h1>
 % def button(label, path, look=""):
@@ -5169,20 +5157,12 @@ _TOP = """\
 
 
 class PageTemplate(bottle.SimpleTemplate):
-    """A page, of which only the main part is given."""
+    """A page, of which only the main part is given; it may use all names of this file."""
 
-    defaults = {
-        "style": STYLE,
-        "outcomes": OUTCOMES,
-        "time": time_element,
-        "state": state_element,
-        "rate": success_rate,
-        "http_text": http_text,
-        "curl": curl_command,
-    }
+    defaults = globals()
 
     def __init__(self, main: str):
-        super().__init__(_TOP + main + "</main>\n</body>\n</html>\n")
+        super().__init__(_TOP + main + "</main></body></html>\n")
 
 
 ERROR_PAGE = PageTemplate("""\
@@ -5195,71 +5175,54 @@ ERROR_PAGE = PageTemplate("""\
 """)
 
 LIST_PAGE = PageTemplate("""\
-<div class="row" id="list">
-<span>{{", ".join(f"{number} {name}" for name, number in states.items()) or "None yet."}}</span>
+<div class="row" id="list"><span>{{", ".join(f"{n} {state}" for state, n in states.items()) or "None yet."}}</span>
 % if changes:
 <a href="/webhooks/new">New webhook</a>
 % end
 </div>
 % if webhooks:
-<table>
-<thead><tr><th scope="col">Webhook</th><th scope="col">State</th>
-<th scope="col" class="number">Success 30 d</th><th scope="col" class="number">Pending</th></tr></thead>
-<tbody>
+<table><thead><tr><th scope="col">Webhook</th><th scope="col">State</th>
+<th scope="col" class="number">Success 30 d</th><th scope="col" class="number">Pending</th></tr></thead><tbody>
 % for webhook in webhooks:
 <tr><td class="rest"><div class="line"><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a>
-% if webhook["name"] != webhook["url"]:
-<span class="soft spare">{{webhook["url"]}}</span>
-% end
-</div><div class="line">{{", ".join(webhook["events"])}}</div></td>
-<td>{{!state(webhook["health"]["state"])}}</td>
-<td class="number">{{rate(counts[webhook["id"]])}}</td>
+<span class="soft spare">{{webhook["url"] if webhook["url"] != webhook["name"] else ""}}</span></div>
+<div class="line">{{", ".join(webhook["events"])}}</div></td>
+<td>{{!state_element(webhook["health"]["state"])}}</td>
+<td class="number">{{success_rate(counts[webhook["id"]])}}</td>
 <td class="number">{{webhook["health"]["pending"]}}</td></tr>
 % end
-</tbody>
-</table>
+</tbody></table>
 % end
 % parts_beside()
 """)
 
 FORM_PAGE = PageTemplate("""\
 % def field(name, label, kind="text", hint=""):
-% wrong = "; ".join(faults.get(name, ()))
-% about = f"{name}-fault " * bool(wrong) + f"{name}-hint" * bool(hint)
-% about = f' aria-describedby="{about.strip()}"' * bool(about)
-% about += ' aria-invalid="true"' * bool(wrong) + " autofocus" * (name == focus)
+% wrong, value = "; ".join(faults.get(name, ())), values.get(name, "")
+% attributes = f'id="{name}" name="{name}" aria-describedby="{name}-fault {name}-hint"'
+% attributes += ' aria-invalid="true"' * bool(wrong) + " autofocus" * (name == focus)
 <div class="field">
 % if kind == "checkbox":
-<input type="checkbox" id="{{name}}" name="{{name}}" value="true"{{!about}}
-{{"checked" if values.get(name) else ""}}>
+<input type="checkbox" value="true" {{!attributes}} {{"checked" if value else ""}}>
 % end
 <label for="{{name}}">{{label}}</label>
-% if kind == "textarea":
-<textarea id="{{name}}" name="{{name}}" rows="5" spellcheck="false"{{!about}}>
-{{values.get(name, "")}}</textarea>
+% if kind == "text":
+<input class="text" value="{{value}}" autocomplete="off" {{!attributes}}>
 % elif kind == "password":
-<input type="password" id="{{name}}" name="{{name}}" class="text" autocomplete="new-password"{{!about}}>
-% elif kind == "text":
-<input id="{{name}}" name="{{name}}" value="{{values.get(name, "")}}" class="text" autocomplete="off"{{!about}}>
+<input class="text" type="password" autocomplete="new-password" {{!attributes}}>
+% elif kind == "textarea":
+<textarea rows="5" spellcheck="false" {{!attributes}}>
+{{value}}</textarea>
 % end
-% if wrong:
 <div class="fault" id="{{name}}-fault">{{wrong}}</div>
-% end
-% if hint:
 <div class="soft" id="{{name}}-hint">{{hint}}</div>
-% end
 </div>
 % end
 % focus = next((name for name, messages in faults.items() if messages), None)
 % if faults:
-<p class="fault" role="alert">Nothing was saved.
-% for message in faults[""]:
-{{message}}.
+<p class="fault" role="alert">Nothing was saved. {{" ".join(f"{message}." for message in faults[""])}}</p>
 % end
-</p>
-% end
-<form method="post">
-<input type="hidden" name="token" value="{{token}}">
+<form method="post"><input type="hidden" name="token" value="{{token}}">
 % field("name", "Name")
 % field("url", "URL")
 % field("events", "Events", "textarea", "One per line or comma-separated; * is every event, page_* all that begin so.")
@@ -5287,37 +5250,35 @@ user_deactivated, user_followed, user_reactivated, user_removed</p></details>
 """)
 
 WEBHOOK_PAGE = PageTemplate("""\
-% path = f"/webhooks/{webhook['id']}"
-<p>{{!state(webhook["health"]["state"])}} {{words}}</p>
+% path, total = f"/webhooks/{webhook['id']}", sum(days.values(), collections.Counter())
+<p>{{!state_element(webhook["health"]["state"])}} {{words}}</p>
 % if redelivered is not None:
 <p role="status">Attempted again: {{redelivered}}.</p>
 % end
 % if changes:
-<div class="row">
-<a href="{{path}}/edit">Edit</a>
+<div class="row"><a href="{{path}}/edit">Edit</a>
 % button("Test", f"{path}/test")
 % button("Pause", f"{path}/pause") if webhook["active"] else button("Resume", f"{path}/resume")
 % button("Redeliver failed", f"{path}/redeliver")
-<form action="{{path}}/delete"><button class="fault">Delete</button></form>
-</div>
+<form action="{{path}}/delete"><button class="fault">Delete</button></form></div>
 % end
-<dl>
-<dt>URL</dt><dd>{{webhook["url"]}}</dd>
+<dl><dt>URL</dt><dd>{{webhook["url"]}}</dd>
 <dt>Events</dt><dd>{{", ".join(webhook["events"])}}</dd>
 <dt>Secret</dt><dd>{{"set" if webhook["secretSet"] else "none"}}</dd>
 <dt>TLS</dt><dd>{{"verified" if webhook["sslVerificationRequired"] else "not verified"}}</dd>
-% for label, value in optional:
-<dt>{{label}}</dt><dd>{{value}}</dd>
+% for name in "credentials", "headers", "filters", "ordered", "rateLimit", "configuration":
+% if webhook.get(name):
+<dt>{{"Rate limit" if name == "rateLimit" else name.capitalize()}}</dt><dd>{{json_bytes(webhook[name])}}</dd>
 % end
-<dt>Created</dt><dd>{{!time(webhook["createdDate"])}} UTC</dd>
-<dt>Changed</dt><dd>{{!time(webhook["updatedDate"])}} UTC</dd>
-<dt>Pending</dt><dd>{{webhook["health"]["pending"]}}</dd>
-</dl>
+% end
+<dt>Created</dt><dd>{{!time_element(webhook["createdDate"])}} UTC</dd>
+<dt>Changed</dt><dd>{{!time_element(webhook["updatedDate"])}} UTC</dd>
+<dt>Pending</dt><dd>{{webhook["health"]["pending"]}}</dd></dl>
 <h2>Last 30 days</h2>
 % if not total:
 <p>No attempts.</p>
 % else:
-<p>{{rate(total)}} of {{sum(total.values())}} attempts succeeded.
+<p>{{success_rate(total)}} of {{sum(total.values())}} attempts succeeded.
 <span class="SUCCESS">Successes: {{total["SUCCESS"]}}</span>,
 <span class="FAILURE">failures: {{total["FAILURE"]}}</span> (an answer other than 2xx),
 <span class="ERROR">errors: {{total["ERROR"]}}</span> (no answer).</p>
@@ -5326,7 +5287,7 @@ WEBHOOK_PAGE = PageTemplate("""\
 aria-label="Attempts a day, at most {{most}}; the figures are in the table below">
 % for x, (day, counts) in enumerate(days.items()):
 % y = 64
-% for outcome in filter(counts.get, outcomes):
+% for outcome in filter(counts.get, OUTCOMES):
 % tall = max(2, 60 * counts[outcome] / most)
 % y -= tall
 <rect class="{{outcome}}" x="{{10 * x + 1}}" y="{{round(y, 1)}}" width="8" height="{{round(tall, 1)}}"><title>{{day}}: {{counts[outcome]}} {{outcome}}</title></rect>
@@ -5334,46 +5295,38 @@ aria-label="Attempts a day, at most {{most}}; the figures are in the table below
 % end
 </svg>
 <details><summary>Figures, {{min(days)}} to {{max(days)}}</summary>
-<table>
-<thead><tr><th scope="col">Day (UTC)</th><th scope="col" class="number">Successes</th>
-<th scope="col" class="number">Failures</th><th scope="col" class="number">Errors</th></tr></thead>
-<tbody>
+<table><thead><tr><th scope="col">Day (UTC)</th><th scope="col" class="number">Successes</th>
+<th scope="col" class="number">Failures</th><th scope="col" class="number">Errors</th></tr></thead><tbody>
 % for day, counts in reversed(days.items()):
-<tr><td>{{day}}</td>
-% for outcome in outcomes:
-<td class="number">{{counts[outcome]}}</td>
+<tr><td>{{day}}</td><td class="number">{{counts["SUCCESS"]}}</td>
+<td class="number">{{counts["FAILURE"]}}</td><td class="number">{{counts["ERROR"]}}</td></tr>
 % end
-</tr>
-% end
-</tbody>
-</table></details>
+</tbody></table></details>
 % end
 <dl>
-% for outcome in outcomes:
-% attempt = webhook["statistics"].get("last" + outcome.capitalize())
-% if attempt:
-<dt>Last {{outcome.lower()}}</dt>
-<dd>{{!time(attempt["start"])}} <a href="/deliveries/{{attempt["id"]}}">{{attempt["event"]}}</a>: {{attempt["result"]["description"]}}</dd>
+% for outcome in OUTCOMES:
+% last = webhook["statistics"].get("last" + outcome.capitalize())
+% if last:
+<dt>Last {{outcome.lower()}}</dt><dd>{{!time_element(last["start"])}}
+<a href="/deliveries/{{last["id"]}}">{{last["event"]}}</a>: {{last["result"]["description"]}}</dd>
 % end
 % end
 </dl>
 <h2 id="list">Deliveries</h2>
 <nav class="row" aria-label="Deliveries by state">
-% for name in ("", "pending", "succeeded", "failed"):
+% for name in ("", PENDING, SUCCEEDED, FAILED):
 <a href="{{path}}{{f"?state={name}" if name else ""}}#list"{{!' aria-current="page"' if name == shown_state else ""}}>{{name or "all"}}</a>
 % end
 </nav>
 % if deliveries:
-<table>
-<thead><tr><th scope="col">Made (UTC)</th><th scope="col">Event</th>
-<th scope="col" class="number spare">Attempts</th><th scope="col">State</th></tr></thead>
-<tbody>
+<table><thead><tr><th scope="col">Made (UTC)</th><th scope="col">Event</th>
+<th scope="col" class="number spare">Attempts</th><th scope="col">State</th></tr></thead><tbody>
 % for delivery in deliveries:
-<tr><td class="moment"><a href="/deliveries/{{delivery.id}}">{{!time(delivery.created)}}</a></td><td>{{delivery.event}}</td>
-<td class="number spare">{{delivery.attempt_count}}</td><td>{{!state(delivery.state)}} {{delivery.description or ""}}</td></tr>
+<tr><td class="moment"><a href="/deliveries/{{delivery.id}}">{{!time_element(delivery.created)}}</a></td>
+<td>{{delivery.event}}</td><td class="number spare">{{delivery.attempt_count}}</td>
+<td>{{!state_element(delivery.state)}} {{delivery.description or ""}}</td></tr>
 % end
-</tbody>
-</table>
+</tbody></table>
 % else:
 <p>None.</p>
 % end
@@ -5381,9 +5334,9 @@ aria-label="Attempts a day, at most {{most}}; the figures are in the table below
 """)
 
 DELIVERY_PAGE = PageTemplate("""\
-<p>{{!state(delivery.state)}} after {{len(attempts)}} attempt{{"s" * (len(attempts) != 1)}}
+<p>{{!state_element(delivery.state)}} after {{len(attempts)}} attempt{{"s" * (len(attempts) != 1)}}
 % if delivery.next_attempt:
-– the next is planned for {{!time(delivery.next_attempt)}} UTC
+– the next is planned for {{!time_element(delivery.next_attempt)}} UTC
 % end
 </p>
 % if changes:
@@ -5391,18 +5344,17 @@ DELIVERY_PAGE = PageTemplate("""\
 % button("Redeliver", f"/deliveries/{delivery.id}/redeliver")
 </div>
 % end
-<dl>
-<dt>Webhook</dt><dd><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a> {{!state(webhook["health"]["state"])}}</dd>
+<dl><dt>Webhook</dt><dd><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a>
+{{!state_element(webhook["health"]["state"])}}</dd>
 <dt>Event</dt><dd>{{delivery.event}}, number {{delivery.event_id}}</dd>
 <dt>Delivery</dt><dd>{{delivery.id}}</dd>
-<dt>Made</dt><dd>{{!time(delivery.created)}} UTC</dd>
-</dl>
+<dt>Made</dt><dd>{{!time_element(delivery.created)}} UTC</dd></dl>
 % short = " open" if len(body) < 2000 else ""
 <details{{short}}><summary>Body, the same in every attempt</summary>
 <pre>{{body}}</pre></details>
 % for number, attempt in reversed(list(enumerate(attempts, 1))):
 <h2>Attempt {{number}}: <span class="{{attempt.outcome}}">{{attempt.outcome}}</span></h2>
-<p>{{attempt.description}}, {{attempt.duration}} ms, at {{!time(attempt.start)}} UTC</p>
+<p>{{attempt.description}}, {{attempt.duration}} ms, at {{!time_element(attempt.start)}} UTC</p>
 <details{{" open" if number == len(attempts) else ""}}><summary>Request and response {{number}}</summary>
 <pre>{{http_text("POST " + attempt.url, attempt.request(""))}}</pre>
 % if attempt.status is not None:
@@ -5412,7 +5364,7 @@ DELIVERY_PAGE = PageTemplate("""\
 % end
 % if attempts:
 <details{{short}}><summary>Send it again with curl</summary>
-<pre>{{curl(attempts[-1], body)}}</pre></details>
+<pre>{{curl_command(attempts[-1], body)}}</pre></details>
 % end
 """)
 
@@ -5448,44 +5400,35 @@ class Pages(Api):
     def __init__(self, *parts):
         super().__init__(*parts)
         hook, delivery = "/webhooks/<id:id>", "/deliveries/<uuid>"
-        pause = functools.partial(self.submit_active, False)
-        resume = functools.partial(self.submit_active, True)
-        self.app.route("/", "GET", self.show_start, roles=READERS, skip=[self._log_in])
-        for path, handler, roles in (
-            (hook, self.show_webhook, READERS),
-            (delivery, self.show_delivery, READERS),
-            ("/webhooks/new", self.show_form, ADMINS),
-            (hook + "/edit", self.show_form, ADMINS),
-            (hook + "/delete", self.show_delete, ADMINS),
+        route = self.app.route
+        route("/", "GET", self.show_start, roles=READERS, skip=[self._log_in])
+        route(hook, "GET", self.show_webhook, roles=READERS)
+        route(delivery, "GET", self.show_delivery, roles=READERS)
+        for path, show, submit in (
+            ("/webhooks/new", self.show_form, self.submit_form),
+            (hook + "/edit", self.show_form, self.submit_form),
+            (hook + "/delete", self.show_delete, self.submit_delete),
+            (hook + "/test", None, self.submit_test),
+            (hook + "/pause", None, functools.partial(self.submit_active, False)),
+            (hook + "/resume", None, functools.partial(self.submit_active, True)),
+            (hook + "/redeliver", None, self.submit_redeliver_failed),
+            (delivery + "/redeliver", None, self.submit_redeliver),
         ):
-            self.app.route(path, "GET", handler, roles=roles)
-        for path, handler in (
-            ("/webhooks/new", self.submit_form),
-            (hook + "/edit", self.submit_form),
-            (hook + "/delete", self.submit_delete),
-            (hook + "/test", self.submit_test),
-            (hook + "/pause", pause),
-            (hook + "/resume", resume),
-            (hook + "/redeliver", self.submit_redeliver_failed),
-            (delivery + "/redeliver", self.submit_redeliver),
-        ):
-            self.app.route(path, "POST", self._submitted(handler), roles=ADMINS)
+            if show:
+                route(path, "GET", show, roles=ADMINS)
+            route(path, "POST", self._submitted(submit), roles=ADMINS)
 
     # ---- what they share ----
 
     def _page(self, title, template, status=200, **values):
         user = bottle.request.environ.get("webhookd.user")
+        values |= {"title": title, "status": status, "user": user}
+        values["token"] = user and self._token(user)
+        values["changes"] = user is not None and user.role in ADMINS
         bottle.response.status = status
         bottle.response.content_type = HTML_TYPE
         bottle.response.headers.update(PAGE_HEADERS)
-        return template.render(
-            values,
-            title=title,
-            status=status,
-            user=user,
-            token=user and self._token(user),
-            changes=user is not None and user.role in ADMINS,
-        )
+        return template.render(values)
 
     def _error(self, status, faults):
         path = bottle.request.path
@@ -5577,19 +5520,14 @@ class Pages(Api):
         now = self._now_ms()
         [webhook] = self._shown([self._store.webhook(id)], statistics=True)
         deliveries, total = self._store.deliveries(id, wanted, page)
-        by_day, today = self._store.attempts_by("day", (id,), now), now // DAY_MS
-        shown_days = range(today - STATISTICS_DAYS, today + 1)
-        days = {utc(day * DAY_MS)[:10]: by_day[day] for day in shown_days}
         return self._page(
             webhook["name"],
             WEBHOOK_PAGE,
             webhook=webhook,
             words=state_words(webhook["health"], now),
             redelivered=redelivered,
-            optional=optional_settings(webhook),
-            days=days,
-            total=sum(days.values(), collections.Counter()),
-            shown_state=wanted.states[0] if wanted.states else "",
+            days=daily_figures(self._store.attempts_by("day", (id,), now), now),
+            shown_state="".join(wanted.states[:1]),
             deliveries=deliveries,
             beside=self._beside(query, page, total),
         )
