@@ -4783,12 +4783,15 @@ def labels(**values: object) -> str:
 
 
 def family(
-    name: str, kind: str, text: str, samples: collections.abc.Iterable[tuple]
+    name: str, text: str, samples: float | list[tuple], kind: str = ""
 ) -> collections.abc.Iterator[str]:
-    """The lines of one metric; a sample is a suffix of its name, with labels, and a value."""
+    """The lines of one metric; a sample is a suffix of its name, with labels, and a value.
+
+    A number is the only sample; without a kind it is a counter if its name says so."""
+    kind = kind or ("counter" if name.endswith("_total") else "gauge")
     yield f"# HELP {name} {text}"
     yield f"# TYPE {name} {kind}"
-    for suffix, value in samples:
+    for suffix, value in samples if isinstance(samples, list) else [("", samples)]:
         yield f"{name}{suffix} {value}"
 
 
@@ -4798,11 +4801,6 @@ def histogram(bounds_ms: tuple[int, ...], counts: list[int], sum_ms: int) -> lis
     totals = list(itertools.accumulate(counts))
     buckets = [(f'_bucket{{le="{le}"}}', n) for le, n in zip(les, totals)]
     return [*buckets, ("_sum", sum_ms / 1000), ("_count", totals[-1])]
-
-
-def single(name: str, kind: str, text: str, value: float) -> tuple:
-    """What `family` takes for a metric of one sample."""
-    return name, kind, text, [("", value)]
 
 
 def resident_memory_bytes() -> int:
@@ -4835,65 +4833,58 @@ class Metrics:
         return ("\n".join(lines) + "\n").encode()
 
     def _of_process(self):
-        store, loop = self._store, self._dispatcher
-        name, text = "webhookd_events_total", "Events published."
-        yield single(name, "counter", text, store.published_count)
+        loop, size = self._dispatcher, self._store.size_bytes()
+        limit, memory = self._settings.max_database_size, resident_memory_bytes()
+        yield "webhookd_events_total", "Events published.", self._store.published_count
         name, text = "webhookd_attempt_duration_seconds", "How long attempts took."
         counts, sum_ms = list(loop.duration_counts), loop.duration_sum_ms
-        yield name, "histogram", text, histogram(DURATION_BUCKETS_MS, counts, sum_ms)
-        name, text = "webhookd_attempts_in_flight", "Attempts being made."
-        yield single(name, "gauge", text, loop.in_flight())
-        name, text = "webhookd_database_size_bytes", "Size in use."
-        yield single(name, "gauge", text, store.size_bytes())
-        name, text = "webhookd_database_size_limit_bytes", "The most it may have."
-        yield single(name, "gauge", text, self._settings.max_database_size)
-        name, text = "process_resident_memory_bytes", "Resident memory."
-        yield single(name, "gauge", text, resident_memory_bytes())
-        name, text = "process_cpu_seconds_total", "CPU time."
-        yield single(name, "counter", text, time.process_time())
+        samples = histogram(DURATION_BUCKETS_MS, counts, sum_ms)
+        yield name, text, samples, "histogram"
+        yield "webhookd_attempts_in_flight", "Attempts being made.", loop.in_flight()
+        yield "webhookd_database_size_bytes", "Size in use.", size
+        yield "webhookd_database_size_limit_bytes", "The most it may have.", limit
+        yield "process_resident_memory_bytes", "Resident memory.", memory
+        yield "process_cpu_seconds_total", "CPU time.", time.process_time()
 
     def _of_webhooks(self):
         webhooks = self._store.webhooks.by_id.values()
-        counts = {
-            webhook.id: self._dispatcher.counts(webhook.id) for webhook in webhooks
-        }
+        counts = {w.id: self._dispatcher.counts(w.id) for w in webhooks}
         for index, name, text in (
             (0, "attempts", "Attempts by outcome."),
             (1, "deliveries", "Deliveries done or given up, by the last outcome."),
         ):
-            samples = [
-                (f'{{webhook="{id}",outcome="{outcome.lower()}"}}', count)
-                for id, pair in counts.items()
-                for outcome, count in pair[index].items()
-            ]
-            yield f"webhookd_{name}_total", "counter", text, samples
+            yield (
+                f"webhookd_{name}_total",
+                text,
+                [
+                    (f'{{webhook="{id}",outcome="{outcome.lower()}"}}', count)
+                    for id, pair in counts.items()
+                    for outcome, count in pair[index].items()
+                ],
+            )
         for name, text, values in self._gauges(webhooks):
             samples = [(f'{{webhook="{id}"}}', value) for id, value in values.items()]
-            yield f"webhookd_{name}", "gauge", text, samples
+            yield f"webhookd_{name}", text, samples
         names = [(labels(webhook=w.id, name=w.name), 1) for w in webhooks]
-        yield "webhookd_webhook_info", "gauge", "Always 1; the name.", names
+        yield "webhookd_webhook_info", "Always 1; the name.", names
 
     def _gauges(self, webhooks):
         """Name, text and a value for each webhook."""
         now_ms, store = int(self._clock() * 1000), self._store
-        ids = [webhook.id for webhook in webhooks]
+        ids, oldest = [webhook.id for webhook in webhooks], store.oldest_pending()
+        ages = {id: max(0, now_ms - oldest.get(id, now_ms)) / 1000 for id in ids}
         healths = {id: store.health.get(id, HEALTHY) for id in ids}
         states = {w.id: healths[w.id].state(w.active) for w in webhooks}
-        oldest = store.oldest_pending()
-        ages = {id: max(0, now_ms - oldest.get(id, now_ms)) / 1000 for id in ids}
         pending = {id: store.pending[id] for id in ids}
-        failures = {id: health.failures for id, health in healths.items()}
         yield "pending_deliveries", "Deliveries that wait.", pending
         text = "How long ago the oldest of them was made; 0 if none waits."
         yield "oldest_pending_age_seconds", text, ages
-        for state, text in (
-            ("paused", "Whether it is paused after failures."),
-            ("disabled", "Whether it was disabled after failures."),
-        ):
+        for state, verb in (("paused", "is"), ("disabled", "was")):
+            text = f"Whether it {verb} {state} after failures."
             values = {id: int(states[id] == state) for id in ids}
             yield f"webhook_{state}", text, values
-        text = "Failures in a row."
-        yield "webhook_consecutive_failures", text, failures
+        failures = {id: health.failures for id, health in healths.items()}
+        yield "webhook_consecutive_failures", "Failures in a row.", failures
 
 
 # ======================================================================================
@@ -5649,17 +5640,15 @@ UNSHOWN_HEADERS = {"host", "content-length", "connection"}
 
 def printable(text: str) -> str:
     """The text with what could disturb a terminal escaped."""
-    if text.isprintable():
-        return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _verdict(signature, secret, fault):
+def _verdict(signature, secret, find_fault, *arguments):
     if not signature:
         return "not signed"
     if secret is None:
         return "signed; say --secret to have it verified"
-    why = fault()
+    why = find_fault(secret, *arguments)
     return f"does NOT verify: {why}" if why else "signature ok"
 
 
@@ -5667,16 +5656,11 @@ def verdicts(headers, body: bytes, secret: str | None, now: float) -> list[str]:
     """A line for each of the two signature schemes; headers as http.server has them."""
     names = ("X-Hub-Signature", "X-Hub-Signature-256")
     hub = [value for name in names for value in headers.get_all(name, ())]
-    id, timestamp, standard = (
-        headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature")
-    )
-    hub_verdict = _verdict(hub, secret, lambda: hub_fault(secret, hub, body))
-    standard_verdict = _verdict(
-        standard,
-        secret,
-        lambda: standard_fault(secret, id, timestamp, standard, body, now),
-    )
-    return [f"X-Hub-Signature: {hub_verdict}", f"Standard Webhooks: {standard_verdict}"]
+    names = ("webhook-id", "webhook-timestamp", "webhook-signature")
+    standard = [headers.get(name, "") for name in names]
+    hub_verdict = _verdict(hub, secret, hub_fault, hub, body)
+    verdict = _verdict(standard[-1], secret, standard_fault, *standard, body, now)
+    return [f"X-Hub-Signature: {hub_verdict}", f"Standard Webhooks: {verdict}"]
 
 
 class SinkHandler(http.server.BaseHTTPRequestHandler):
@@ -5814,8 +5798,8 @@ def make_server(app, listener: socket.socket, settings: Settings):
         connection_limit=MAX_CONNECTIONS,
         max_request_body_size=max(MAX_REQUEST_BYTES, settings.max_event_size),
         asyncore_use_poll=True,  # select() knows file numbers below 1024 only
-        send_bytes=1
-        << 16,  # a whole answer at once, by the thread that has the sockets
+        # a whole answer at once, by the thread that has the sockets
+        send_bytes=1 << 16,
         **proxy,
     )
     server.channel_class = Channel
@@ -5841,9 +5825,14 @@ def hold_to_one_core() -> None:
     os.sched_setaffinity(0, {int(fields[36])})  # proc(5): "processor", 39th of all
 
 
+def on_stop(handler: collections.abc.Callable | int) -> None:
+    """Have SIGTERM and SIGINT handled so."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
 def _stop(number, frame):
-    for stopping in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stopping, signal.SIG_IGN)  # once is enough
+    on_stop(signal.SIG_IGN)  # once is enough
     notify("STOPPING=1")
     raise SystemExit(0)
 
@@ -5875,8 +5864,7 @@ def serve(settings: Settings) -> None:
         api = Pages(store, dispatcher, destinations, settings)
         Metrics(store, dispatcher, settings).add_to(api.app)
         server = make_server(api.app, listener, settings)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _stop)
+        on_stop(_stop)
         notify("READY=1")
         fact("ready", listen=printable_address(*address))
         server.run()  # until the signal's SystemExit
@@ -5886,7 +5874,7 @@ def serve(settings: Settings) -> None:
         server.task_dispatcher.shutdown(timeout=STOP_SECONDS / 2)
 
 
-# ---- subcommands ----
+# ---- subcommands: functions of what the command line gave, `database` among it ----
 
 
 class CommandError(Exception):
@@ -5933,32 +5921,33 @@ def read_password() -> str:
         raise CommandError(str(error)) from None
 
 
-def add_user(path: str, name: str, role: str, with_password: bool) -> None:
+def add_user(given: argparse.Namespace) -> None:
     """Add a user with a password from the terminal or stdin, or with a new secret."""
-    secret = read_password() if with_password else secrets.token_urlsafe(32)
-    record = password_record(secret) if with_password else secret_record(secret)
-    with database_beside_service(path, creates=True) as connection:
-        if any(user.name == name for user in load_users(connection)):
-            raise CommandError(f"there is a user {name} already")
-        save_user(connection, User(name, role, record))
-    fact("user added", name=name, role=role, by=operator())
-    if not with_password:
+    secret = read_password() if given.password else secrets.token_urlsafe(32)
+    record = password_record(secret) if given.password else secret_record(secret)
+    with database_beside_service(given.database, creates=True) as connection:
+        if any(user.name == given.name for user in load_users(connection)):
+            raise CommandError(f"there is a user {given.name} already")
+        save_user(connection, User(given.name, given.role, record))
+    fact("user added", name=given.name, role=given.role, by=operator())
+    if not given.password:
         print(secret)
 
 
-def list_users(path: str) -> None:
+def list_users(given: argparse.Namespace) -> None:
     """Print names and roles."""
-    with database_beside_service(path) as connection:
+    with database_beside_service(given.database) as connection:
         for user in load_users(connection):
             print(user.name, user.role)
 
 
-def remove_user(path: str, name: str) -> None:
+def remove_user(given: argparse.Namespace) -> None:
     """Remove a user; raises CommandError."""
-    with database_beside_service(path) as connection:
-        if not connection.execute("DELETE FROM users WHERE name = ?", [name]).rowcount:
-            raise CommandError(f"there is no user {name}")
-    fact("user removed", name=name, by=operator())
+    with database_beside_service(given.database) as connection:
+        sql = "DELETE FROM users WHERE name = ?"
+        if not connection.execute(sql, [given.name]).rowcount:
+            raise CommandError(f"there is no user {given.name}")
+    fact("user removed", name=given.name, by=operator())
 
 
 # ---- backup ----
@@ -6025,11 +6014,11 @@ def _interrupt(number, frame):
     raise CommandError("interrupted")
 
 
-def backup(path: str, target: str) -> None:
+def backup(given: argparse.Namespace) -> None:
     """Write a consistent copy; what had its name stays until the copy is complete."""
-    target = os.path.realpath(target)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    path, target = given.database, os.path.realpath(given.file)
+    on_stop(_interrupt)
+    signal.signal(signal.SIGHUP, _interrupt)
     os.nice(10)
     try:
         _check_backup(path, target)
@@ -6051,22 +6040,25 @@ def backup(path: str, target: str) -> None:
 # ---- sink ----
 
 
-def run_sink(listen_text: str, secret: str | None, answer: int) -> None:
+def run_sink(given: argparse.Namespace) -> None:
     """Receive deliveries until SIGTERM or SIGINT."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    on_stop(_stop)
     sys.stdout.reconfigure(errors="backslashreplace")
+    where = given.listen or SINK_LISTEN
     try:
-        address = listen_address(listen_text)
-        sink = Sink(address, password(secret) if secret else None, answer)
+        secret = password(given.secret) if given.secret else None
+        sink = Sink(listen_address(where), secret, given.answer)
     except ValueError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
-        raise CommandError(f"--listen {listen_text}: {error.strerror}") from None
+        raise CommandError(f"--listen {where}: {error.strerror}") from None
     with sink:
         where = printable_address(*sink.server_address[:2])
-        sink.show(f"listening on http://{where}/ and answering {answer}", "")
+        sink.show(f"listening on http://{where}/ and answering {given.answer}", "")
         sink.serve_forever()
+
+
+# ---- the command line itself ----
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -6076,63 +6068,52 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-def _add_user_commands(parser):
-    commands = parser.add_subparsers(required=True, metavar="add|list|remove")
-    add = commands.add_parser(
-        "add", help="add a user, and print the secret made for it"
-    )
-    add.add_argument("name", type=user_name)
-    add.add_argument("--role", choices=ROLES, required=True)
-    add.add_argument("--password", action="store_true", help="read a password instead")
-    add.set_defaults(
-        run=lambda given, path: add_user(path, given.name, given.role, given.password)
-    )
-    commands.add_parser("list", help="print names and roles").set_defaults(
-        run=lambda given, path: list_users(path)
-    )
-    remove = commands.add_parser("remove", help="remove a user")
-    remove.add_argument("name")
-    remove.set_defaults(run=lambda given, path: remove_user(path, given.name))
-    for command in commands.choices.values():
-        command.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
-
-
 def _status(text):
     if not re.fullmatch("[2-5][0-9][0-9]", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a status from 200 to 599")
     return int(text)
 
 
-def _add_backup_command(subcommands):
-    backing_up = subcommands.add_parser(
-        "backup", help="write a consistent copy, also while the service runs"
-    )
-    backing_up.add_argument(
-        "file", metavar="FILE", help="replaced once the copy is complete"
-    )
-    backing_up.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
-    backing_up.set_defaults(run=lambda given, path: backup(path, given.file))
+def _add_command(commands, name, run, help):
+    command = commands.add_parser(name, help=help)
+    command.set_defaults(run=run)
+    return command
 
 
-def _add_sink_command(subcommands):
-    sink = subcommands.add_parser(
-        "sink", help="receive deliveries, print them and verify their signatures"
-    )
-    sink.add_argument(
-        "--listen",
-        default=argparse.SUPPRESS,
-        metavar="HOST:PORT",
-        help=f"default {SINK_LISTEN}, port 0 picks one",
-    )
+def _add_user_commands(commands):
+    help = "add a user, and print the secret made for it"
+    add = _add_command(commands, "add", add_user, help)
+    add.add_argument("name", type=user_name)
+    add.add_argument("--role", choices=ROLES, required=True)
+    add.add_argument("--password", action="store_true", help="read a password instead")
+    _add_command(commands, "list", list_users, "print names and roles")
+    remove = _add_command(commands, "remove", remove_user, "remove a user")
+    remove.add_argument("name")
+
+
+def _add_sink_command(commands):
+    help = "receive deliveries, print them and verify their signatures"
+    sink = _add_command(commands, "sink", run_sink, help)
+    help = f"default {SINK_LISTEN}, port 0 picks one"
+    absent = argparse.SUPPRESS  # so that the flag before the subcommand counts too
+    sink.add_argument("--listen", default=absent, metavar="HOST:PORT", help=help)
     sink.add_argument("--secret", help="of the webhook, to verify signatures")
+    help = "default 200"
     sink.add_argument(
-        "--answer", type=_status, default=200, metavar="STATUS", help="default 200"
+        "--answer", type=_status, default=200, metavar="STATUS", help=help
     )
-    sink.set_defaults(
-        run=lambda given, path: run_sink(
-            given.listen or SINK_LISTEN, given.secret, given.answer
-        )
-    )
+
+
+def _add_commands(commands):
+    user = commands.add_parser("user", help="who may log in: add, list, remove")
+    users = user.add_subparsers(required=True, metavar="add|list|remove")
+    _add_user_commands(users)
+    help = "write a consistent copy, also while the service runs"
+    copy = _add_command(commands, "backup", backup, help)
+    copy.add_argument("file", metavar="FILE", help="replaced once the copy is complete")
+    for command in (*users.choices.values(), copy):
+        command.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
+    _add_sink_command(commands)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -6152,12 +6133,7 @@ def argument_parser() -> argparse.ArgumentParser:
         default = field.metadata["default"] or "none"
         help = f"{field.metadata['text']} [{variable(field)}, default {default}]"
         settings.add_argument(flag(field), metavar=field.metadata["metavar"], help=help)
-    subcommands = parser.add_subparsers(title="subcommands", metavar="")
-    _add_user_commands(
-        subcommands.add_parser("user", help="who may log in: add, list, remove")
-    )
-    _add_backup_command(subcommands)
-    _add_sink_command(subcommands)
+    _add_commands(parser.add_subparsers(title="subcommands", metavar=""))
     return parser
 
 
@@ -6169,9 +6145,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if hasattr(given, "run"):
             # a subcommand needs the database only: other settings may be at fault
-            database = {"database": getattr(given, "database", None)}
             environ = {"WEBHOOKD_DATABASE": os.environ.get("WEBHOOKD_DATABASE", "")}
-            given.run(given, read_settings(database, environ).database)
+            flags = {"database": given.database}
+            given.database = read_settings(flags, environ).database
+            given.run(given)
         else:
             serve(read_settings(vars(given), os.environ))
     except (SettingError, DatabaseError, CommandError) as error:
