@@ -4959,15 +4959,12 @@ def daily_figures(by_day: dict, now_ms: int) -> dict[str, collections.Counter]:
 
 def curl_command(attempt: Attempt, body: str) -> str:
     """A shell command that sends an attempt's request again, except for what is masked."""
-    request = attempt.request(body)
-    headers = [f"{name}: {value}" for name, value in request["headers"].items()]
     # the body by standard input, because an argument may have 128 KiB only
-    lines = [
-        f"printf %s {shlex.quote(body)} |",
-        f"curl --globoff {shlex.quote(attempt.url)} --data-binary @-",
-        *(f"-H {shlex.quote(header)}" for header in headers),
-    ]
-    return " \\\n  ".join(lines)
+    parts = [f"printf %s {shlex.quote(body)} |"]
+    parts += [f"curl --globoff {shlex.quote(attempt.url)} --data-binary @-"]
+    headers = attempt.request(body)["headers"].items()
+    parts += [f"-H {shlex.quote(f'{name}: {value}')}" for name, value in headers]
+    return " \\\n  ".join(parts)
 
 
 CURL_PAGE = """\
@@ -5010,17 +5007,6 @@ def _number(text):
     if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
         return text or None
     return float(text) if "." in text else int(text)
-
-
-def form_values(webhook: Webhook) -> dict[str, str]:
-    """What the form of a webhook is filled in with; an unticked box is not there."""
-    shown = webhook.shown()
-    return {
-        "name": webhook.name,
-        "url": shown["url"],
-        "events": "\n".join(webhook.events),
-        "rateLimit": str(webhook.rate_limit or ""),
-    } | {box: "true" for box in FORM_BOXES if shown.get(box)}
 
 
 def form_fields(form: dict[str, str], old: Webhook) -> dict:
@@ -5073,19 +5059,18 @@ a { color: var(--link); }
 [aria-current] { color: inherit; font-weight: 600; text-decoration: none; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 .skip:not(:focus) { position: absolute; left: -100rem; }
-.soft, dt, caption { color: var(--soft); }
+.soft, dt, .inactive, .pending { color: var(--soft); }
 .healthy, .succeeded, .SUCCESS { color: var(--good); fill: var(--good); }
 .failing, .paused, .FAILURE { color: var(--warn); fill: var(--warn); }
 .disabled, .failed, .ERROR, .fault { color: var(--bad); fill: var(--bad); }
-.inactive, .pending { color: var(--soft); }
-.state { font-weight: 600; white-space: nowrap; }
+label, th, .state { font-weight: 600; }
+.state, .number, .line { white-space: nowrap; }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.75rem 0.3rem 0; border-bottom: 1px solid var(--line);
   text-align: left; vertical-align: top; }
-th { font-weight: 600; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
 .rest { width: 100%; max-width: 0; }
-.line { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.line { overflow: hidden; text-overflow: ellipsis; }
 .line :focus-visible { outline-offset: -2px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1rem; }
 dd { margin: 0; }
@@ -5093,7 +5078,6 @@ pre { margin: 0.4rem 0; padding: 0.6rem; background: var(--panel); white-space: 
   font: 0.8125rem/1.4 ui-monospace, monospace; }
 svg { display: block; width: 100%; height: 5rem; background: var(--panel); }
 summary, button { cursor: pointer; }
-label { font-weight: 600; }
 .field { margin: 0.8rem 0; max-width: 40rem; }
 .text, textarea, button { padding: 0.35rem 0.5rem; color: inherit; font: inherit;
   background: var(--page); border: 1px solid var(--soft); border-radius: 3px; }
@@ -5189,7 +5173,7 @@ LIST_PAGE = PageTemplate("""\
 
 FORM_PAGE = PageTemplate("""\
 % def field(name, label, kind="text", hint=""):
-% wrong, value = "; ".join(faults.get(name, ())), values.get(name, "")
+% wrong, value = "; ".join(faults.get(name, ())), form.get(name, "")
 % attributes = f'id="{name}" name="{name}" aria-describedby="{name}-fault {name}-hint"'
 % attributes += ' aria-invalid="true"' * bool(wrong) + " autofocus" * (name == focus)
 <div class="field">
@@ -5535,14 +5519,15 @@ class Pages(Api):
     def _edited(self, id):
         return Webhook() if id is None else self._store.webhook(id)
 
-    def _form_page(self, old, values, faults=None):
+    def _form_page(self, old, form, faults=None):
         title = f"Edit {old.name}" if old.id else "New webhook"
-        values = {"old": old, "values": values, "faults": faults or {}}
+        values = {"old": old, "form": form, "faults": faults or {}}
         return self._page(title, FORM_PAGE, 400 if faults else 200, **values)
 
     def show_form(self, id=None):
         old = self._edited(id)
-        return self._form_page(old, form_values(old))
+        shown = old.shown() | {"events": "\n".join(old.events)}
+        return self._form_page(old, shown)
 
     def submit_form(self, form, id=None):
         old = self._edited(id)
