@@ -4853,15 +4853,12 @@ class Metrics:
             (0, "attempts", "Attempts by outcome."),
             (1, "deliveries", "Deliveries done or given up, by the last outcome."),
         ):
-            yield (
-                f"webhookd_{name}_total",
-                text,
-                [
-                    (f'{{webhook="{id}",outcome="{outcome.lower()}"}}', count)
-                    for id, pair in counts.items()
-                    for outcome, count in pair[index].items()
-                ],
-            )
+            samples = [
+                (f'{{webhook="{id}",outcome="{outcome.lower()}"}}', count)
+                for id, pair in counts.items()
+                for outcome, count in pair[index].items()
+            ]
+            yield f"webhookd_{name}_total", text, samples
         for name, text, values in self._gauges(webhooks):
             samples = [(f'{{webhook="{id}"}}', value) for id, value in values.items()]
             yield f"webhookd_{name}", text, samples
@@ -5502,7 +5499,7 @@ class Pages(Api):
             words=state_words(webhook["health"], now),
             redelivered=redelivered,
             days=daily_figures(self._store.attempts_by("day", (id,), now), now),
-            shown_state="".join(wanted.states[:1]),
+            shown_state=wanted.states[0] if wanted.states else "",
             deliveries=deliveries,
             beside=self._beside(query, page, total),
         )
@@ -6059,26 +6056,29 @@ def _status(text):
     return int(text)
 
 
-def _add_command(commands, name, run, help):
-    command = commands.add_parser(name, help=help)
-    command.set_defaults(run=run)
-    return command
-
-
-def _add_user_commands(commands):
+def _add_database_commands(commands):
+    user = commands.add_parser("user", help="who may log in: add, list, remove")
+    users = user.add_subparsers(required=True, metavar="add|list|remove")
     help = "add a user, and print the secret made for it"
-    add = _add_command(commands, "add", add_user, help)
+    add = users.add_parser("add", help=help)
     add.add_argument("name", type=user_name)
     add.add_argument("--role", choices=ROLES, required=True)
     add.add_argument("--password", action="store_true", help="read a password instead")
-    _add_command(commands, "list", list_users, "print names and roles")
-    remove = _add_command(commands, "remove", remove_user, "remove a user")
+    show = users.add_parser("list", help="print names and roles")
+    remove = users.add_parser("remove", help="remove a user")
     remove.add_argument("name")
+    help = "write a consistent copy, also while the service runs"
+    copy = commands.add_parser("backup", help=help)
+    copy.add_argument("file", metavar="FILE", help="replaced once the copy is complete")
+    runs = {add: add_user, show: list_users, remove: remove_user, copy: backup}
+    for command, run in runs.items():
+        command.set_defaults(run=run)
+        command.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
 
 
 def _add_sink_command(commands):
     help = "receive deliveries, print them and verify their signatures"
-    sink = _add_command(commands, "sink", run_sink, help)
+    sink = commands.add_parser("sink", help=help)
     help = f"default {SINK_LISTEN}, port 0 picks one"
     absent = argparse.SUPPRESS  # so that the flag before the subcommand counts too
     sink.add_argument("--listen", default=absent, metavar="HOST:PORT", help=help)
@@ -6087,18 +6087,7 @@ def _add_sink_command(commands):
     sink.add_argument(
         "--answer", type=_status, default=200, metavar="STATUS", help=help
     )
-
-
-def _add_commands(commands):
-    user = commands.add_parser("user", help="who may log in: add, list, remove")
-    users = user.add_subparsers(required=True, metavar="add|list|remove")
-    _add_user_commands(users)
-    help = "write a consistent copy, also while the service runs"
-    copy = _add_command(commands, "backup", backup, help)
-    copy.add_argument("file", metavar="FILE", help="replaced once the copy is complete")
-    for command in (*users.choices.values(), copy):
-        command.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
-    _add_sink_command(commands)
+    sink.set_defaults(run=run_sink)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -6118,7 +6107,9 @@ def argument_parser() -> argparse.ArgumentParser:
         default = field.metadata["default"] or "none"
         help = f"{field.metadata['text']} [{variable(field)}, default {default}]"
         settings.add_argument(flag(field), metavar=field.metadata["metavar"], help=help)
-    _add_commands(parser.add_subparsers(title="subcommands", metavar=""))
+    commands = parser.add_subparsers(title="subcommands", metavar="")
+    _add_database_commands(commands)
+    _add_sink_command(commands)
     return parser
 
 
