@@ -4619,12 +4619,15 @@ def labels(**values: object) -> str:
 
 
 def family(
-    name: str, kind: str, text: str, samples: collections.abc.Iterable[tuple]
+    name: str, text: str, samples: float | list[tuple], kind: str = ""
 ) -> collections.abc.Iterator[str]:
-    """The lines of one metric; a sample is a suffix of its name, with labels, and a value."""
+    """The lines of one metric; a sample is a suffix of its name, with labels, and a value.
+
+    A number is the only sample; without a kind it is a counter if its name says so."""
+    kind = kind or ("counter" if name.endswith("_total") else "gauge")
     yield f"# HELP {name} {text}"
     yield f"# TYPE {name} {kind}"
-    for suffix, value in samples:
+    for suffix, value in samples if isinstance(samples, list) else [("", samples)]:
         yield f"{name}{suffix} {value}"
 
 
@@ -4634,11 +4637,6 @@ def histogram(bounds_ms: tuple[int, ...], counts: list[int], sum_ms: int) -> lis
     totals = list(itertools.accumulate(counts))
     buckets = [(f'_bucket{{le="{le}"}}', n) for le, n in zip(les, totals)]
     return [*buckets, ("_sum", sum_ms / 1000), ("_count", totals[-1])]
-
-
-def single(name: str, kind: str, text: str, value: float) -> tuple:
-    """What `family` takes for a metric of one sample."""
-    return name, kind, text, [("", value)]
 
 
 def resident_memory_bytes() -> int:
@@ -4671,28 +4669,22 @@ class Metrics:
         return ("\n".join(lines) + "\n").encode()
 
     def _of_process(self):
-        store, loop = self._store, self._dispatcher
-        name, text = "webhookd_events_total", "Events published."
-        yield single(name, "counter", text, store.published_count)
+        loop, size = self._dispatcher, self._store.size_bytes()
+        limit, memory = self._settings.max_database_size, resident_memory_bytes()
+        yield "webhookd_events_total", "Events published.", self._store.published_count
         name, text = "webhookd_attempt_duration_seconds", "How long attempts took."
         counts, sum_ms = list(loop.duration_counts), loop.duration_sum_ms
-        yield name, "histogram", text, histogram(DURATION_BUCKETS_MS, counts, sum_ms)
-        name, text = "webhookd_attempts_in_flight", "Attempts being made."
-        yield single(name, "gauge", text, loop.in_flight())
-        name, text = "webhookd_database_size_bytes", "Size in use."
-        yield single(name, "gauge", text, store.size_bytes())
-        name, text = "webhookd_database_size_limit_bytes", "The most it may have."
-        yield single(name, "gauge", text, self._settings.max_database_size)
-        name, text = "process_resident_memory_bytes", "Resident memory."
-        yield single(name, "gauge", text, resident_memory_bytes())
-        name, text = "process_cpu_seconds_total", "CPU time."
-        yield single(name, "counter", text, time.process_time())
+        samples = histogram(DURATION_BUCKETS_MS, counts, sum_ms)
+        yield name, text, samples, "histogram"
+        yield "webhookd_attempts_in_flight", "Attempts being made.", loop.in_flight()
+        yield "webhookd_database_size_bytes", "Size in use.", size
+        yield "webhookd_database_size_limit_bytes", "The most it may have.", limit
+        yield "process_resident_memory_bytes", "Resident memory.", memory
+        yield "process_cpu_seconds_total", "CPU time.", time.process_time()
 
     def _of_webhooks(self):
         webhooks = self._store.webhooks.by_id.values()
-        counts = {
-            webhook.id: self._dispatcher.counts(webhook.id) for webhook in webhooks
-        }
+        counts = {w.id: self._dispatcher.counts(w.id) for w in webhooks}
         for index, name, text in (
             (0, "attempts", "Attempts by outcome."),
             (1, "deliveries", "Deliveries done or given up, by the last outcome."),
@@ -4702,34 +4694,30 @@ class Metrics:
                 for id, pair in counts.items()
                 for outcome, count in pair[index].items()
             ]
-            yield f"webhookd_{name}_total", "counter", text, samples
+            yield f"webhookd_{name}_total", text, samples
         for name, text, values in self._gauges(webhooks):
             samples = [(f'{{webhook="{id}"}}', value) for id, value in values.items()]
-            yield f"webhookd_{name}", "gauge", text, samples
+            yield f"webhookd_{name}", text, samples
         names = [(labels(webhook=w.id, name=w.name), 1) for w in webhooks]
-        yield "webhookd_webhook_info", "gauge", "Always 1; the name.", names
+        yield "webhookd_webhook_info", "Always 1; the name.", names
 
     def _gauges(self, webhooks):
         """Name, text and a value for each webhook."""
         now_ms, store = int(self._clock() * 1000), self._store
-        ids = [webhook.id for webhook in webhooks]
+        ids, oldest = [webhook.id for webhook in webhooks], store.oldest_pending()
+        ages = {id: max(0, now_ms - oldest.get(id, now_ms)) / 1000 for id in ids}
         healths = {id: store.health.get(id, HEALTHY) for id in ids}
         states = {w.id: healths[w.id].state(w.active) for w in webhooks}
-        oldest = store.oldest_pending()
-        ages = {id: max(0, now_ms - oldest.get(id, now_ms)) / 1000 for id in ids}
         pending = {id: store.pending[id] for id in ids}
-        failures = {id: health.failures for id, health in healths.items()}
         yield "pending_deliveries", "Deliveries that wait.", pending
         text = "How long ago the oldest of them was made; 0 if none waits."
         yield "oldest_pending_age_seconds", text, ages
-        for state, text in (
-            ("paused", "Whether it is paused after failures."),
-            ("disabled", "Whether it was disabled after failures."),
-        ):
+        for state, verb in (("paused", "is"), ("disabled", "was")):
+            text = f"Whether it {verb} {state} after failures."
             values = {id: int(states[id] == state) for id in ids}
             yield f"webhook_{state}", text, values
-        text = "Failures in a row."
-        yield "webhook_consecutive_failures", text, failures
+        failures = {id: health.failures for id, health in healths.items()}
+        yield "webhook_consecutive_failures", "Failures in a row.", failures
 
 
 # ======================================================================================
@@ -4753,6 +4741,11 @@ def time_element(ms: int) -> str:
     """A moment in HTML."""
     text = utc(ms)
     return f'<time datetime="{text.replace(" ", "T")}Z">{text}</time>'
+
+
+def state_element(state: str) -> str:
+    """The state of a webhook or a delivery in HTML."""
+    return f'<span class="state {state}">{state}</span>'
 
 
 def how_long(seconds: float) -> str:
@@ -4784,38 +4777,17 @@ def state_words(health: dict, now_ms: int) -> str:
     }[state]
 
 
-def http_text(start: str, headers: dict[str, str], body: str | None) -> str:
-    """A request or a response as it went over the wire, nearly."""
-    lines = [start, *(f"{name}: {value}" for name, value in headers.items())]
-    return "\n".join([*lines, "", body] if body else lines)
+def http_text(start: str, message: dict) -> str:
+    """A request or a response, as the API shows it, nearly as it went over the wire."""
+    lines = [start, *(f"{name}: {value}" for name, value in message["headers"].items())]
+    return "\n".join([*lines, "", message["body"]] if message["body"] else lines)
 
 
-def daily_figures(by_day: dict, now_ms: int) -> list[tuple[str, collections.Counter]]:
-    """Each day of the statistics with its attempts by outcome."""
+def daily_figures(by_day: dict, now_ms: int) -> dict[str, collections.Counter]:
+    """The attempts by outcome for each day of the statistics, oldest first."""
     today = now_ms // DAY_MS
     days = range(today - STATISTICS_DAYS, today + 1)
-    return [(utc(day * DAY_MS)[:10], by_day[day]) for day in days]
-
-
-def configuration_rows(webhook: dict) -> list[tuple[str, str]]:
-    """How a webhook, as the API shows it, is set up: what and how."""
-    labels = {"rateLimit": "Rate limit"}
-    names = "credentials headers filters ordered rateLimit configuration".split()
-    optional = [
-        (labels.get(name, name.capitalize()), json_bytes(webhook[name]).decode())
-        for name in names
-        if webhook.get(name)
-    ]
-    return [
-        ("URL", webhook["url"]),
-        ("Events", ", ".join(webhook["events"])),
-        ("Secret", "set" if webhook["secretSet"] else "none"),
-        ("TLS", "verified" if webhook["sslVerificationRequired"] else "not verified"),
-        *optional,
-        ("Created", f"{utc(webhook['createdDate'])} UTC"),
-        ("Changed", f"{utc(webhook['updatedDate'])} UTC"),
-        ("Pending", str(webhook["health"]["pending"])),
-    ]
+    return {utc(day * DAY_MS)[:10]: by_day[day] for day in days}
 
 
 def curl_command(attempt: Attempt, body: str) -> str:
@@ -4823,8 +4795,8 @@ def curl_command(attempt: Attempt, body: str) -> str:
     # the body by standard input, because an argument may have 128 KiB only
     parts = [f"printf %s {shlex.quote(body)} |"]
     parts += [f"curl --globoff {shlex.quote(attempt.url)} --data-binary @-"]
-    for name, value in header_fields(attempt.request_headers).values():
-        parts.append(f"-H {shlex.quote(f'{name}: {value}')}")
+    headers = attempt.request(body)["headers"].items()
+    parts += [f"-H {shlex.quote(f'{name}: {value}')}" for name, value in headers]
     return " \\\n  ".join(parts)
 
 
@@ -4857,36 +4829,10 @@ curl {url}/health
 webhookd user add NAME --role publisher --database /var/lib/webhookd/webhookd.db
 """
 
-CONFLUENCE_EVENTS = (
-    "attachment_created attachment_removed attachment_restored attachment_trashed"
-    " attachment_updated blog_created blog_removed blog_restored blog_trashed"
-    " blog_updated blueprint_page_created comment_created comment_removed"
-    " comment_updated content_created content_permissions_updated content_restored"
-    " content_trashed content_updated group_created group_removed label_added"
-    " label_created label_deleted label_removed page_children_reordered page_created"
-    " page_moved page_removed page_restored page_trashed page_updated space_created"
-    " space_logo_updated space_permissions_updated space_removed space_updated"
-    " theme_enabled user_created user_deactivated user_followed user_reactivated"
-    " user_removed"
-).split()
-
 # ---- the form of a webhook: its fields have the API's names ----
 
-FORM_FIELDS = (  # name, label, kind, hint
-    ("name", "Name", "text", ""),
-    ("url", "URL", "text", ""),
-    (
-        "events",
-        "Events",
-        "textarea",
-        "One per line or comma-separated; * is every event, page_* all that begin so.",
-    ),
-    ("secret", "Secret", "password", "Signs every delivery. It is never shown again."),
-    ("active", "Active", "checkbox", ""),
-    ("ordered", "Ordered", "checkbox", "One delivery at a time, in publish order."),
-    ("sslVerificationRequired", "Verify TLS", "checkbox", ""),
-    ("rateLimit", "Rate limit", "text", "Deliveries per second; empty: no limit."),
-)
+FORM_BOXES = ("active", "ordered", "sslVerificationRequired")
+FORM_FIELDS = ("name", "url", "events", "secret", *FORM_BOXES, "rateLimit")
 
 
 def _number(text):
@@ -4896,27 +4842,12 @@ def _number(text):
     return float(text) if "." in text else int(text)
 
 
-def form_values(webhook: Webhook) -> dict[str, str]:
-    """What the form of a webhook is filled in with; an unticked box is not there."""
-    shown = webhook.shown()
-    boxes = ("active", "ordered", "sslVerificationRequired")
-    return {
-        "name": webhook.name,
-        "url": shown["url"],
-        "events": "\n".join(webhook.events),
-        "rateLimit": str(webhook.rate_limit or ""),
-    } | {box: "true" for box in boxes if shown.get(box)}
-
-
 def form_fields(form: dict[str, str], old: Webhook) -> dict:
     """The fields of the API that a form changes: what it leaves as it was is not sent."""
-    fields = {
+    fields = {box: box in form for box in FORM_BOXES} | {
         "name": form.get("name", ""),
         "url": form.get("url", "").strip(),
         "events": re.findall(r"[^\s,]+", form.get("events", "")),
-        "active": "active" in form,
-        "ordered": "ordered" in form,
-        "sslVerificationRequired": "sslVerificationRequired" in form,
         "rateLimit": _number(form.get("rateLimit", "").strip()),
     }
     if form.get("secret") or "removeSecret" in form:
@@ -4926,14 +4857,13 @@ def form_fields(form: dict[str, str], old: Webhook) -> dict:
 
 
 def faults_by_field(faults: list[Fault], fields: dict) -> dict[str, list[str]]:
-    """What is wrong with each field of the form; "" has what is wrong with none of it."""
-    by_field = collections.defaultdict(list)
+    """What is wrong with each field, in the form's order; "" has what is with none."""
+    by_field = {name: [] for name in FORM_FIELDS + ("",)}
     for fault in faults:
         name, _, index = (fault.context or "").partition("[")
         name = name.removeprefix("configuration.")
         item = f"{fields[name][int(index[:-1])]}: " if index else ""
-        known = name in [field[0] for field in FORM_FIELDS]
-        by_field[name if known else ""].append(item + fault.message)
+        by_field[name if name in by_field else ""].append(item + fault.message)
     return by_field
 
 
@@ -4962,19 +4892,18 @@ a { color: var(--link); }
 [aria-current] { color: inherit; font-weight: 600; text-decoration: none; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 .skip:not(:focus) { position: absolute; left: -100rem; }
-.soft, dt, caption { color: var(--soft); }
+.soft, dt, .inactive, .pending { color: var(--soft); }
 .healthy, .succeeded, .SUCCESS { color: var(--good); fill: var(--good); }
 .failing, .paused, .FAILURE { color: var(--warn); fill: var(--warn); }
 .disabled, .failed, .ERROR, .fault { color: var(--bad); fill: var(--bad); }
-.inactive, .pending { color: var(--soft); }
-.state { font-weight: 600; white-space: nowrap; }
+label, th, .state { font-weight: 600; }
+.state, .number, .line { white-space: nowrap; }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.75rem 0.3rem 0; border-bottom: 1px solid var(--line);
   text-align: left; vertical-align: top; }
-th { font-weight: 600; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
 .rest { width: 100%; max-width: 0; }
-.line { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.line { overflow: hidden; text-overflow: ellipsis; }
 .line :focus-visible { outline-offset: -2px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1rem; }
 dd { margin: 0; }
@@ -4982,7 +4911,6 @@ pre { margin: 0.4rem 0; padding: 0.6rem; background: var(--panel); white-space: 
   font: 0.8125rem/1.4 ui-monospace, monospace; }
 svg { display: block; width: 100%; height: 5rem; background: var(--panel); }
 summary, button { cursor: pointer; }
-label { font-weight: 600; }
 .field { margin: 0.8rem 0; max-width: 40rem; }
 .text, textarea, button { padding: 0.35rem 0.5rem; color: inherit; font: inherit;
   background: var(--page); border: 1px solid var(--soft); border-radius: 3px; }
@@ -5007,32 +4935,45 @@ PAGE_HEADERS = {
     "Cache-Control": "no-store",
 }
 
-BASE = bottle.SimpleTemplate("""\
+_TOP = """\
 <!DOCTYPE html>
 <html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{title}} – webhookd</title>
-<style>{{!style}}</style>
-</head>
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{title}} – webhookd</title><style>{{!STYLE}}</style></head>
 <body>
-<header>
-<a class="skip" href="#main">Skip to content</a>
+<header><a class="skip" href="#main">Skip to content</a>
 <nav><a href="/">Webhooks</a></nav>
-% if user:
-<span class="soft">{{user.name}} ({{user.role}})</span>
-% end
-</header>
+<span class="soft">{{f"{user.name} ({user.role})" if user else ""}}</span></header>
 <main id="main" tabindex="-1">
 <h1>{{title}}</h1>
-{{!main}}
-</main>
-</body>
-</html>
-""")
+% def button(label, path, look=""):
+<form method="post" action="{{path}}"><input type="hidden" name="token" value="{{token}}">
+<button class="{{look}}">{{label}}</button></form>
+% end
+% def parts_beside():
+% if len(beside) > 1:
+<nav class="row" aria-label="Parts of the list">
+% for name, label in (("prev", "Previous"), ("next", "Next")):
+% if name in beside:
+<a rel="{{name}}" href="{{beside[name]}}#list">{{label}}</a>
+% end
+% end
+</nav>
+% end
+% end
+"""
 
-ERROR_PAGE = bottle.SimpleTemplate("""\
+
+class PageTemplate(bottle.SimpleTemplate):
+    """A page, of which only the main part is given; it may use all names of this file."""
+
+    defaults = globals()
+
+    def __init__(self, main: str):
+        super().__init__(_TOP + main + "</main></body></html>\n")
+
+
+ERROR_PAGE = PageTemplate("""\
 % for fault in faults:
 <p>{{fault}}</p>
 % end
@@ -5041,256 +4982,221 @@ ERROR_PAGE = bottle.SimpleTemplate("""\
 % end
 """)
 
-_neighbours = """\
-% if len(neighbours) > 1:
-<nav class="row" aria-label="Parts of the list">
-% for name, label in (("prev", "Previous"), ("next", "Next")):
-% if name in neighbours:
-<a rel="{{name}}" href="{{neighbours[name]}}#list">{{label}}</a>
-% end
-% end
-</nav>
-% end
-"""
-
-LIST_PAGE = bottle.SimpleTemplate(
-    """\
-<div class="row" id="list">
-<span>{{summary}}</span>
+LIST_PAGE = PageTemplate("""\
+<div class="row" id="list"><span>{{", ".join(f"{n} {state}" for state, n in states.items()) or "None yet."}}</span>
 % if changes:
 <a href="/webhooks/new">New webhook</a>
 % end
 </div>
 % if webhooks:
-<table>
-<thead><tr><th scope="col">Webhook</th><th scope="col">State</th>
-<th scope="col" class="number">Success 30 d</th><th scope="col" class="number">Pending</th></tr></thead>
-<tbody>
+<table><thead><tr><th scope="col">Webhook</th><th scope="col">State</th>
+<th scope="col" class="number">Success 30 d</th><th scope="col" class="number">Pending</th></tr></thead><tbody>
 % for webhook in webhooks:
-% state = webhook["health"]["state"]
 <tr><td class="rest"><div class="line"><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a>
-% if webhook["name"] != webhook["url"]:
-<span class="soft spare">{{webhook["url"]}}</span>
-% end
-</div><div class="line">{{", ".join(webhook["events"])}}</div></td>
-<td><span class="state {{state}}">{{state}}</span></td>
-<td class="number">{{rates[webhook["id"]]}}</td>
+<span class="soft spare">{{webhook["url"] if webhook["url"] != webhook["name"] else ""}}</span></div>
+<div class="line">{{", ".join(webhook["events"])}}</div></td>
+<td>{{!state_element(webhook["health"]["state"])}}</td>
+<td class="number">{{success_rate(counts[webhook["id"]])}}</td>
 <td class="number">{{webhook["health"]["pending"]}}</td></tr>
 % end
-</tbody>
-</table>
+</tbody></table>
 % end
-"""
-    + _neighbours
-)
+% parts_beside()
+""")
 
-FORM_PAGE = bottle.SimpleTemplate("""\
-% if faults:
-<p class="fault" role="alert">Nothing was saved.
-% for message in faults.get("", ()):
-{{message}}.
-% end
-</p>
-% end
-<form method="post">
-<input type="hidden" name="token" value="{{token}}">
-% focus = next((field[0] for field in fields if field[0] in faults), None)
-% for name, label, kind, hint in fields:
+FORM_PAGE = PageTemplate("""\
+% def field(name, label, kind="text", hint=""):
+% wrong, value = "; ".join(faults.get(name, ())), form.get(name, "")
+% attributes = f'id="{name}" name="{name}" aria-describedby="{name}-fault {name}-hint"'
+% attributes += ' aria-invalid="true"' * bool(wrong) + " autofocus" * (name == focus)
 <div class="field">
-% wrong = faults.get(name, ())
-% about = [f"{name}-{x}" for x, there in (("fault", wrong), ("hint", hint)) if there]
-% described = f' aria-describedby="{" ".join(about)}"' if about else ""
-% described += ' aria-invalid="true"' * bool(wrong) + " autofocus" * (name == focus)
 % if kind == "checkbox":
-<input type="checkbox" id="{{name}}" name="{{name}}" value="true"{{!described}}
-{{"checked" if values.get(name) else ""}}>
+<input type="checkbox" value="true" {{!attributes}} {{"checked" if value else ""}}>
 % end
 <label for="{{name}}">{{label}}</label>
-% if kind == "textarea":
-<textarea id="{{name}}" name="{{name}}" rows="5" spellcheck="false"{{!described}}>
-{{values.get(name, "")}}</textarea>
+% if kind == "text":
+<input class="text" value="{{value}}" autocomplete="off" {{!attributes}}>
 % elif kind == "password":
-<input type="password" id="{{name}}" name="{{name}}" class="text" autocomplete="new-password"{{!described}}>
-% elif kind == "text":
-<input id="{{name}}" name="{{name}}" value="{{values.get(name, "")}}" class="text" autocomplete="off"{{!described}}>
+<input class="text" type="password" autocomplete="new-password" {{!attributes}}>
+% elif kind == "textarea":
+<textarea rows="5" spellcheck="false" {{!attributes}}>
+{{value}}</textarea>
 % end
-% if wrong:
-<div class="fault" id="{{name}}-fault">{{"; ".join(wrong)}}</div>
-% end
-% if hint:
-<div class="soft" id="{{name}}-hint">{{hint}}
-% if name == "secret" and old.secret:
-Left empty, the one that is set stays.
-% end
+<div class="fault" id="{{name}}-fault">{{wrong}}</div>
+<div class="soft" id="{{name}}-hint">{{hint}}</div>
 </div>
 % end
-% if name == "secret" and old.secret:
-<input type="checkbox" id="removeSecret" name="removeSecret" value="true">
-<label for="removeSecret">Remove the secret</label>
+% focus = next((name for name, messages in faults.items() if messages), None)
+% if faults:
+<p class="fault" role="alert">Nothing was saved. {{" ".join(f"{message}." for message in faults[""])}}</p>
 % end
-% if name == "events":
-<details><summary>Confluence's events</summary>
-<p>{{", ".join(suggestions)}}</p></details>
+<form method="post"><input type="hidden" name="token" value="{{token}}">
+% field("name", "Name")
+% field("url", "URL")
+% field("events", "Events", "textarea", "One per line or comma-separated; * is every event, page_* all that begin so.")
+<details class="field"><summary>Confluence's events</summary>
+<p>attachment_created, attachment_removed, attachment_restored, attachment_trashed, attachment_updated,
+blog_created, blog_removed, blog_restored, blog_trashed, blog_updated, blueprint_page_created,
+comment_created, comment_removed, comment_updated, content_created, content_permissions_updated,
+content_restored, content_trashed, content_updated, group_created, group_removed, label_added,
+label_created, label_deleted, label_removed, page_children_reordered, page_created, page_moved,
+page_removed, page_restored, page_trashed, page_updated, space_created, space_logo_updated,
+space_permissions_updated, space_removed, space_updated, theme_enabled, user_created,
+user_deactivated, user_followed, user_reactivated, user_removed</p></details>
+% kept = " Left empty, the one that is set stays." if old.secret else ""
+% field("secret", "Secret", "password", "Signs every delivery. It is never shown again." + kept)
+% if old.secret:
+% field("removeSecret", "Remove the secret", "checkbox")
 % end
-</div>
-% end
+% field("active", "Active", "checkbox")
+% field("ordered", "Ordered", "checkbox", "One delivery at a time, in publish order.")
+% field("sslVerificationRequired", "Verify TLS", "checkbox")
+% field("rateLimit", "Rate limit", hint="Deliveries per second; empty: no limit.")
 <div class="row"><button class="first">{{"Save" if old.id else "Create"}}</button>
 <a href="{{f"/webhooks/{old.id}" if old.id else "/"}}">Cancel</a></div>
 </form>
 """)
 
-WEBHOOK_PAGE = bottle.SimpleTemplate(
-    """\
-% state = webhook["health"]["state"]
-% path = f"/webhooks/{webhook['id']}"
-<p><span class="state {{state}}">{{state}}</span> {{words}}</p>
+WEBHOOK_PAGE = PageTemplate("""\
+% path, total = f"/webhooks/{webhook['id']}", sum(days.values(), collections.Counter())
+<p>{{!state_element(webhook["health"]["state"])}} {{words}}</p>
 % if redelivered is not None:
 <p role="status">Attempted again: {{redelivered}}.</p>
 % end
 % if changes:
-<div class="row">
-<a href="{{path}}/edit">Edit</a>
-% for action, label in (("test", "Test"), *[("pause", "Pause") if webhook["active"] else ("resume", "Resume")], ("redeliver", "Redeliver failed")):
-<form method="post" action="{{path}}/{{action}}">
-<input type="hidden" name="token" value="{{token}}"><button>{{label}}</button></form>
+<div class="row"><a href="{{path}}/edit">Edit</a>
+% button("Test", f"{path}/test")
+% button("Pause", f"{path}/pause") if webhook["active"] else button("Resume", f"{path}/resume")
+% button("Redeliver failed", f"{path}/redeliver")
+<form action="{{path}}/delete"><button class="fault">Delete</button></form></div>
 % end
-<form action="{{path}}/delete"><button class="fault">Delete</button></form>
-</div>
+<dl><dt>URL</dt><dd>{{webhook["url"]}}</dd>
+<dt>Events</dt><dd>{{", ".join(webhook["events"])}}</dd>
+<dt>Secret</dt><dd>{{"set" if webhook["secretSet"] else "none"}}</dd>
+<dt>TLS</dt><dd>{{"verified" if webhook["sslVerificationRequired"] else "not verified"}}</dd>
+% for name in "credentials", "headers", "filters", "ordered", "rateLimit", "configuration":
+% if webhook.get(name):
+<dt>{{"Rate limit" if name == "rateLimit" else name.capitalize()}}</dt><dd>{{json_bytes(webhook[name])}}</dd>
 % end
-<dl>
-% for term, text in configuration:
-<dt>{{term}}</dt><dd>{{text}}</dd>
 % end
-</dl>
+<dt>Created</dt><dd>{{!time_element(webhook["createdDate"])}} UTC</dd>
+<dt>Changed</dt><dd>{{!time_element(webhook["updatedDate"])}} UTC</dd>
+<dt>Pending</dt><dd>{{webhook["health"]["pending"]}}</dd></dl>
 <h2>Last 30 days</h2>
-% most = max(1, *(sum(counts.values()) for _, counts in days))
 % if not total:
 <p>No attempts.</p>
 % else:
-<p>{{rate(total)}} of {{sum(total.values())}} attempts succeeded.
+<p>{{success_rate(total)}} of {{sum(total.values())}} attempts succeeded.
 <span class="SUCCESS">Successes: {{total["SUCCESS"]}}</span>,
 <span class="FAILURE">failures: {{total["FAILURE"]}}</span> (an answer other than 2xx),
 <span class="ERROR">errors: {{total["ERROR"]}}</span> (no answer).</p>
+% most = max(sum(counts.values()) for counts in days.values())
 <svg viewBox="0 0 {{10 * len(days)}} 64" preserveAspectRatio="none" role="img"
 aria-label="Attempts a day, at most {{most}}; the figures are in the table below">
-% for x, (day, counts) in enumerate(days):
+% for x, (day, counts) in enumerate(days.items()):
 % y = 64
-% for outcome in outcomes:
-% count = counts[outcome]
-% tall = max(2, 60 * count / most) if count else 0
+% for outcome in filter(counts.get, OUTCOMES):
+% tall = max(2, 60 * counts[outcome] / most)
 % y -= tall
-% if tall:
-<rect class="{{outcome}}" x="{{10 * x + 1}}" y="{{round(y, 1)}}" width="8" height="{{round(tall, 1)}}"><title>{{day}}: {{count}} {{outcome}}</title></rect>
-% end
+<rect class="{{outcome}}" x="{{10 * x + 1}}" y="{{round(y, 1)}}" width="8" height="{{round(tall, 1)}}"><title>{{day}}: {{counts[outcome]}} {{outcome}}</title></rect>
 % end
 % end
 </svg>
-<details><summary>Figures, {{days[0][0]}} to {{days[-1][0]}}</summary>
-<table>
-<thead><tr><th scope="col">Day (UTC)</th><th scope="col" class="number">Successes</th>
-<th scope="col" class="number">Failures</th><th scope="col" class="number">Errors</th></tr></thead>
-<tbody>
-% for day, counts in reversed(days):
-<tr><td>{{day}}</td>
-% for outcome in outcomes:
-<td class="number">{{counts[outcome]}}</td>
+<details><summary>Figures, {{min(days)}} to {{max(days)}}</summary>
+<table><thead><tr><th scope="col">Day (UTC)</th><th scope="col" class="number">Successes</th>
+<th scope="col" class="number">Failures</th><th scope="col" class="number">Errors</th></tr></thead><tbody>
+% for day, counts in reversed(days.items()):
+<tr><td>{{day}}</td><td class="number">{{counts["SUCCESS"]}}</td>
+<td class="number">{{counts["FAILURE"]}}</td><td class="number">{{counts["ERROR"]}}</td></tr>
 % end
-</tr>
-% end
-</tbody>
-</table></details>
+</tbody></table></details>
 % end
 <dl>
-% for outcome in ("Success", "Failure", "Error"):
-% attempt = webhook["statistics"].get(f"last{outcome}")
-% if attempt:
-<dt>Last {{outcome.lower()}}</dt>
-<dd>{{!time(attempt["start"])}} <a href="/deliveries/{{attempt["id"]}}">{{attempt["event"]}}</a>: {{attempt["result"]["description"]}}</dd>
+% for outcome in OUTCOMES:
+% last = webhook["statistics"].get("last" + outcome.capitalize())
+% if last:
+<dt>Last {{outcome.lower()}}</dt><dd>{{!time_element(last["start"])}}
+<a href="/deliveries/{{last["id"]}}">{{last["event"]}}</a>: {{last["result"]["description"]}}</dd>
 % end
 % end
 </dl>
 <h2 id="list">Deliveries</h2>
 <nav class="row" aria-label="Deliveries by state">
-% for name in ("", "pending", "succeeded", "failed"):
+% for name in ("", PENDING, SUCCEEDED, FAILED):
 <a href="{{path}}{{f"?state={name}" if name else ""}}#list"{{!' aria-current="page"' if name == shown_state else ""}}>{{name or "all"}}</a>
 % end
 </nav>
 % if deliveries:
-<table>
-<thead><tr><th scope="col">Made (UTC)</th><th scope="col">Event</th>
-<th scope="col" class="number spare">Attempts</th><th scope="col">State</th></tr></thead>
-<tbody>
+<table><thead><tr><th scope="col">Made (UTC)</th><th scope="col">Event</th>
+<th scope="col" class="number spare">Attempts</th><th scope="col">State</th></tr></thead><tbody>
 % for delivery in deliveries:
-<tr><td class="moment"><a href="/deliveries/{{delivery.id}}">{{!time(delivery.created)}}</a></td><td>{{delivery.event}}</td>
-<td class="number spare">{{delivery.attempt_count}}</td>
-<td><span class="state {{delivery.state}}">{{delivery.state}}</span> {{delivery.description or ""}}</td></tr>
+<tr><td class="moment"><a href="/deliveries/{{delivery.id}}">{{!time_element(delivery.created)}}</a></td>
+<td>{{delivery.event}}</td><td class="number spare">{{delivery.attempt_count}}</td>
+<td>{{!state_element(delivery.state)}} {{delivery.description or ""}}</td></tr>
 % end
-</tbody>
-</table>
+</tbody></table>
 % else:
 <p>None.</p>
 % end
-"""
-    + _neighbours
-)
+% parts_beside()
+""")
 
-DELIVERY_PAGE = bottle.SimpleTemplate("""\
-<p><span class="state {{delivery.state}}">{{delivery.state}}</span>
-after {{len(attempts)}} attempt{{"s" * (len(attempts) != 1)}}
+DELIVERY_PAGE = PageTemplate("""\
+<p>{{!state_element(delivery.state)}} after {{len(attempts)}} attempt{{"s" * (len(attempts) != 1)}}
 % if delivery.next_attempt:
-– the next is planned for {{!time(delivery.next_attempt)}} UTC
+– the next is planned for {{!time_element(delivery.next_attempt)}} UTC
 % end
 </p>
 % if changes:
-<form class="row" method="post" action="/deliveries/{{delivery.id}}/redeliver">
-<input type="hidden" name="token" value="{{token}}"><button>Redeliver</button></form>
+<div class="row">
+% button("Redeliver", f"/deliveries/{delivery.id}/redeliver")
+</div>
 % end
-<dl>
-% state = webhook["health"]["state"]
-<dt>Webhook</dt><dd><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a>
-<span class="state {{state}}">{{state}}</span></dd>
+<dl><dt>Webhook</dt><dd><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a>
+{{!state_element(webhook["health"]["state"])}}</dd>
 <dt>Event</dt><dd>{{delivery.event}}, number {{delivery.event_id}}</dd>
 <dt>Delivery</dt><dd>{{delivery.id}}</dd>
-<dt>Made</dt><dd>{{!time(delivery.created)}} UTC</dd>
-</dl>
+<dt>Made</dt><dd>{{!time_element(delivery.created)}} UTC</dd></dl>
 % short = " open" if len(body) < 2000 else ""
 <details{{short}}><summary>Body, the same in every attempt</summary>
 <pre>{{body}}</pre></details>
 % for number, attempt in reversed(list(enumerate(attempts, 1))):
 <h2>Attempt {{number}}: <span class="{{attempt.outcome}}">{{attempt.outcome}}</span></h2>
-<p>{{attempt.description}}, {{attempt.duration}} ms, at {{!time(attempt.start)}} UTC</p>
+<p>{{attempt.description}}, {{attempt.duration}} ms, at {{!time_element(attempt.start)}} UTC</p>
 <details{{" open" if number == len(attempts) else ""}}><summary>Request and response {{number}}</summary>
-<pre>{{http_text("POST " + attempt.url, attempt.request("")["headers"], None)}}</pre>
+<pre>{{http_text("POST " + attempt.url, attempt.request(""))}}</pre>
 % if attempt.status is not None:
-<pre>{{http_text(str(attempt.status), **attempt.response())}}</pre>
+<pre>{{http_text(str(attempt.status), attempt.response())}}</pre>
 % end
 </details>
 % end
 % if attempts:
 <details{{short}}><summary>Send it again with curl</summary>
-<pre>{{curl}}</pre></details>
+<pre>{{curl_command(attempts[-1], body)}}</pre></details>
 % end
 """)
 
-TEST_PAGE = bottle.SimpleTemplate("""\
+TEST_PAGE = PageTemplate("""\
 % request, response = test["request"], test["response"]
 <p>To the webhook <a href="/webhooks/{{webhook.id}}">{{webhook.name}}</a>. A test is not counted or stored.</p>
 <h2>Sent</h2>
-<pre>{{http_text("POST " + request["url"], request["headers"], request["body"])}}</pre>
+<pre>{{http_text("POST " + request["url"], request)}}</pre>
 <h2>Answer</h2>
 % if response is None:
 <p class="fault">None: {{test["error"]}}</p>
 % else:
-<pre>{{http_text(str(response["status"]), response["headers"], response["body"])}}</pre>
+<pre>{{http_text(str(response["status"]), response)}}</pre>
 % end
-<form class="row" method="post"><input type="hidden" name="token" value="{{token}}">
-<button>Test again</button></form>
+<div class="row">
+% button("Test again", f"/webhooks/{webhook.id}/test")
+</div>
 """)
 
-DELETE_PAGE = bottle.SimpleTemplate("""\
+DELETE_PAGE = PageTemplate("""\
 <p>Delete <strong>{{webhook.name}}</strong> and all of its deliveries, {{pending}} of them pending?</p>
-<form class="row" method="post"><input type="hidden" name="token" value="{{token}}">
-<button class="fault">Delete</button> <a href="/webhooks/{{webhook.id}}">Keep it</a></form>
+<div class="row">
+% button("Delete", f"/webhooks/{webhook.id}/delete", look="fault")
+<a href="/webhooks/{{webhook.id}}">Keep it</a></div>
 """)
 
 # ---- the pages ----
@@ -5302,40 +5208,35 @@ class Pages(Api):
     def __init__(self, *parts):
         super().__init__(*parts)
         hook, delivery = "/webhooks/<id:id>", "/deliveries/<uuid>"
-        self.app.route("/", "GET", self.show_start, roles=ANYBODY)
-        for path, handler, roles in (
-            (hook, self.show_webhook, READERS),
-            (delivery, self.show_delivery, READERS),
-            ("/webhooks/new", self.show_new, ADMINS),
-            (hook + "/edit", self.show_edit, ADMINS),
-            (hook + "/delete", self.show_delete, ADMINS),
+        route = self.app.route
+        route("/", "GET", self.show_start, roles=ANYBODY)
+        route(hook, "GET", self.show_webhook, roles=READERS)
+        route(delivery, "GET", self.show_delivery, roles=READERS)
+        for path, show, submit in (
+            ("/webhooks/new", self.show_form, self.submit_form),
+            (hook + "/edit", self.show_form, self.submit_form),
+            (hook + "/delete", self.show_delete, self.submit_delete),
+            (hook + "/test", None, self.submit_test),
+            (hook + "/pause", None, functools.partial(self.submit_active, False)),
+            (hook + "/resume", None, functools.partial(self.submit_active, True)),
+            (hook + "/redeliver", None, self.submit_redeliver_failed),
+            (delivery + "/redeliver", None, self.submit_redeliver),
         ):
-            self.app.route(path, "GET", handler, roles=roles)
-        for path, handler in (
-            ("/webhooks/new", self.submit_new),
-            (hook + "/edit", self.submit_edit),
-            (hook + "/delete", self.submit_delete),
-            (hook + "/test", self.submit_test),
-            (hook + "/pause", self.submit_pause),
-            (hook + "/resume", self.submit_resume),
-            (hook + "/redeliver", self.submit_redeliver_failed),
-            (delivery + "/redeliver", self.submit_redeliver),
-        ):
-            self.app.route(path, "POST", self._submitted(handler), roles=ADMINS)
+            if show:
+                route(path, "GET", show, roles=ADMINS)
+            route(path, "POST", self._submitted(submit), roles=ADMINS)
 
     # ---- what they share ----
 
     def _page(self, title, template, status=200, **values):
         user = bottle.request.environ.get("webhookd.user")
         values |= {"title": title, "status": status, "user": user}
-        values |= {"token": user and self._token(user)}
-        values |= {"changes": user is not None and user.role in ADMINS}
-        values |= {"time": time_element, "http_text": http_text, "outcomes": OUTCOMES}
-        main = template.render(values)
+        values["token"] = user and self._token(user)
+        values["changes"] = user is not None and user.role in ADMINS
         bottle.response.status = status
         bottle.response.content_type = HTML_TYPE
         bottle.response.headers.update(PAGE_HEADERS)
-        return BASE.render(values, main=main, style=STYLE)
+        return template.render(values)
 
     def _error(self, status, faults):
         path = bottle.request.path
@@ -5366,9 +5267,9 @@ class Pages(Api):
             pairs = urllib.parse.parse_qsl(
                 body.decode(), True, errors="strict", max_num_fields=100
             )
+            return dict(pairs)
         except ValueError:
             raise Invalid("the form is malformed") from None
-        return dict(pairs)
 
     def _submitted(self, handler):
         """The handler, called with the form that was sent, if one of our pages sent it."""
@@ -5386,7 +5287,7 @@ class Pages(Api):
         """The links to the parts of a list before and after this one."""
         query = self._query()
         return {
-            name: "?" + urllib.parse.urlencode(query | {"start": start}, doseq=True)
+            name: f"?{urllib.parse.urlencode(query | {'start': start}, True)}"
             for name, start in page.neighbours(total).items()
         }
 
@@ -5400,31 +5301,24 @@ class Pages(Api):
         bottle.response.content_type = "text/plain; charset=utf-8"
         bottle.response.headers.update(PAGE_HEADERS)
         test_url = self._link("/rest/api/webhooks/test", {"webhookId": 1})
-        urls = {"url": self._link(""), "test_url": test_url}
-        quoted = {name: shlex.quote(url) for name, url in urls.items()}
-        return CURL_PAGE.format(version=VERSION, **quoted)
+        url, test_url = shlex.quote(self._link("")), shlex.quote(test_url)
+        return CURL_PAGE.format(version=VERSION, url=url, test_url=test_url)
 
     def show_webhooks(self):
         [page] = self._asked(read_page)
         webhooks = list(self._store.webhooks.by_id.values())
+        health = self._store.health
+        states = [health.get(w.id, HEALTHY).state(w.active) for w in webhooks]
         part = self._shown(webhooks[page.start : page.start + page.limit])
         ids = tuple(webhook["id"] for webhook in part)
-        counts = self._store.attempts_by("webhook_id", ids, self._now_ms())
         return self._page(
             "Webhooks",
             LIST_PAGE,
             webhooks=part,
-            summary=self._summary(webhooks),
-            rates={id: success_rate(counts[id]) for id in ids},
-            neighbours=self._beside(page, len(webhooks)),
+            states=collections.Counter(states),
+            counts=self._store.attempts_by("webhook_id", ids, self._now_ms()),
+            beside=self._beside(page, len(webhooks)),
         )
-
-    def _summary(self, webhooks):
-        states = collections.Counter(
-            self._store.health.get(webhook.id, HEALTHY).state(webhook.active)
-            for webhook in webhooks
-        )
-        return ", ".join(f"{n} {state}" for state, n in states.items()) or "None yet."
 
     def show_webhook(self, id):
         page, wanted, redelivered = self._asked(
@@ -5435,62 +5329,42 @@ class Pages(Api):
         now = self._now_ms()
         [webhook] = self._shown([self._store.webhook(id)], statistics=True)
         deliveries, total = self._store.deliveries(id, wanted, page)
-        days = daily_figures(self._store.attempts_by("day", (id,), now), now)
         return self._page(
             webhook["name"],
             WEBHOOK_PAGE,
             webhook=webhook,
             words=state_words(webhook["health"], now),
             redelivered=redelivered,
-            configuration=configuration_rows(webhook),
-            days=days,
-            total=sum((counts for _, counts in days), collections.Counter()),
-            rate=success_rate,
+            days=daily_figures(self._store.attempts_by("day", (id,), now), now),
             shown_state=wanted.states[0] if wanted.states else "",
             deliveries=deliveries,
-            neighbours=self._beside(page, total),
+            beside=self._beside(page, total),
         )
 
     def show_delivery(self, uuid):
         delivery, body, attempts = self._store.delivery(uuid.lower())
         [webhook] = self._shown([self._store.webhook(delivery.webhook_id)])
-        return self._page(
-            f"Delivery of {delivery.event}",
-            DELIVERY_PAGE,
-            delivery=delivery,
-            webhook=webhook,
-            body=body,
-            attempts=attempts,
-            curl=curl_command(attempts[-1], body) if attempts else "",
-        )
+        values = {"delivery": delivery, "webhook": webhook}
+        values |= {"body": body, "attempts": attempts}
+        return self._page(f"Delivery of {delivery.event}", DELIVERY_PAGE, **values)
 
     # ---- changing ----
 
-    def show_new(self):
-        return self._form_page(Webhook())
+    def _edited(self, id):
+        return Webhook() if id is None else self._store.webhook(id)
 
-    def show_edit(self, id):
-        return self._form_page(self._store.webhook(id))
+    def _form_page(self, old, form, faults=None):
+        title = f"Edit {old.name}" if old.id else "New webhook"
+        values = {"old": old, "form": form, "faults": faults or {}}
+        return self._page(title, FORM_PAGE, 400 if faults else 200, **values)
 
-    def _form_page(self, old, form=None, faults=None):
-        return self._page(
-            f"Edit {old.name}" if old.id else "New webhook",
-            FORM_PAGE,
-            400 if faults else 200,
-            old=old,
-            values=form_values(old) if form is None else form,
-            faults=faults or {},
-            fields=FORM_FIELDS,
-            suggestions=CONFLUENCE_EVENTS,
-        )
+    def show_form(self, id=None):
+        old = self._edited(id)
+        shown = old.shown() | {"events": "\n".join(old.events)}
+        return self._form_page(old, shown)
 
-    def submit_new(self, form):
-        return self._save(form, Webhook())
-
-    def submit_edit(self, form, id):
-        return self._save(form, self._store.webhook(id))
-
-    def _save(self, form, old):
+    def submit_form(self, form, id=None):
+        old = self._edited(id)
         fields = form_fields(form, old)
         try:
             webhook = self.change(old.id, fields) if old.id else self.register(fields)
@@ -5512,16 +5386,11 @@ class Pages(Api):
 
     def submit_test(self, form, id):
         webhook = self._store.webhook(id)
-        test = self.test(webhook)
-        title = f"Test of {webhook.name}"
+        test, title = self.test(webhook), f"Test of {webhook.name}"
         return self._page(title, TEST_PAGE, webhook=webhook, test=test)
 
-    def submit_pause(self, form, id):
-        self.change(id, {"active": False})
-        self._see(f"/webhooks/{id}")
-
-    def submit_resume(self, form, id):
-        self.change(id, {"active": True})
+    def submit_active(self, active, form, id):
+        self.change(id, {"active": active})
         self._see(f"/webhooks/{id}")
 
     def submit_redeliver_failed(self, form, id):
@@ -5590,17 +5459,15 @@ UNSHOWN_HEADERS = {"host", "content-length", "connection"}
 
 def printable(text: str) -> str:
     """The text with what could disturb a terminal escaped."""
-    if text.isprintable():
-        return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _verdict(signature, secret, fault):
+def _verdict(signature, secret, find_fault, *arguments):
     if not signature:
         return "not signed"
     if secret is None:
         return "signed; say --secret to have it verified"
-    why = fault()
+    why = find_fault(secret, *arguments)
     return f"does NOT verify: {why}" if why else "signature ok"
 
 
@@ -5608,16 +5475,11 @@ def verdicts(headers, body: bytes, secret: str | None, now: float) -> list[str]:
     """A line for each of the two signature schemes; headers as http.server has them."""
     names = ("X-Hub-Signature", "X-Hub-Signature-256")
     hub = [value for name in names for value in headers.get_all(name, ())]
-    id, timestamp, standard = (
-        headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature")
-    )
-    hub_verdict = _verdict(hub, secret, lambda: hub_fault(secret, hub, body))
-    standard_verdict = _verdict(
-        standard,
-        secret,
-        lambda: standard_fault(secret, id, timestamp, standard, body, now),
-    )
-    return [f"X-Hub-Signature: {hub_verdict}", f"Standard Webhooks: {standard_verdict}"]
+    names = ("webhook-id", "webhook-timestamp", "webhook-signature")
+    standard = [headers.get(name, "") for name in names]
+    hub_verdict = _verdict(hub, secret, hub_fault, hub, body)
+    verdict = _verdict(standard[-1], secret, standard_fault, *standard, body, now)
+    return [f"X-Hub-Signature: {hub_verdict}", f"Standard Webhooks: {verdict}"]
 
 
 class SinkHandler(http.server.BaseHTTPRequestHandler):
@@ -5755,8 +5617,8 @@ def make_server(app, listener: socket.socket, settings: Settings):
         connection_limit=MAX_CONNECTIONS,
         max_request_body_size=max(MAX_REQUEST_BYTES, settings.max_event_size),
         asyncore_use_poll=True,  # select() knows file numbers below 1024 only
-        send_bytes=1
-        << 16,  # a whole answer at once, by the thread that has the sockets
+        # a whole answer at once, by the thread that has the sockets
+        send_bytes=1 << 16,
         **proxy,
     )
     server.channel_class = Channel
@@ -5785,9 +5647,14 @@ def hold_to_one_core() -> None:
         os.sched_setaffinity(0, {int(fields[36])})  # proc(5): "processor", 39th of all
 
 
+def on_stop(handler: collections.abc.Callable | int) -> None:
+    """Have SIGTERM and SIGINT handled so."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
 def _stop(number, frame):
-    for stopping in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stopping, signal.SIG_IGN)  # once is enough
+    on_stop(signal.SIG_IGN)  # once is enough
     notify("STOPPING=1")
     raise SystemExit(0)
 
@@ -5819,8 +5686,7 @@ def serve(settings: Settings) -> None:
         api = Pages(store, dispatcher, destinations, settings)
         Metrics(store, dispatcher, settings).add_to(api.app)
         server = make_server(api.app, listener, settings)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _stop)
+        on_stop(_stop)
         notify("READY=1")
         fact("ready", listen=printable_address(*address))
         server.run()  # until the signal's SystemExit
@@ -5830,7 +5696,7 @@ def serve(settings: Settings) -> None:
         server.task_dispatcher.shutdown(timeout=STOP_SECONDS / 2)
 
 
-# ---- subcommands ----
+# ---- subcommands: functions of what the command line gave, `database` among it ----
 
 
 class CommandError(Exception):
@@ -5877,32 +5743,33 @@ def read_password() -> str:
         raise CommandError(str(error)) from None
 
 
-def add_user(path: str, name: str, role: str, with_password: bool) -> None:
+def add_user(given: argparse.Namespace) -> None:
     """Add a user with a password from the terminal or stdin, or with a new secret."""
-    secret = read_password() if with_password else secrets.token_urlsafe(32)
-    record = password_record(secret) if with_password else secret_record(secret)
-    with database_beside_service(path, creates=True) as connection:
-        if any(user.name == name for user in load_users(connection)):
-            raise CommandError(f"there is a user {name} already")
-        save_user(connection, User(name, role, record))
-    fact("user added", name=name, role=role, by=operator())
-    if not with_password:
+    secret = read_password() if given.password else secrets.token_urlsafe(32)
+    record = password_record(secret) if given.password else secret_record(secret)
+    with database_beside_service(given.database, creates=True) as connection:
+        if any(user.name == given.name for user in load_users(connection)):
+            raise CommandError(f"there is a user {given.name} already")
+        save_user(connection, User(given.name, given.role, record))
+    fact("user added", name=given.name, role=given.role, by=operator())
+    if not given.password:
         print(secret)
 
 
-def list_users(path: str) -> None:
+def list_users(given: argparse.Namespace) -> None:
     """Print names and roles."""
-    with database_beside_service(path) as connection:
+    with database_beside_service(given.database) as connection:
         for user in load_users(connection):
             print(user.name, user.role)
 
 
-def remove_user(path: str, name: str) -> None:
+def remove_user(given: argparse.Namespace) -> None:
     """Remove a user; raises CommandError."""
-    with database_beside_service(path) as connection:
-        if not connection.execute("DELETE FROM users WHERE name = ?", [name]).rowcount:
-            raise CommandError(f"there is no user {name}")
-    fact("user removed", name=name, by=operator())
+    with database_beside_service(given.database) as connection:
+        sql = "DELETE FROM users WHERE name = ?"
+        if not connection.execute(sql, [given.name]).rowcount:
+            raise CommandError(f"there is no user {given.name}")
+    fact("user removed", name=given.name, by=operator())
 
 
 # ---- backup ----
@@ -5969,11 +5836,11 @@ def _interrupt(number, frame):
     raise CommandError("interrupted")
 
 
-def backup(path: str, target: str) -> None:
+def backup(given: argparse.Namespace) -> None:
     """Write a consistent copy; what had its name stays until the copy is complete."""
-    target = os.path.realpath(target)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    path, target = given.database, os.path.realpath(given.file)
+    on_stop(_interrupt)
+    signal.signal(signal.SIGHUP, _interrupt)
     os.nice(10)
     try:
         _check_backup(path, target)
@@ -5995,22 +5862,25 @@ def backup(path: str, target: str) -> None:
 # ---- sink ----
 
 
-def run_sink(listen_text: str, secret: str | None, answer: int) -> None:
+def run_sink(given: argparse.Namespace) -> None:
     """Receive deliveries until SIGTERM or SIGINT."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    on_stop(_stop)
     sys.stdout.reconfigure(errors="backslashreplace")
+    where = given.listen or SINK_LISTEN
     try:
-        address = listen_address(listen_text)
-        sink = Sink(address, password(secret) if secret else None, answer)
+        secret = password(given.secret) if given.secret else None
+        sink = Sink(listen_address(where), secret, given.answer)
     except ValueError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
-        raise CommandError(f"--listen {listen_text}: {error.strerror}") from None
+        raise CommandError(f"--listen {where}: {error.strerror}") from None
     with sink:
         where = printable_address(*sink.server_address[:2])
-        sink.show(f"listening on http://{where}/ and answering {answer}", "")
+        sink.show(f"listening on http://{where}/ and answering {given.answer}", "")
         sink.serve_forever()
+
+
+# ---- the command line itself ----
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -6020,63 +5890,44 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-def _add_user_commands(parser):
-    commands = parser.add_subparsers(required=True, metavar="add|list|remove")
-    add = commands.add_parser(
-        "add", help="add a user, and print the secret made for it"
-    )
-    add.add_argument("name", type=user_name)
-    add.add_argument("--role", choices=ROLES, required=True)
-    add.add_argument("--password", action="store_true", help="read a password instead")
-    add.set_defaults(
-        run=lambda given, path: add_user(path, given.name, given.role, given.password)
-    )
-    commands.add_parser("list", help="print names and roles").set_defaults(
-        run=lambda given, path: list_users(path)
-    )
-    remove = commands.add_parser("remove", help="remove a user")
-    remove.add_argument("name")
-    remove.set_defaults(run=lambda given, path: remove_user(path, given.name))
-    for command in commands.choices.values():
-        command.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
-
-
 def _status(text):
     if not re.fullmatch("[2-5][0-9][0-9]", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a status from 200 to 599")
     return int(text)
 
 
-def _add_backup_command(subcommands):
-    backing_up = subcommands.add_parser(
-        "backup", help="write a consistent copy, also while the service runs"
-    )
-    backing_up.add_argument(
-        "file", metavar="FILE", help="replaced once the copy is complete"
-    )
-    backing_up.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
-    backing_up.set_defaults(run=lambda given, path: backup(path, given.file))
+def _add_database_commands(commands):
+    user = commands.add_parser("user", help="who may log in: add, list, remove")
+    users = user.add_subparsers(required=True, metavar="add|list|remove")
+    help = "add a user, and print the secret made for it"
+    add = users.add_parser("add", help=help)
+    add.add_argument("name", type=user_name)
+    add.add_argument("--role", choices=ROLES, required=True)
+    add.add_argument("--password", action="store_true", help="read a password instead")
+    show = users.add_parser("list", help="print names and roles")
+    remove = users.add_parser("remove", help="remove a user")
+    remove.add_argument("name")
+    help = "write a consistent copy, also while the service runs"
+    copy = commands.add_parser("backup", help=help)
+    copy.add_argument("file", metavar="FILE", help="replaced once the copy is complete")
+    runs = {add: add_user, show: list_users, remove: remove_user, copy: backup}
+    for command, run in runs.items():
+        command.set_defaults(run=run)
+        command.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
 
 
-def _add_sink_command(subcommands):
-    sink = subcommands.add_parser(
-        "sink", help="receive deliveries, print them and verify their signatures"
-    )
-    sink.add_argument(
-        "--listen",
-        default=argparse.SUPPRESS,
-        metavar="HOST:PORT",
-        help=f"default {SINK_LISTEN}, port 0 picks one",
-    )
+def _add_sink_command(commands):
+    help = "receive deliveries, print them and verify their signatures"
+    sink = commands.add_parser("sink", help=help)
+    help = f"default {SINK_LISTEN}, port 0 picks one"
+    absent = argparse.SUPPRESS  # so that the flag before the subcommand counts too
+    sink.add_argument("--listen", default=absent, metavar="HOST:PORT", help=help)
     sink.add_argument("--secret", help="of the webhook, to verify signatures")
+    help = "default 200"
     sink.add_argument(
-        "--answer", type=_status, default=200, metavar="STATUS", help="default 200"
+        "--answer", type=_status, default=200, metavar="STATUS", help=help
     )
-    sink.set_defaults(
-        run=lambda given, path: run_sink(
-            given.listen or SINK_LISTEN, given.secret, given.answer
-        )
-    )
+    sink.set_defaults(run=run_sink)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -6096,12 +5947,9 @@ def argument_parser() -> argparse.ArgumentParser:
         default = field.metadata["default"] or "none"
         help = f"{field.metadata['text']} [{variable(field)}, default {default}]"
         settings.add_argument(flag(field), metavar=field.metadata["metavar"], help=help)
-    subcommands = parser.add_subparsers(title="subcommands", metavar="")
-    _add_user_commands(
-        subcommands.add_parser("user", help="who may log in: add, list, remove")
-    )
-    _add_backup_command(subcommands)
-    _add_sink_command(subcommands)
+    commands = parser.add_subparsers(title="subcommands", metavar="")
+    _add_database_commands(commands)
+    _add_sink_command(commands)
     return parser
 
 
@@ -6113,9 +5961,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if hasattr(given, "run"):
             # a subcommand needs the database only: other settings may be at fault
-            database = {"database": getattr(given, "database", None)}
             environ = {"WEBHOOKD_DATABASE": os.environ.get("WEBHOOKD_DATABASE", "")}
-            given.run(given, read_settings(database, environ).database)
+            flags = {"database": given.database}
+            given.database = read_settings(flags, environ).database
+            given.run(given)
         else:
             serve(read_settings(vars(given), os.environ))
     except (SettingError, DatabaseError, CommandError) as error:
