@@ -1904,10 +1904,10 @@ def test_pruning_leaves_what_was_redelivered_or_replayed_meanwhile(store):
     [event] = publish(store)
     [due] = due_deliveries(store, webhook)
 
-    store.write(
-        lambda c: webhookd.delete_deliveries(c, [due.number], "state <> 'pending'")
+    store.write_batch(
+        webhookd.Batch.delete_deliveries, [due.number], "state <> 'pending'"
     )
-    store.write(lambda c: webhookd.delete_bare_events(c, [event.id]))
+    store.write_batch(webhookd.Batch.delete_bare_events, [event.id])
 
     assert due_deliveries(store, webhook) == [due]
 

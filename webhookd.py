@@ -2365,12 +2365,7 @@ def open_database(path: str) -> Database:
 
 
 @contextlib.contextmanager
-def transaction(
-    connection: sqlite3.Connection,
-    begin: str = "BEGIN IMMEDIATE",
-    end: str = "COMMIT",
-    undo: str = "ROLLBACK",
-):
+def transaction(connection, begin="BEGIN IMMEDIATE", end="COMMIT", undo="ROLLBACK"):
     """All or nothing, whatever is raised inside."""
     connection.execute(begin)
     try:
@@ -2380,11 +2375,6 @@ def transaction(
         if connection.in_transaction:  # SQLite rolls back by itself after some errors
             connection.execute(undo)
         raise
-
-
-def savepoint(connection: sqlite3.Connection):
-    """All or nothing within a transaction."""
-    return transaction(connection, "SAVEPOINT one", "RELEASE one", "ROLLBACK TO one")
 
 
 def schema_version(connection: sqlite3.Connection) -> int:
@@ -2486,12 +2476,6 @@ def definition_of(webhook: Webhook) -> str:
     return json.dumps(dataclasses.asdict(webhook), ensure_ascii=False)
 
 
-def stored_webhook(id: int, definition: str) -> Webhook:
-    """The webhook of a row."""
-    fields = json.loads(definition)
-    return Webhook(**fields | {"id": id, "events": tuple(fields["events"])})
-
-
 class Webhooks:
     """All webhooks at one moment; never changed, only replaced."""
 
@@ -2507,8 +2491,13 @@ class Webhooks:
     @classmethod
     def load(cls, connection: sqlite3.Connection) -> "Webhooks":
         """The webhooks that the database holds, in the order of their ids."""
-        rows = connection.execute("SELECT id, definition FROM webhooks ORDER BY id")
-        return cls(itertools.starmap(stored_webhook, rows))
+        webhooks = []
+        sql = "SELECT id, definition FROM webhooks ORDER BY id"
+        for id, definition in connection.execute(sql):
+            fields = json.loads(definition)
+            fields |= {"id": id, "events": tuple(fields["events"])}
+            webhooks.append(Webhook(**fields))
+        return cls(webhooks)
 
     def get(self, id: int) -> Webhook:
         """The webhook; raises NotFound."""
@@ -2532,59 +2521,6 @@ def load_health(connection: sqlite3.Connection) -> dict[int, Health]:
     return {id: Health(*fields, bool(disabled)) for id, *fields, disabled in rows}
 
 
-def disabled_event(webhook: Webhook, reason: str, now_ms: int) -> NewEvent:
-    """The event that tells that a webhook was disabled."""
-    shown = {"id": webhook.id, "name": webhook.name, "url": webhook.masked_url}
-    fields = {"timestamp": now_ms, "event": "webhook_disabled"}
-    fields |= {"webhook": shown, "reason": reason}
-    return NewEvent("webhook_disabled", now_ms, json_bytes(fields), fields)
-
-
-# ---- deleting ----
-
-
-def delete_deliveries(
-    connection: Database, ids: list[int], condition: str = "1"
-) -> list[int]:
-    """Delete those deliveries that meet a condition; the ids of their attempts."""
-    sql = (
-        f"DELETE FROM deliveries WHERE id IN {marks(ids)} AND {condition} RETURNING id"
-    )
-    gone = connection.column(sql, *ids)
-    sql = f"DELETE FROM attempts WHERE delivery_id IN {marks(gone)} RETURNING id"
-    return connection.column(sql, *gone)
-
-
-def delete_deliveries_of(connection: Database, webhook_id: int) -> int:
-    """Delete a step of a webhook's deliveries; how many."""
-    sql = f"SELECT id FROM deliveries WHERE webhook_id = ? LIMIT {ROWS_PER_STEP}"
-    ids = connection.column(sql, webhook_id)
-    delete_deliveries(connection, ids)
-    return len(ids)
-
-
-def delete_bare_events(connection: Database, ids: list[int]) -> None:
-    """Delete those events that have no deliveries."""
-    gone = connection.column(
-        f"DELETE FROM events WHERE id IN {marks(ids)} AND NOT EXISTS"
-        " (SELECT * FROM deliveries WHERE event_id = events.id) RETURNING id",
-        *ids,
-    )
-    connection.change(f"DELETE FROM payloads WHERE event_id IN {marks(gone)}", *gone)
-
-
-def forget_attempts(connection: Database, ids: list[int]) -> None:
-    """Have the statistics name the attempts before those that were deleted as the last."""
-    connection.change(
-        "UPDATE statistics SET last_attempt = coalesce((SELECT attempts.id FROM deliveries"
-        " JOIN attempts ON delivery_id = deliveries.id WHERE webhook_id ="
-        " statistics.webhook_id AND deliveries.event = statistics.event AND"
-        " attempts.outcome = statistics.outcome ORDER BY deliveries.id DESC,"
-        f" attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN {marks(ids)}",
-        *ids,
-    )
-
-
 # ---- one transaction ----
 
 
@@ -2597,57 +2533,15 @@ class IdempotencyKey:
     fingerprint: bytes  # of the body
 
 
-def next_ids(connection: Database) -> dict[str, collections.abc.Iterator[int]]:
-    """The next ids of each table; only the writer draws them."""
-    used = dict(connection.rows("SELECT name, seq FROM sqlite_sequence"))
-    tables = ("events", "deliveries", "attempts")
-    return {table: itertools.count(used.get(table, 0) + 1) for table in tables}
-
-
-def update_deliveries(
-    connection: Database, settlements: list[Settlement]
-) -> dict[int, str]:
-    """Set the new states; the state that each delivery has now, unless it is gone.
-
-    One that was redelivered during the attempt stays due, unless that succeeded."""
-    clause, values = values_clause(
-        [
-            (s.due.number, s.state, s.next_attempt, s.step, s.due.next_attempt)
-            + (s.due.step, s.attempt.outcome, s.attempt.description, s.attempt.duration)
-            for s in settlements
-        ]
-    )
-    applies = (
-        "new.state = 'succeeded' OR deliveries.next_attempt = new.old_next"
-        " AND deliveries.step = new.old_step"
-    )
-    planned = ", ".join(
-        f"{column} = iif({applies}, new.{column}, deliveries.{column})"
-        for column in ("state", "next_attempt", "step")
-    )
-    rows = connection.rows(
-        "WITH new (number, state, next_attempt, step, old_next, old_step, outcome,"
-        f" description, duration) AS ({clause}) UPDATE deliveries SET {planned},"
-        " attempt_count = attempt_count + 1, outcome = new.outcome,"
-        " description = new.description, duration = new.duration"
-        " FROM new WHERE id = new.number RETURNING id, deliveries.state",
-        *values,
-    )
-    return dict(rows)
-
-
 class Batch:
     """What one transaction does. The writer makes it, calls `settle` first and `finish`
     last; what is published in between waits for a few large statements."""
 
     def __init__(
-        self,
-        connection: Database,
-        webhooks: Webhooks,
-        health: dict[int, Health],
-        ids: dict[str, collections.abc.Iterator[int]],
+        self, connection: Database, webhooks: Webhooks, health: dict, ids: dict
     ):
-        self.connection, self.webhooks, self._ids = connection, webhooks, ids
+        self.connection, self.webhooks = connection, webhooks
+        self._ids = ids  # the next ones of each table
         self._health = health  # as committed
         self.changed_health: dict[int, Health] = {}
         self.pending_change = collections.Counter()  # by webhook
@@ -2678,12 +2572,40 @@ class Batch:
     def settle(self, settlements: list[Settlement]) -> None:
         """Record attempts and what became of their deliveries and webhooks."""
         for chunk in chunks(settlements):
-            states = update_deliveries(self.connection, chunk)
+            states = self._update(chunk)
             # an attempt whose delivery was deleted meanwhile leaves nothing behind
             self._record([s for s in chunk if s.due.number in states])
             for settled in chunk:
                 self._follow(settled, states.get(settled.due.number))
         self.flush()
+
+    def _update(self, settlements):
+        """Set the new states; the state that each delivery has now, unless it is gone.
+
+        One that was redelivered during the attempt stays due, unless that succeeded."""
+        clause, values = values_clause(
+            [
+                (due.number, state, next_attempt, step, due.next_attempt, due.step)
+                + (attempt.outcome, attempt.description, attempt.duration)
+                for due, attempt, state, next_attempt, step, *_ in settlements
+            ]
+        )
+        applies = (
+            "new.state = 'succeeded' OR (old.next_attempt, old.step) = (due, begun)"
+        )
+        planned = ", ".join(
+            f"{column} = iif({applies}, new.{column}, old.{column})"
+            for column in ("state", "next_attempt", "step")
+        )
+        rows = self.connection.rows(
+            "WITH new (number, state, next_attempt, step, due, begun, outcome, description,"
+            f" duration) AS ({clause}) UPDATE deliveries AS old SET {planned},"
+            " attempt_count = attempt_count + 1, outcome = new.outcome,"
+            " description = new.description, duration = new.duration"
+            " FROM new WHERE id = new.number RETURNING id, state",
+            *values,
+        )
+        return dict(rows)
 
     def _record(self, settlements):
         rows, counts = [], {}
@@ -2694,13 +2616,10 @@ class Batch:
             key = due.webhook_id, due.event, attempt.outcome, day
             counts[key] = counts.get(key, (0,))[0] + 1, id
         insert(self.connection, "attempts", rows)
-        insert(
-            self.connection,
-            "statistics",
-            [key + count_and_last for key, count_and_last in counts.items()],
-            "ON CONFLICT DO UPDATE SET attempts = attempts + excluded.attempts,"
-            " last_attempt = excluded.last_attempt",
-        )
+        rows = [key + count_and_last for key, count_and_last in counts.items()]
+        added = "attempts = attempts + excluded.attempts"
+        update = f"UPDATE SET {added}, last_attempt = excluded.last_attempt"
+        insert(self.connection, "statistics", rows, f"ON CONFLICT DO {update}")
 
     def _follow(self, settled, state):
         """What a settlement means for its webhook; state: that of its delivery now."""
@@ -2717,7 +2636,8 @@ class Batch:
         if after != before:
             self.changed_health[webhook.id] = after
         if after.disabled and not before.disabled:
-            self._disable(webhook, settled)
+            finish_ms = settled.attempt.start + settled.attempt.duration
+            self._disable(webhook, after.reason, finish_ms)
 
     def _end_waits(self, webhook_id):
         self.connection.change(  # oldest first; and at no cost of their schedule
@@ -2726,11 +2646,13 @@ class Batch:
             webhook_id,
         )
 
-    def _disable(self, webhook, settled):
+    def _disable(self, webhook, reason, now_ms):
         self.replace_webhook(dataclasses.replace(webhook, active=False))
-        now_ms = settled.attempt.start + settled.attempt.duration
-        # it gets no event of its own, being inactive
-        self._add(disabled_event(webhook, settled.health.reason, now_ms), now_ms)
+        shown = {"id": webhook.id, "name": webhook.name, "url": webhook.masked_url}
+        fields = {"timestamp": now_ms, "event": "webhook_disabled"}
+        fields |= {"webhook": shown, "reason": reason}
+        event = NewEvent(fields["event"], now_ms, json_bytes(fields), fields)
+        self._add(event, now_ms)  # not for the webhook itself, which is inactive now
 
     # ---- events ----
 
@@ -2791,16 +2713,50 @@ class Batch:
         """Delete an event and all that is known of it.
 
         Returns the ids of the webhooks that had deliveries of it; raises NotFound."""
-        gone = self.connection.change("DELETE FROM events WHERE id = ?", id)
-        found(gone, f"event {id}")
-        self.connection.change("DELETE FROM payloads WHERE event_id = ?", id)
         sql = "SELECT id, webhook_id, state FROM deliveries WHERE event_id = ?"
         rows = self.connection.rows(sql, id)
-        attempts = delete_deliveries(self.connection, [number for number, *_ in rows])
-        forget_attempts(self.connection, attempts)
+        self._forget(self.delete_deliveries([number for number, *_ in rows]))
+        found(self.delete_bare_events([id]), f"event {id}")
         waiting = [webhook_id for _, webhook_id, state in rows if state == PENDING]
         self.pending_change.subtract(waiting)
         return sorted({webhook_id for _, webhook_id, _ in rows})
+
+    def _forget(self, attempts):
+        """Have the statistics name the attempts before those deleted as the last."""
+        self.connection.change(
+            "UPDATE statistics SET last_attempt = coalesce((SELECT attempts.id"
+            " FROM deliveries JOIN attempts ON delivery_id = deliveries.id WHERE"
+            " webhook_id = statistics.webhook_id AND deliveries.event = statistics.event"
+            " AND attempts.outcome = statistics.outcome ORDER BY deliveries.id DESC,"
+            f" attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN {marks(attempts)}",
+            *attempts,
+        )
+
+    def delete_bare_events(self, ids: list[int]) -> list[int]:
+        """Delete those events that have no deliveries; their ids."""
+        bare = "NOT EXISTS (SELECT * FROM deliveries WHERE event_id = events.id)"
+        sql = f"DELETE FROM events WHERE id IN {marks(ids)} AND {bare} RETURNING id"
+        gone = self.connection.column(sql, *ids)
+        sql = f"DELETE FROM payloads WHERE event_id IN {marks(gone)}"
+        self.connection.change(sql, *gone)
+        return gone
+
+    # ---- deliveries ----
+
+    def delete_deliveries(self, ids: list[int], condition: str = "1") -> list[int]:
+        """Delete those deliveries that meet a condition; the ids of their attempts."""
+        chosen = f"id IN {marks(ids)} AND {condition}"
+        sql = f"DELETE FROM deliveries WHERE {chosen} RETURNING id"
+        gone = self.connection.column(sql, *ids)
+        sql = f"DELETE FROM attempts WHERE delivery_id IN {marks(gone)} RETURNING id"
+        return self.connection.column(sql, *gone)
+
+    def delete_deliveries_of(self, webhook_id: int) -> int:
+        """Delete a step of a webhook's deliveries; how many."""
+        sql = f"SELECT id FROM deliveries WHERE webhook_id = ? LIMIT {ROWS_PER_STEP}"
+        ids = self.connection.column(sql, webhook_id)
+        self.delete_deliveries(ids)
+        return len(ids)
 
     # ---- webhooks ----
 
@@ -2825,7 +2781,7 @@ class Batch:
         found(gone, f"webhook {id}")
         self.webhooks = Webhooks.load(self.connection)
         self.connection.change("DELETE FROM statistics WHERE webhook_id = ?", id)
-        delete_deliveries_of(self.connection, id)
+        self.delete_deliveries_of(id)
 
     # ---- schedules ----
 
@@ -2915,7 +2871,7 @@ def by_writer(work: collections.abc.Callable) -> collections.abc.Callable:
 
     @functools.wraps(work)
     def method(store, *args):
-        return store.write_batch(lambda batch: work(batch, *args))
+        return store.write_batch(work, *args)
 
     return method
 
@@ -2966,6 +2922,7 @@ class Store:
         self._local = threading.local()  # each thread's own reader
         # the writer alone changes what follows
         self._committed = lambda due: None
+        self._ids = {}  # the next ones of each table
         self.webhooks = Webhooks()  # as committed, as the next three
         self.health: dict[int, Health] = {}
         self.pending = collections.Counter()  # deliveries that wait, by webhook
@@ -2999,7 +2956,9 @@ class Store:
         self._cleanup.close()
 
     def _load(self, connection):
-        self._ids = next_ids(connection)
+        used = dict(connection.rows("SELECT name, seq FROM sqlite_sequence"))
+        for table in ("events", "deliveries", "attempts"):
+            self._ids[table] = itertools.count(used.get(table, 0) + 1)
         self.webhooks = Webhooks.load(connection)
         self.health = load_health(connection)
         pending = "FROM deliveries WHERE state = 'pending' GROUP BY webhook_id"
@@ -3028,16 +2987,15 @@ class Store:
     def _next_work(self):
         with self._wakeup:
             if not self.problem:
-                self._wakeup.wait_for(self._has_work)
+                self._wakeup.wait_for(
+                    lambda: self._writes or self._settlements or self._closing
+                )
             if not self._writes and not self._closing:
                 delay = RETRY_SECONDS if self.problem else SETTLE_SECONDS
                 self._wakeup.wait_for(lambda: self._writes or self._closing, delay)
             work = self._writes, self._settlements
             self._writes, self._settlements = [], []
             return work
-
-    def _has_work(self):
-        return self._writes or self._settlements or self._closing
 
     def _commit(self, writes, settlements):
         with transaction(self._connection) as connection:
@@ -3083,8 +3041,8 @@ class Store:
 
     # ---- writing: called by any thread ----
 
-    def _submit(self, run, publishes):
-        write = Write(run, publishes)
+    def _submit(self, publishes, work, *args):
+        write = Write(lambda batch: work(batch, *args), publishes)
         with self._wakeup:
             if self._closing:
                 raise Unavailable("webhookd is stopping")
@@ -3105,10 +3063,7 @@ class Store:
         Raises KeyReused, StorageFull or Unavailable; then nothing was stored."""
         if self.full:
             raise StorageFull("the database is full (--max-database-size)")
-        return self._submit(
-            lambda batch: batch.publish(events, now_ms, answer, idempotency),
-            publishes=True,
-        )
+        return self._submit(True, Batch.publish, events, now_ms, answer, idempotency)
 
     def settle(self, settlement: Settlement) -> int:
         """Take an attempt's result for one of the next commits; does not wait.
@@ -3121,16 +3076,16 @@ class Store:
                 self._wakeup.notify()
             return self._accepted_count
 
-    def write_batch(self, work: collections.abc.Callable[[Batch], object]):
-        """The result of work(batch), once that is on disk; work may raise: nothing done.
-
-        What is published in the same commit knows of it."""
+    def write_batch(self, work: collections.abc.Callable, *args: object):
+        """The result of work(batch, *args), once that is on disk; or it raises, and has
+        done nothing. What is published in the same commit knows of it."""
 
         def run(batch):
-            with savepoint(batch.connection):
-                return work(batch)
+            savepoint = "SAVEPOINT one", "RELEASE one", "ROLLBACK TO one"
+            with transaction(batch.connection, *savepoint):
+                return work(batch, *args)
 
-        return self._submit(run, publishes=False)
+        return self._submit(False, run)
 
     def write(self, work: collections.abc.Callable, *args: object):
         """The result of work(connection, *args), once that is on disk; work may raise."""
@@ -3170,7 +3125,7 @@ class Store:
         """Delete an event and all that is known of it, without a trace in the files.
 
         Returns the ids of the webhooks that had deliveries of it; raises NotFound."""
-        webhook_ids = self.write_batch(lambda batch: batch.delete_event(id))
+        webhook_ids = self.write_batch(Batch.delete_event, id)
         self._empty_log()
         return webhook_ids
 
@@ -3198,7 +3153,7 @@ class Store:
         sql, id = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?", 0
         while (id := self._row(sql, id)[0]) is not None:
             if id not in self.webhooks.by_id:
-                while self.write(delete_deliveries_of, id):
+                while self.write_batch(Batch.delete_deliveries_of, id):
                     yield
 
     def prune(self, before_ms: int) -> Steps:
@@ -3207,10 +3162,10 @@ class Store:
         # looked at twice: it may be redelivered just now
         finished = "state <> 'pending'"
         for ids in self._old("deliveries", finished, before_ms):
-            yield self.write(delete_deliveries, ids, finished)
+            yield self.write_batch(Batch.delete_deliveries, ids, finished)
         bare = "NOT EXISTS (SELECT * FROM deliveries WHERE event_id = events.id)"
         for ids in self._old("events", bare, before_ms):
-            yield self.write(delete_bare_events, ids)
+            yield self.write_batch(Batch.delete_bare_events, ids)
 
     def _old(self, table, condition, before_ms):
         """The ids of rows made before a moment that meet a condition, in steps."""
@@ -3390,24 +3345,23 @@ class Store:
         return shown
 
     def _counts(self, webhook_id, events, now_ms):
+        counts = self.attempts_by("webhook_id", (webhook_id,), now_ms, events)[
+            webhook_id
+        ]
         window = STATISTICS_DAYS * DAY_MS
-        tests = {"webhook_id = ?": webhook_id, "event IN": events}
-        clause, values = where(tests | {"day >= ?": (now_ms - window) // DAY_MS})
-        sql = f"SELECT outcome, sum(attempts) FROM statistics{clause} GROUP BY outcome"
-        counts = dict(self._rows(sql, *values))
         return {
-            "successes": counts.get(SUCCESS, 0),
-            "failures": counts.get(FAILURE, 0),
-            "errors": counts.get(ERROR, 0),
+            "successes": counts[SUCCESS],
+            "failures": counts[FAILURE],
+            "errors": counts[ERROR],
             "window": {"start": now_ms - window, "duration": window},
         }
 
     def attempts_by(
-        self, column: str, webhook_ids: tuple[int, ...], now_ms: int
+        self, column: str, webhook_ids: tuple, now_ms: int, events: tuple = ()
     ) -> dict[int, collections.Counter]:
         """For each webhook_id or day the attempts of the last 30 days by outcome."""
-        day = now_ms // DAY_MS - STATISTICS_DAYS
-        clause, values = where({"webhook_id IN": webhook_ids, "day >= ?": day})
+        tests = {"webhook_id IN": webhook_ids, "event IN": events}
+        clause, values = where(tests | {"day >= ?": now_ms // DAY_MS - STATISTICS_DAYS})
         sql = f"SELECT {column}, outcome, sum(attempts) FROM statistics{clause}"
         counts = collections.defaultdict(collections.Counter)
         for key, outcome, attempts in self._rows(f"{sql} GROUP BY 1, 2", *values):
