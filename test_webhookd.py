@@ -1904,10 +1904,9 @@ def test_pruning_leaves_what_was_redelivered_or_replayed_meanwhile(store):
     [event] = publish(store)
     [due] = due_deliveries(store, webhook)
 
-    store.write_batch(
-        webhookd.Batch.delete_deliveries, [due.number], "state <> 'pending'"
-    )
-    store.write_batch(webhookd.Batch.delete_bare_events, [event.id])
+    batch = webhookd.Batch
+    store.write_batch(batch.delete_deliveries, [due.number], webhookd.FINISHED)
+    store.write_batch(batch.delete_events, [event.id], webhookd.BARE)
 
     assert due_deliveries(store, webhook) == [due]
 

@@ -2437,9 +2437,7 @@ def values_clause(rows: list[tuple]) -> tuple[str, list]:
     return clause, list(itertools.chain.from_iterable(rows))
 
 
-def insert(
-    connection: sqlite3.Connection, table: str, rows: list[tuple], conflict: str = ""
-) -> None:
+def insert(connection: Database, table: str, rows: list, conflict: str = "") -> None:
     """INSERT whole rows in few statements."""
     for chunk in chunks(rows):
         clause, values = values_clause(chunk)
@@ -2524,8 +2522,7 @@ def load_health(connection: sqlite3.Connection) -> dict[int, Health]:
 # ---- one transaction ----
 
 
-@dataclasses.dataclass(frozen=True)
-class IdempotencyKey:
+class IdempotencyKey(typing.NamedTuple):
     """A client's name for a publication: repeating it publishes nothing."""
 
     user: str
@@ -2537,9 +2534,7 @@ class Batch:
     """What one transaction does. The writer makes it, calls `settle` first and `finish`
     last; what is published in between waits for a few large statements."""
 
-    def __init__(
-        self, connection: Database, webhooks: Webhooks, health: dict, ids: dict
-    ):
+    def __init__(self, connection: Database, webhooks: Webhooks, health, ids):
         self.connection, self.webhooks = connection, webhooks
         self._ids = ids  # the next ones of each table
         self._health = health  # as committed
@@ -2583,29 +2578,27 @@ class Batch:
         """Set the new states; the state that each delivery has now, unless it is gone.
 
         One that was redelivered during the attempt stays due, unless that succeeded."""
-        clause, values = values_clause(
-            [
-                (due.number, state, next_attempt, step, due.next_attempt, due.step)
-                + (attempt.outcome, attempt.description, attempt.duration)
-                for due, attempt, state, next_attempt, step, *_ in settlements
-            ]
-        )
-        applies = (
-            "new.state = 'succeeded' OR (old.next_attempt, old.step) = (due, begun)"
-        )
+        rows = [
+            (due.number, state, next_attempt, step, due.next_attempt, due.step)
+            + (attempt.outcome, attempt.description, attempt.duration)
+            for due, attempt, state, next_attempt, step, *_ in settlements
+        ]
+        clause, values = values_clause(rows)
+        untouched = "(old.next_attempt, old.step) = (due, begun)"
+        applies = f"new.state = 'succeeded' OR {untouched}"
         planned = ", ".join(
             f"{column} = iif({applies}, new.{column}, old.{column})"
             for column in ("state", "next_attempt", "step")
         )
-        rows = self.connection.rows(
+        states = self.connection.execute(
             "WITH new (number, state, next_attempt, step, due, begun, outcome, description,"
             f" duration) AS ({clause}) UPDATE deliveries AS old SET {planned},"
             " attempt_count = attempt_count + 1, outcome = new.outcome,"
             " description = new.description, duration = new.duration"
             " FROM new WHERE id = new.number RETURNING id, state",
-            *values,
+            values,
         )
-        return dict(rows)
+        return dict(states.fetchall())
 
     def _record(self, settlements):
         rows, counts = [], {}
@@ -2663,13 +2656,12 @@ class Batch:
             return earlier, True
         document = answer([self._add(event, now_ms) for event in events])
         if idempotency:
-            name = idempotency.user, idempotency.key
-            self._answers[name] = idempotency.fingerprint, document
-            self._new["answers"].append((*name, *self._answers[name], now_ms))
+            self._answers[idempotency[:2]] = idempotency.fingerprint, document
+            self._new["answers"].append((*idempotency, document, now_ms))
         return document, False
 
     def _earlier_answer(self, idempotency):
-        name = idempotency.user, idempotency.key
+        name = idempotency[:2]
         sql = "SELECT fingerprint, answer FROM answers WHERE user = ? AND key = ?"
         row = self._answers.get(name) or self.connection.row(sql, *name)
         if row and row[0] != idempotency.fingerprint:
@@ -2716,7 +2708,7 @@ class Batch:
         sql = "SELECT id, webhook_id, state FROM deliveries WHERE event_id = ?"
         rows = self.connection.rows(sql, id)
         self._forget(self.delete_deliveries([number for number, *_ in rows]))
-        found(self.delete_bare_events([id]), f"event {id}")
+        found(self.delete_events([id]), f"event {id}")
         waiting = [webhook_id for _, webhook_id, state in rows if state == PENDING]
         self.pending_change.subtract(waiting)
         return sorted({webhook_id for _, webhook_id, _ in rows})
@@ -2732,11 +2724,12 @@ class Batch:
             *attempts,
         )
 
-    def delete_bare_events(self, ids: list[int]) -> list[int]:
-        """Delete those events that have no deliveries; their ids."""
-        bare = "NOT EXISTS (SELECT * FROM deliveries WHERE event_id = events.id)"
-        sql = f"DELETE FROM events WHERE id IN {marks(ids)} AND {bare} RETURNING id"
-        gone = self.connection.column(sql, *ids)
+    def delete_events(self, ids: list[int], condition: str = "1") -> list[int]:
+        """Delete those events that meet a condition; their ids."""
+        chosen = f"id IN {marks(ids)} AND {condition}"
+        gone = self.connection.column(
+            f"DELETE FROM events WHERE {chosen} RETURNING id", *ids
+        )
         sql = f"DELETE FROM payloads WHERE event_id IN {marks(gone)}"
         self.connection.change(sql, *gone)
         return gone
@@ -2804,18 +2797,15 @@ class Batch:
 
     def shift_schedule(self, after_ms: int, by_ms: int) -> None:
         """Move what is planned after a moment, because the clock has jumped."""
-        self.connection.change(
-            "UPDATE deliveries SET next_attempt = next_attempt + ?"
-            " WHERE state = 'pending' AND next_attempt > ?",
-            *(by_ms, after_ms),
-        )
+        planned = "state = 'pending' AND next_attempt > ?"
+        sql = f"UPDATE deliveries SET next_attempt = next_attempt + ? WHERE {planned}"
+        self.connection.change(sql, by_ms, after_ms)
         for webhook_id in self.webhooks.by_id:
             health = self._health_of(webhook_id)
             since, until = health.failing_since, health.paused_until
-            self.changed_health[webhook_id] = health._replace(
-                failing_since=since and since + by_ms,
-                paused_until=until and until + by_ms,
-            )
+            since, until = since and since + by_ms, until and until + by_ms
+            shifted = health._replace(failing_since=since, paused_until=until)
+            self.changed_health[webhook_id] = shifted
 
 
 # ---- writes ----
@@ -2838,8 +2828,7 @@ class Write:
     """Something for the writer to do in a batch, and its result once that is on disk."""
 
     def __init__(self, run: collections.abc.Callable[[Batch], object], publishes: bool):
-        self._run = run
-        self.publishes = publishes
+        self._run, self.publishes = run, publishes
         self._result = self._error = None
         self._done = threading.Lock()
         self._done.acquire()
@@ -2883,7 +2872,10 @@ DELIVERY_COLUMNS = (
     " outcome, description, duration"
 )
 ATTEMPT_COLUMNS = ", ".join(f"attempts.{field}" for field in Attempt._fields[:-1])
+FINISHED = "state <> 'pending'"
+BARE = "NOT EXISTS (SELECT * FROM deliveries WHERE event_id = events.id)"
 Steps = collections.abc.Iterator[None]  # each step is done when it is asked for
+IdsInSteps = collections.abc.Iterator[list[int]]
 
 
 def event_tests(wanted: Filter, time: str) -> dict[str, object]:
@@ -2961,10 +2953,9 @@ class Store:
             self._ids[table] = itertools.count(used.get(table, 0) + 1)
         self.webhooks = Webhooks.load(connection)
         self.health = load_health(connection)
-        pending = "FROM deliveries WHERE state = 'pending' GROUP BY webhook_id"
-        self.pending.update(
-            dict(connection.rows(f"SELECT webhook_id, count(*) {pending}"))
-        )
+        counts = "webhook_id, count(*) FROM deliveries WHERE state = 'pending'"
+        rows = connection.rows(f"SELECT {counts} GROUP BY webhook_id")
+        self.pending.update(dict(rows))
 
     # ---- the writer's thread ----
 
@@ -2987,15 +2978,15 @@ class Store:
     def _next_work(self):
         with self._wakeup:
             if not self.problem:
-                self._wakeup.wait_for(
-                    lambda: self._writes or self._settlements or self._closing
-                )
-            if not self._writes and not self._closing:
-                delay = RETRY_SECONDS if self.problem else SETTLE_SECONDS
-                self._wakeup.wait_for(lambda: self._writes or self._closing, delay)
+                self._wakeup.wait_for(lambda: self._settlements or self._is_urgent())
+            delay = RETRY_SECONDS if self.problem else SETTLE_SECONDS
+            self._wakeup.wait_for(self._is_urgent, delay)
             work = self._writes, self._settlements
             self._writes, self._settlements = [], []
             return work
+
+    def _is_urgent(self):
+        return self._writes or self._closing
 
     def _commit(self, writes, settlements):
         with transaction(self._connection) as connection:
@@ -3159,20 +3150,19 @@ class Store:
     def prune(self, before_ms: int) -> Steps:
         """Delete the finished deliveries, and then the events without deliveries, that
         were made before a moment; the oldest first."""
-        # looked at twice: it may be redelivered just now
-        finished = "state <> 'pending'"
-        for ids in self._old("deliveries", finished, before_ms):
-            yield self.write_batch(Batch.delete_deliveries, ids, finished)
-        bare = "NOT EXISTS (SELECT * FROM deliveries WHERE event_id = events.id)"
-        for ids in self._old("events", bare, before_ms):
-            yield self.write_batch(Batch.delete_bare_events, ids)
-
-    def _old(self, table, condition, before_ms):
-        """The ids of rows made before a moment that meet a condition, in steps."""
-        for rows in self._steps(f"id, created, {condition}", table, {}):
-            yield [id for id, created, may_go in rows if may_go and created < before_ms]
-            if rows[-1][1] >= before_ms:
-                return
+        deletions = (
+            ("deliveries", FINISHED, Batch.delete_deliveries),
+            ("events", BARE, Batch.delete_events),
+        )
+        for table, condition, delete in deletions:
+            for rows in self._steps(f"id, created, {condition}", table, {}):
+                old = [row for row in rows if row[1] < before_ms]
+                ids = [id for id, _, may_go in old if may_go]
+                if ids:  # may they still? one may be redelivered just now
+                    self.write_batch(delete, ids, condition)
+                yield
+                if len(old) < len(rows):
+                    break
 
     def prune_rest(self, before_ms: int, now_ms: int) -> None:
         """Delete the answers to old keys, and statistics beyond their window."""
@@ -3243,10 +3233,8 @@ class Store:
     def events(self, wanted: Filter, page: Page) -> tuple[list[Event], int]:
         """A page of events, newest first, and how many there are in all."""
         count = "(SELECT count(*) FROM deliveries WHERE event_id = events.id)"
-        columns, tests = (
-            f"id, event, timestamp, {count}",
-            event_tests(wanted, "timestamp"),
-        )
+        columns = f"id, event, timestamp, {count}"
+        tests = event_tests(wanted, "timestamp")
         rows, total = self._page(columns, "events", tests, page)
         return list(itertools.starmap(Event, rows)), total
 
@@ -3278,29 +3266,23 @@ class Store:
         number, *row = found(self._row(sql, uuid), name)
         delivery = Delivery(*row)
         found(delivery.webhook_id in self.webhooks.by_id, name)
-        sql = (
-            f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE delivery_id = ? ORDER BY id"
-        )
-        attempts = list(itertools.starmap(Attempt, self._rows(sql, number)))
+        sql = f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE delivery_id = ?"
+        rows = self._rows(f"{sql} ORDER BY id", number)
         sql = "SELECT body FROM payloads WHERE event_id = ?"
         [body] = found(self._row(sql, delivery.event_id), name)  # else deleted just now
-        return delivery, body.decode(), attempts
+        return delivery, body.decode(), list(itertools.starmap(Attempt, rows))
 
     def number_of(self, uuid: str) -> int:
         """The number of a delivery that exists."""
         return self._row("SELECT id FROM deliveries WHERE uuid = ?", uuid)[0]
 
-    def redeliverable(
-        self, webhook_id: int, wanted: Filter
-    ) -> collections.abc.Iterator[list[int]]:
+    def redeliverable(self, webhook_id: int, wanted: Filter) -> IdsInSteps:
         """The numbers of the deliveries that match, in steps, oldest first."""
         tests = delivery_tests(webhook_id, wanted)
         for rows in self._steps("id", "deliveries", tests):
             yield [number for (number,) in rows]
 
-    def missed_events(
-        self, webhook: Webhook, wanted: Filter
-    ) -> collections.abc.Iterator[list[int]]:
+    def missed_events(self, webhook: Webhook, wanted: Filter) -> IdsInSteps:
         """The ids of the events that a webhook wants and has no delivery of, in steps."""
         got = "SELECT * FROM deliveries WHERE event_id = events.id AND webhook_id = ?"
         tests = event_tests(wanted, "timestamp") | {f"NOT EXISTS ({got})": webhook.id}
@@ -3345,9 +3327,8 @@ class Store:
         return shown
 
     def _counts(self, webhook_id, events, now_ms):
-        counts = self.attempts_by("webhook_id", (webhook_id,), now_ms, events)[
-            webhook_id
-        ]
+        ids = (webhook_id,)
+        counts = self.attempts_by("webhook_id", ids, now_ms, events)[webhook_id]
         window = STATISTICS_DAYS * DAY_MS
         return {
             "successes": counts[SUCCESS],
