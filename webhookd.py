@@ -2521,6 +2521,11 @@ def load_health(connection: sqlite3.Connection) -> dict[int, Health]:
 
 # ---- one transaction ----
 
+FINISHED = "state <> 'pending'"  # of deliveries
+_deliveries_of_it = "SELECT * FROM deliveries WHERE event_id = events.id"
+BARE = f"NOT EXISTS ({_deliveries_of_it})"  # of events
+MISSED = f"NOT EXISTS ({_deliveries_of_it} AND webhook_id = ?)"
+
 
 class IdempotencyKey(typing.NamedTuple):
     """A client's name for a publication: repeating it publishes nothing."""
@@ -2690,66 +2695,13 @@ class Batch:
 
     def replay(self, webhook_id: int, event_ids: list[int], now_ms: int) -> int:
         """Make deliveries of stored events that a webhook has none of; how many."""
-        events = self.connection.rows(
-            f"SELECT id, event FROM events WHERE id IN {marks(event_ids)} AND NOT EXISTS"
-            " (SELECT * FROM deliveries WHERE event_id = events.id AND webhook_id = ?)"
-            " ORDER BY id",
-            *(*event_ids, webhook_id),
-        )
+        chosen = f"id IN {marks(event_ids)} AND {MISSED}"
+        sql = f"SELECT id, event FROM events WHERE {chosen} ORDER BY id"
+        events = self.connection.rows(sql, *event_ids, webhook_id)
         for event_id, name in events:
             self._add_delivery(webhook_id, event_id, name, now_ms)
         self.flush()
         return len(events)
-
-    def delete_event(self, id: int) -> list[int]:
-        """Delete an event and all that is known of it.
-
-        Returns the ids of the webhooks that had deliveries of it; raises NotFound."""
-        sql = "SELECT id, webhook_id, state FROM deliveries WHERE event_id = ?"
-        rows = self.connection.rows(sql, id)
-        self._forget(self.delete_deliveries([number for number, *_ in rows]))
-        found(self.delete_events([id]), f"event {id}")
-        waiting = [webhook_id for _, webhook_id, state in rows if state == PENDING]
-        self.pending_change.subtract(waiting)
-        return sorted({webhook_id for _, webhook_id, _ in rows})
-
-    def _forget(self, attempts):
-        """Have the statistics name the attempts before those deleted as the last."""
-        self.connection.change(
-            "UPDATE statistics SET last_attempt = coalesce((SELECT attempts.id"
-            " FROM deliveries JOIN attempts ON delivery_id = deliveries.id WHERE"
-            " webhook_id = statistics.webhook_id AND deliveries.event = statistics.event"
-            " AND attempts.outcome = statistics.outcome ORDER BY deliveries.id DESC,"
-            f" attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN {marks(attempts)}",
-            *attempts,
-        )
-
-    def delete_events(self, ids: list[int], condition: str = "1") -> list[int]:
-        """Delete those events that meet a condition; their ids."""
-        chosen = f"id IN {marks(ids)} AND {condition}"
-        gone = self.connection.column(
-            f"DELETE FROM events WHERE {chosen} RETURNING id", *ids
-        )
-        sql = f"DELETE FROM payloads WHERE event_id IN {marks(gone)}"
-        self.connection.change(sql, *gone)
-        return gone
-
-    # ---- deliveries ----
-
-    def delete_deliveries(self, ids: list[int], condition: str = "1") -> list[int]:
-        """Delete those deliveries that meet a condition; the ids of their attempts."""
-        chosen = f"id IN {marks(ids)} AND {condition}"
-        sql = f"DELETE FROM deliveries WHERE {chosen} RETURNING id"
-        gone = self.connection.column(sql, *ids)
-        sql = f"DELETE FROM attempts WHERE delivery_id IN {marks(gone)} RETURNING id"
-        return self.connection.column(sql, *gone)
-
-    def delete_deliveries_of(self, webhook_id: int) -> int:
-        """Delete a step of a webhook's deliveries; how many."""
-        sql = f"SELECT id FROM deliveries WHERE webhook_id = ? LIMIT {ROWS_PER_STEP}"
-        ids = self.connection.column(sql, webhook_id)
-        self.delete_deliveries(ids)
-        return len(ids)
 
     # ---- webhooks ----
 
@@ -2766,15 +2718,6 @@ class Batch:
         sql = "UPDATE webhooks SET definition = ? WHERE id = ?"
         self.connection.change(sql, definition_of(webhook), webhook.id)
         self.webhooks = Webhooks.load(self.connection)
-
-    def delete_webhook(self, id: int) -> None:
-        """Delete a webhook; raises NotFound. Of its deliveries a step is deleted at
-        once, and `delete_leftovers` does the rest; nobody sees them meanwhile."""
-        gone = self.connection.change("DELETE FROM webhooks WHERE id = ?", id)
-        found(gone, f"webhook {id}")
-        self.webhooks = Webhooks.load(self.connection)
-        self.connection.change("DELETE FROM statistics WHERE webhook_id = ?", id)
-        self.delete_deliveries_of(id)
 
     # ---- schedules ----
 
@@ -2806,6 +2749,62 @@ class Batch:
             since, until = since and since + by_ms, until and until + by_ms
             shifted = health._replace(failing_since=since, paused_until=until)
             self.changed_health[webhook_id] = shifted
+
+    # ---- deleting ----
+
+    def delete_event(self, id: int) -> list[int]:
+        """Delete an event and all that is known of it.
+
+        Returns the ids of the webhooks that had deliveries of it; raises NotFound."""
+        sql = "SELECT id, webhook_id, state FROM deliveries WHERE event_id = ?"
+        rows = self.connection.rows(sql, id)
+        self._forget(self.delete_deliveries([number for number, *_ in rows]))
+        found(self.delete_events([id]), f"event {id}")
+        waiting = [webhook_id for _, webhook_id, state in rows if state == PENDING]
+        self.pending_change.subtract(waiting)
+        return sorted({webhook_id for _, webhook_id, _ in rows})
+
+    def delete_webhook(self, id: int) -> None:
+        """Delete a webhook; raises NotFound. Of its deliveries a step is deleted at
+        once, and `delete_leftovers` does the rest; nobody sees them meanwhile."""
+        found(self._delete("webhooks WHERE id", [id]), f"webhook {id}")
+        self.webhooks = Webhooks.load(self.connection)
+        self.connection.change("DELETE FROM statistics WHERE webhook_id = ?", id)
+        self.delete_deliveries_of(id)
+
+    def _delete(self, rows, ids, condition="1"):
+        """Delete `table WHERE column` IN the ids, on a condition; whom it met, by id."""
+        sql = f"DELETE FROM {rows} IN {marks(ids)} AND {condition} RETURNING rowid"
+        return self.connection.column(sql, *ids)
+
+    def delete_events(self, ids: list[int], condition: str = "1") -> list[int]:
+        """Delete those events that meet a condition; their ids."""
+        gone = self._delete("events WHERE id", ids, condition)
+        self._delete("payloads WHERE event_id", gone)
+        return gone
+
+    def delete_deliveries(self, ids: list[int], condition: str = "1") -> list[int]:
+        """Delete those deliveries that meet a condition; the ids of their attempts."""
+        gone = self._delete("deliveries WHERE id", ids, condition)
+        return self._delete("attempts WHERE delivery_id", gone)
+
+    def delete_deliveries_of(self, webhook_id: int) -> int:
+        """Delete a step of a webhook's deliveries; how many."""
+        sql = f"SELECT id FROM deliveries WHERE webhook_id = ? LIMIT {ROWS_PER_STEP}"
+        ids = self.connection.column(sql, webhook_id)
+        self.delete_deliveries(ids)
+        return len(ids)
+
+    def _forget(self, attempts):
+        """Have the statistics name the attempts before those deleted as the last."""
+        self.connection.change(
+            "UPDATE statistics SET last_attempt = coalesce((SELECT attempts.id"
+            " FROM deliveries JOIN attempts ON delivery_id = deliveries.id WHERE"
+            " webhook_id = statistics.webhook_id AND deliveries.event = statistics.event"
+            " AND attempts.outcome = statistics.outcome ORDER BY deliveries.id DESC,"
+            f" attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN {marks(attempts)}",
+            *attempts,
+        )
 
 
 # ---- writes ----
@@ -2872,8 +2871,6 @@ DELIVERY_COLUMNS = (
     " outcome, description, duration"
 )
 ATTEMPT_COLUMNS = ", ".join(f"attempts.{field}" for field in Attempt._fields[:-1])
-FINISHED = "state <> 'pending'"
-BARE = "NOT EXISTS (SELECT * FROM deliveries WHERE event_id = events.id)"
 Steps = collections.abc.Iterator[None]  # each step is done when it is asked for
 IdsInSteps = collections.abc.Iterator[list[int]]
 
@@ -3150,19 +3147,20 @@ class Store:
     def prune(self, before_ms: int) -> Steps:
         """Delete the finished deliveries, and then the events without deliveries, that
         were made before a moment; the oldest first."""
-        deletions = (
-            ("deliveries", FINISHED, Batch.delete_deliveries),
-            ("events", BARE, Batch.delete_events),
+        yield from self._prune(
+            "deliveries", FINISHED, before_ms, Batch.delete_deliveries
         )
-        for table, condition, delete in deletions:
-            for rows in self._steps(f"id, created, {condition}", table, {}):
-                old = [row for row in rows if row[1] < before_ms]
-                ids = [id for id, _, may_go in old if may_go]
-                if ids:  # may they still? one may be redelivered just now
-                    self.write_batch(delete, ids, condition)
-                yield
-                if len(old) < len(rows):
-                    break
+        yield from self._prune("events", BARE, before_ms, Batch.delete_events)
+
+    def _prune(self, table, condition, before_ms, delete):
+        for rows in self._steps(f"id, created, {condition}", table, {}):
+            old = [row for row in rows if row[1] < before_ms]
+            ids = [id for id, _, may_go in old if may_go]
+            if ids:  # looked at again: one may have been redelivered meanwhile
+                self.write_batch(delete, ids, condition)
+            yield
+            if len(old) < len(rows):
+                return
 
     def prune_rest(self, before_ms: int, now_ms: int) -> None:
         """Delete the answers to old keys, and statistics beyond their window."""
@@ -3204,13 +3202,17 @@ class Store:
     def _row(self, sql, *values):
         return self.reader().row(sql, *values)
 
-    def _page(self, columns, table, tests, page):
+    def _models(self, model, sql, *values):
+        return list(itertools.starmap(model, self._rows(sql, *values)))
+
+    def _page(self, model, columns, table, tests, page):
+        """A page of the rows that pass the tests, newest first, and how many there are."""
         clause, values = where(tests)
         [count] = self._row(f"SELECT count(*) FROM {table}{clause}", *values)
         if page.start >= count:
             return [], count
         sql = f"SELECT {columns} FROM {table}{clause} ORDER BY id DESC LIMIT ? OFFSET ?"
-        return self._rows(sql, *values, page.limit, page.start), count
+        return self._models(model, sql, *values, page.limit, page.start), count
 
     def _steps(self, columns, table, tests):
         """Rows that begin with their id, in steps, oldest first."""
@@ -3235,20 +3237,16 @@ class Store:
         count = "(SELECT count(*) FROM deliveries WHERE event_id = events.id)"
         columns = f"id, event, timestamp, {count}"
         tests = event_tests(wanted, "timestamp")
-        rows, total = self._page(columns, "events", tests, page)
-        return list(itertools.starmap(Event, rows)), total
+        return self._page(Event, columns, "events", tests, page)
 
     def event(self, id: int) -> tuple[Event, bytes, list[Delivery]]:
         """An event, its body and its deliveries; raises NotFound."""
         sql = "SELECT event, timestamp, body FROM events JOIN payloads ON event_id = id"
         row = self._row(f"{sql} WHERE id = ?", id)
         name, timestamp, body = found(row, f"event {id}")
-        rows = self._rows(
-            f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE event_id = ?"
-            " AND webhook_id IN (SELECT id FROM webhooks) ORDER BY id",
-            id,
-        )
-        deliveries = list(itertools.starmap(Delivery, rows))
+        tests = "event_id = ? AND webhook_id IN (SELECT id FROM webhooks)"
+        sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE {tests} ORDER BY id"
+        deliveries = self._models(Delivery, sql, id)
         return Event(id, name, timestamp, len(deliveries)), body, deliveries
 
     def deliveries(
@@ -3256,8 +3254,7 @@ class Store:
     ) -> tuple[list[Delivery], int]:
         """A page of a webhook's deliveries, newest first, and how many there are."""
         tests = delivery_tests(webhook_id, wanted)
-        rows, count = self._page(DELIVERY_COLUMNS, "deliveries", tests, page)
-        return list(itertools.starmap(Delivery, rows)), count
+        return self._page(Delivery, DELIVERY_COLUMNS, "deliveries", tests, page)
 
     def delivery(self, uuid: str) -> tuple[Delivery, str, list[Attempt]]:
         """A delivery, the body it sends and its attempts; raises NotFound."""
@@ -3267,10 +3264,10 @@ class Store:
         delivery = Delivery(*row)
         found(delivery.webhook_id in self.webhooks.by_id, name)
         sql = f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE delivery_id = ?"
-        rows = self._rows(f"{sql} ORDER BY id", number)
+        attempts = self._models(Attempt, f"{sql} ORDER BY id", number)
         sql = "SELECT body FROM payloads WHERE event_id = ?"
         [body] = found(self._row(sql, delivery.event_id), name)  # else deleted just now
-        return delivery, body.decode(), list(itertools.starmap(Attempt, rows))
+        return delivery, body.decode(), attempts
 
     def number_of(self, uuid: str) -> int:
         """The number of a delivery that exists."""
@@ -3284,8 +3281,7 @@ class Store:
 
     def missed_events(self, webhook: Webhook, wanted: Filter) -> IdsInSteps:
         """The ids of the events that a webhook wants and has no delivery of, in steps."""
-        got = "SELECT * FROM deliveries WHERE event_id = events.id AND webhook_id = ?"
-        tests = event_tests(wanted, "timestamp") | {f"NOT EXISTS ({got})": webhook.id}
+        tests = event_tests(wanted, "timestamp") | {MISSED: webhook.id}
         events = "events JOIN payloads ON event_id = id"
         for rows in self._steps("id, event, body", events, tests):
             yield [id for id, *event in rows if webhook_wants(webhook, *event)]
@@ -3295,7 +3291,7 @@ class Store:
     def succeeded_webhooks(self) -> set[int]:
         """The webhooks that had a success, and no failure since."""
         sql = "SELECT DISTINCT webhook_id FROM statistics WHERE outcome = ?"
-        ids = {id for (id,) in self._rows(sql, SUCCESS)}
+        ids = self.reader().column(sql, SUCCESS)
         return {id for id in ids if id in self.health and not self.health[id].failures}
 
     def latest(
