@@ -2585,7 +2585,8 @@ class Batch:
         One that was redelivered during the attempt stays due, unless that succeeded."""
         rows = [
             (due.number, state, next_attempt, step, due.next_attempt, due.step)
-            + (attempt.outcome, attempt.description, attempt.duration)
+            + (due.attempt_count + 1, attempt.outcome)
+            + (attempt.description, attempt.duration)
             for due, attempt, state, next_attempt, step, *_ in settlements
         ]
         clause, values = values_clause(rows)
@@ -2596,9 +2597,10 @@ class Batch:
             for column in ("state", "next_attempt", "step")
         )
         states = self.connection.execute(
-            "WITH new (number, state, next_attempt, step, due, begun, outcome, description,"
-            f" duration) AS ({clause}) UPDATE deliveries AS old SET {planned},"
-            " attempt_count = attempt_count + 1, outcome = new.outcome,"
+            "WITH new (number, state, next_attempt, step, due, begun, attempt_count,"
+            f" outcome, description, duration) AS ({clause})"
+            f" UPDATE deliveries AS old SET {planned},"
+            " attempt_count = new.attempt_count, outcome = new.outcome,"
             " description = new.description, duration = new.duration"
             " FROM new WHERE id = new.number RETURNING id, state",
             values,
