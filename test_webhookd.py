@@ -1158,7 +1158,11 @@ def test_a_refusal_names_the_address_and_the_setting():
 
 @pytest.mark.parametrize(
     "address, network",
-    [("::1", "::1/128"), ("::7f00:1", "127.0.0.0/8"), ("64:ff9b:1::1", "64:ff9b:1::/48")],
+    [
+        ("::1", "::1/128"),
+        ("::7f00:1", "127.0.0.0/8"),
+        ("64:ff9b:1::1", "64:ff9b:1::/48"),
+    ],
 )
 def test_a_refusal_advises_no_more_than_is_needed(address, network):
     with pytest.raises(webhookd.AddressRefused, match=f"--allow-networks {network}$"):
@@ -1927,10 +1931,9 @@ def test_pruning_leaves_what_was_redelivered_or_replayed_meanwhile(store):
     [event] = publish(store)
     [due] = due_deliveries(store, webhook)
 
-    store.write(
-        lambda c: webhookd.delete_deliveries(c, [due.number], "state <> 'pending'")
-    )
-    store.write(lambda c: webhookd.delete_bare_events(c, [event.id]))
+    batch = webhookd.Batch
+    store.write_batch(batch.delete_deliveries, [due.number], webhookd.FINISHED)
+    store.write_batch(batch.delete_events, [event.id], webhookd.BARE)
 
     assert due_deliveries(store, webhook) == [due]
 

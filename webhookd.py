@@ -2171,22 +2171,45 @@ SETTLE_SECONDS = 0.01  # settlements wait so long for a publication to share its
 RETRY_SECONDS = 1  # after a commit failed
 FULL_DISK_BYTES = 64 << 10
 ROWS_PER_STATEMENT = 500
+ROWS_PER_STEP = 500  # of what takes several steps, so that nobody waits long
+PAGES_PER_STEP = 100
 STANDSTILL_SECONDS = 15  # in one commit, or without a tick of the loop: it hangs
 WINDOW_BYTES = 32 << 20  # of bodies, read ahead for all webhooks together
+
+# ---- the file ----
 
 
 class DatabaseError(Exception):
     """The database cannot be used; the text says why."""
 
 
-def connect(path: str) -> sqlite3.Connection:
+class Database(sqlite3.Connection):
+    """A connection that tells in one call what a statement finds or changes."""
+
+    def rows(self, sql: str, *values: object) -> list[tuple]:
+        """All rows that it finds."""
+        return self.execute(sql, values).fetchall()
+
+    def row(self, sql: str, *values: object) -> tuple | None:
+        """The first row, or None."""
+        return next(iter(self.rows(sql, *values)), None)
+
+    def column(self, sql: str, *values: object) -> list:
+        """The values of its only column."""
+        return [value for (value,) in self.rows(sql, *values)]
+
+    def change(self, sql: str, *values: object) -> int:
+        """How many rows it has changed."""
+        return self.execute(sql, values).rowcount
+
+
+def connect(path: str) -> Database:
     """A connection in autocommit mode, for any thread."""
-    return sqlite3.connect(
-        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-    )
+    options = {"isolation_level": None, "check_same_thread": False}
+    return sqlite3.connect(path, timeout=BUSY_SECONDS, factory=Database, **options)
 
 
-def open_database(path: str) -> sqlite3.Connection:
+def open_database(path: str) -> Database:
     """A connection for writing; the file is made if it is not there."""
     connection = connect(path)
     connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # for a new file only
@@ -2197,15 +2220,15 @@ def open_database(path: str) -> sqlite3.Connection:
 
 
 @contextlib.contextmanager
-def transaction(connection: sqlite3.Connection):
+def transaction(connection, begin="BEGIN IMMEDIATE", end="COMMIT", undo="ROLLBACK"):
     """All or nothing, whatever is raised inside."""
-    connection.execute("BEGIN IMMEDIATE")
+    connection.execute(begin)
     try:
         yield connection
-        connection.execute("COMMIT")
+        connection.execute(end)
     except BaseException:
         if connection.in_transaction:  # SQLite rolls back by itself after some errors
-            connection.execute("ROLLBACK")
+            connection.execute(undo)
         raise
 
 
@@ -2232,21 +2255,6 @@ def migrate(connection: sqlite3.Connection) -> None:
 
 
 @contextlib.contextmanager
-def savepoint(connection: sqlite3.Connection):
-    """All or nothing within a transaction."""
-    connection.execute("SAVEPOINT one")
-    try:
-        yield
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK TO one")
-        raise
-    finally:
-        if connection.in_transaction:
-            connection.execute("RELEASE one")
-
-
-@contextlib.contextmanager
 def process_lock(path: str):
     """Hold the database for this process; raises DatabaseError if another one does."""
     try:
@@ -2264,6 +2272,9 @@ def process_lock(path: str):
         yield
 
 
+# ---- statements ----
+
+
 def chunks(rows: list) -> collections.abc.Iterator[list]:
     """The rows in lists that one statement can take."""
     for start in range(0, len(rows), ROWS_PER_STATEMENT):
@@ -2277,22 +2288,45 @@ def marks(values: collections.abc.Sized) -> str:
 
 def values_clause(rows: list[tuple]) -> tuple[str, list]:
     """`VALUES (?,?),(?,?)` and its values: one statement gives up the GIL once."""
-    return "VALUES " + ",".join([marks(rows[0])] * len(rows)), list(
-        itertools.chain.from_iterable(rows)
-    )
+    clause = "VALUES " + ",".join([marks(rows[0])] * len(rows))
+    return clause, list(itertools.chain.from_iterable(rows))
 
 
-def insert(connection: sqlite3.Connection, table: str, rows: list[tuple]) -> None:
+def insert(connection: Database, table: str, rows: list, conflict: str = "") -> None:
     """INSERT whole rows in few statements."""
     for chunk in chunks(rows):
         clause, values = values_clause(chunk)
-        connection.execute(f"INSERT INTO {table} {clause}", values)
+        connection.execute(f"INSERT INTO {table} {clause} {conflict}", values)
 
 
-def stored_webhook(id: int, definition: str) -> Webhook:
-    """The webhook of a row."""
-    fields = json.loads(definition)
-    return Webhook(**fields | {"id": id, "events": tuple(fields["events"])})
+def where(tests: dict[str, object]) -> tuple[str, list]:
+    """A WHERE clause and its values: `{"a = ?": 1, "b IN": ("x", "y")}`.
+
+    Tests against None or nothing are left out."""
+    parts, values = ["1"], []
+    for test, value in tests.items():
+        if isinstance(value, tuple) and value:
+            parts.append(f"{test} {marks(value)}")
+            values += value
+        elif value not in (None, ()):
+            parts.append(test)
+            values.append(value)
+    return " WHERE " + " AND ".join(parts), values
+
+
+def found(row, what: str):
+    """What was found; raises NotFound if there is nothing."""
+    if not row:
+        raise NotFound(f"there is no {what}")
+    return row
+
+
+# ---- webhooks and their health ----
+
+
+def definition_of(webhook: Webhook) -> str:
+    """What is stored of a webhook."""
+    return json.dumps(dataclasses.asdict(webhook), ensure_ascii=False)
 
 
 class Webhooks:
@@ -2310,8 +2344,17 @@ class Webhooks:
     @classmethod
     def load(cls, connection: sqlite3.Connection) -> "Webhooks":
         """The webhooks that the database holds, in the order of their ids."""
-        rows = connection.execute("SELECT id, definition FROM webhooks ORDER BY id")
-        return cls(stored_webhook(id, definition) for id, definition in rows)
+        webhooks = []
+        sql = "SELECT id, definition FROM webhooks ORDER BY id"
+        for id, definition in connection.execute(sql):
+            fields = json.loads(definition)
+            fields |= {"id": id, "events": tuple(fields["events"])}
+            webhooks.append(Webhook(**fields))
+        return cls(webhooks)
+
+    def get(self, id: int) -> Webhook:
+        """The webhook; raises NotFound."""
+        return found(self.by_id.get(id), f"webhook {id}")
 
     def wanting(self, event: NewEvent) -> list[int]:
         """The ids of the active webhooks that want the event."""
@@ -2320,138 +2363,6 @@ class Webhooks:
             if webhook.subscribed(event.name):
                 wanted[id] = webhook
         return sorted(id for id, webhook in wanted.items() if wants(webhook, event))
-
-
-def definition_of(webhook: Webhook) -> str:
-    """What is stored of a webhook."""
-    return json.dumps(dataclasses.asdict(webhook), ensure_ascii=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class IdempotencyKey:
-    """A client's name for a publication: repeating it publishes nothing."""
-
-    user: str
-    key: str
-    fingerprint: bytes  # of the body
-
-
-class Sequences:
-    """The next ids; only the writer draws them."""
-
-    def __init__(self, connection: sqlite3.Connection):
-        used = dict(connection.execute("SELECT name, seq FROM sqlite_sequence"))
-        self.events = itertools.count(used.get("events", 0) + 1)
-        self.deliveries = itertools.count(used.get("deliveries", 0) + 1)
-        self.attempts = itertools.count(used.get("attempts", 0) + 1)
-
-
-def _update_deliveries(connection, settlements):
-    """Set the new states; the state that each delivery has now, unless it is gone.
-
-    One that was redelivered during the attempt stays due, unless that succeeded."""
-    clause, values = values_clause(
-        [
-            (s.due.number, s.state, s.due.attempt_count + 1, s.next_attempt, s.step)
-            + (s.due.next_attempt, s.due.step)
-            + (s.attempt.outcome, s.attempt.description, s.attempt.duration)
-            for s in settlements
-        ]
-    )
-    applies = (
-        "new.state = 'succeeded' OR deliveries.next_attempt = new.old_next"
-        " AND deliveries.step = new.old_step"
-    )
-    planned = ", ".join(
-        f"{column} = iif({applies}, new.{column}, deliveries.{column})"
-        for column in ("state", "step", "next_attempt")
-    )
-    rows = connection.execute(
-        "WITH new (number, state, attempt_count, next_attempt, step, old_next, old_step,"
-        f" outcome, description, duration) AS ({clause}) UPDATE deliveries SET {planned},"
-        " attempt_count = new.attempt_count, outcome = new.outcome,"
-        " description = new.description, duration = new.duration"
-        " FROM new WHERE deliveries.id = new.number"
-        " RETURNING deliveries.id, deliveries.state",
-        values,
-    )
-    return dict(rows.fetchall())
-
-
-def _attempt_row(id, settled):
-    attempt = settled.attempt
-    return (
-        (id, settled.due.number, attempt.start, attempt.duration, attempt.url)
-        + (attempt.request_headers, attempt.outcome, attempt.description)
-        + (attempt.status, attempt.response_headers, attempt.response_body)
-    )
-
-
-def _count_attempts(connection, kept):
-    counts = {}
-    for id, settled in kept:
-        day = settled.attempt.start // DAY_MS
-        key = settled.due.webhook_id, settled.due.event, settled.attempt.outcome, day
-        counts[key] = counts.get(key, (0,))[0] + 1, id
-    for chunk in chunks([key + count for key, count in counts.items()]):
-        clause, values = values_clause(chunk)
-        connection.execute(
-            f"INSERT INTO statistics {clause} ON CONFLICT DO UPDATE SET"
-            " attempts = attempts + excluded.attempts, last_attempt = excluded.last_attempt",
-            values,
-        )
-
-
-ROWS_PER_STEP = 500
-PAGES_PER_STEP = 100
-Steps = collections.abc.Iterator[None]  # each step is done when it is asked for
-
-
-def delete_deliveries(
-    connection: sqlite3.Connection, ids: list[int], condition: str = "1"
-) -> list[int]:
-    """Delete those deliveries that meet a condition; the ids of their attempts."""
-    rows = connection.execute(
-        f"DELETE FROM deliveries WHERE id IN {marks(ids)} AND {condition} RETURNING id",
-        ids,
-    )
-    deleted = [number for (number,) in rows.fetchall()]
-    rows = connection.execute(
-        f"DELETE FROM attempts WHERE delivery_id IN {marks(deleted)} RETURNING id",
-        deleted,
-    )
-    return [id for (id,) in rows.fetchall()]
-
-
-def delete_deliveries_of(connection: sqlite3.Connection, webhook_id: int) -> int:
-    """Delete a step of a webhook's deliveries; how many."""
-    sql = "SELECT id FROM deliveries WHERE webhook_id = ? LIMIT ?"
-    rows = connection.execute(sql, (webhook_id, ROWS_PER_STEP)).fetchall()
-    delete_deliveries(connection, [number for (number,) in rows])
-    return len(rows)
-
-
-def delete_bare_events(connection: sqlite3.Connection, ids: list[int]) -> None:
-    """Delete those events that have no deliveries."""
-    rows = connection.execute(
-        f"DELETE FROM events WHERE id IN {marks(ids)} AND NOT EXISTS"
-        " (SELECT * FROM deliveries WHERE event_id = events.id) RETURNING id",
-        ids,
-    )
-    gone = [id for (id,) in rows.fetchall()]
-    connection.execute(f"DELETE FROM payloads WHERE event_id IN {marks(gone)}", gone)
-
-
-def forget_attempts(connection: sqlite3.Connection, ids: list[int]) -> None:
-    """Have the statistics name the attempts before those that were deleted as the last."""
-    connection.execute(
-        "UPDATE statistics SET last_attempt = coalesce((SELECT attempts.id FROM deliveries"
-        " JOIN attempts ON delivery_id = deliveries.id WHERE webhook_id ="
-        " statistics.webhook_id AND deliveries.event = statistics.event AND"
-        " attempts.outcome = statistics.outcome ORDER BY deliveries.id DESC,"
-        f" attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN {marks(ids)}",
-        ids,
-    )
 
 
 HEALTH_COLUMNS = "failures, failing_since, paused_until, reason, disabled"
@@ -2463,101 +2374,142 @@ def load_health(connection: sqlite3.Connection) -> dict[int, Health]:
     return {id: Health(*fields, bool(disabled)) for id, *fields, disabled in rows}
 
 
-def save_health(
-    connection: sqlite3.Connection, webhook_id: int, health: Health
-) -> None:
-    """Store how a webhook fares."""
-    connection.execute(
-        f"UPDATE webhooks SET ({HEALTH_COLUMNS}) = (?, ?, ?, ?, ?) WHERE id = ?",
-        (*health, webhook_id),
-    )
+# ---- one transaction ----
+
+FINISHED = "state <> 'pending'"  # of deliveries
+_deliveries_of_it = "SELECT * FROM deliveries WHERE event_id = events.id"
+BARE = f"NOT EXISTS ({_deliveries_of_it})"  # of events
+MISSED = f"NOT EXISTS ({_deliveries_of_it} AND webhook_id = ?)"
 
 
-def disabled_event(webhook: Webhook, reason: str, now_ms: int) -> NewEvent:
-    """The event that tells that a webhook was disabled."""
-    shown = {"id": webhook.id, "name": webhook.name, "url": webhook.masked_url}
-    fields = {"timestamp": now_ms, "event": "webhook_disabled"}
-    fields |= {"webhook": shown, "reason": reason}
-    return NewEvent("webhook_disabled", now_ms, json_bytes(fields), fields)
+class IdempotencyKey(typing.NamedTuple):
+    """A client's name for a publication: repeating it publishes nothing."""
+
+    user: str
+    key: str
+    fingerprint: bytes  # of the body
 
 
 class Batch:
-    """What one transaction does; what is published waits for a few large statements."""
+    """What one transaction does. The writer makes it, calls `settle` first and `finish`
+    last; what is published in between waits for a few large statements."""
 
-    def __init__(
-        self,
-        connection: sqlite3.Connection,
-        webhooks: Webhooks,
-        health: dict[int, Health],
-        ids: Sequences,
-    ):
-        self.connection, self.webhooks, self._ids = connection, webhooks, ids
+    def __init__(self, connection: Database, webhooks: Webhooks, health, ids):
+        self.connection, self.webhooks = connection, webhooks
+        self._ids = ids  # the next ones of each table
         self._health = health  # as committed
         self.changed_health: dict[int, Health] = {}
         self.pending_change = collections.Counter()  # by webhook
         self.due: list[DueDelivery] = []
         self.published_count = 0
-        self._events, self._payloads, self._deliveries = [], [], []
-        self._answers = {}
+        self._new = {"events": [], "payloads": [], "deliveries": [], "answers": []}
+        self._answers = {}  # to keys that were used in this batch
+
+    def flush(self) -> None:
+        """Insert what was published and replayed, for what comes next to see."""
+        for table, rows in self._new.items():
+            insert(self.connection, table, rows)
+            rows.clear()
+
+    def finish(self) -> None:
+        """Write the rest."""
+        self.flush()
+        sql = f"UPDATE webhooks SET ({HEALTH_COLUMNS}) = (?, ?, ?, ?, ?) WHERE id = ?"
+        for webhook_id, health in self.changed_health.items():
+            self.connection.change(sql, *health, webhook_id)
+
+    def _health_of(self, webhook_id):
+        changed = self.changed_health.get(webhook_id)
+        return changed or self._health.get(webhook_id, HEALTHY)
+
+    # ---- attempts ----
 
     def settle(self, settlements: list[Settlement]) -> None:
         """Record attempts and what became of their deliveries and webhooks."""
         for chunk in chunks(settlements):
-            states = _update_deliveries(self.connection, chunk)
+            states = self._update(chunk)
             # an attempt whose delivery was deleted meanwhile leaves nothing behind
-            kept = [
-                (next(self._ids.attempts), s) for s in chunk if s.due.number in states
-            ]
-            insert(self.connection, "attempts", [_attempt_row(*pair) for pair in kept])
-            _count_attempts(self.connection, kept)
+            self._record([s for s in chunk if s.due.number in states])
             for settled in chunk:
                 self._follow(settled, states.get(settled.due.number))
-        for webhook_id, health in self.changed_health.items():
-            save_health(self.connection, webhook_id, health)
+        self.flush()
+
+    def _update(self, settlements):
+        """Set the new states; the state that each delivery has now, unless it is gone.
+
+        One that was redelivered during the attempt stays due, unless that succeeded."""
+        rows = [
+            (due.number, state, next_attempt, step, due.next_attempt, due.step)
+            + (due.attempt_count + 1, attempt.outcome)
+            + (attempt.description, attempt.duration)
+            for due, attempt, state, next_attempt, step, *_ in settlements
+        ]
+        clause, values = values_clause(rows)
+        untouched = "(old.next_attempt, old.step) = (due, begun)"
+        applies = f"new.state = 'succeeded' OR {untouched}"
+        planned = ", ".join(
+            f"{column} = iif({applies}, new.{column}, old.{column})"
+            for column in ("state", "next_attempt", "step")
+        )
+        states = self.connection.execute(
+            "WITH new (number, state, next_attempt, step, due, begun, attempt_count,"
+            f" outcome, description, duration) AS ({clause})"
+            f" UPDATE deliveries AS old SET {planned},"
+            " attempt_count = new.attempt_count, outcome = new.outcome,"
+            " description = new.description, duration = new.duration"
+            " FROM new WHERE id = new.number RETURNING id, state",
+            values,
+        )
+        return dict(states.fetchall())
+
+    def _record(self, settlements):
+        rows, counts = [], {}
+        for due, attempt, *_ in settlements:
+            id = next(self._ids["attempts"])
+            rows.append((id, due.number, *attempt[:-1]))  # retry_after is not kept
+            day = attempt.start // DAY_MS
+            key = due.webhook_id, due.event, attempt.outcome, day
+            counts[key] = counts.get(key, (0,))[0] + 1, id
+        insert(self.connection, "attempts", rows)
+        rows = [key + count_and_last for key, count_and_last in counts.items()]
+        added = "attempts = attempts + excluded.attempts"
+        update = f"UPDATE SET {added}, last_attempt = excluded.last_attempt"
+        insert(self.connection, "statistics", rows, f"ON CONFLICT DO {update}")
 
     def _follow(self, settled, state):
         """What a settlement means for its webhook; state: that of its delivery now."""
-        webhook_id = settled.due.webhook_id
-        if webhook_id not in self.webhooks.by_id:  # deleted, and not yet all swept
+        webhook = self.webhooks.by_id.get(settled.due.webhook_id)
+        if webhook is None:  # deleted, and not yet all swept
             return
-        if state not in (None, PENDING):
-            self.pending_change[webhook_id] -= 1
-        if settled.recovered:  # created: oldest first; and at no cost of its schedule
-            self.connection.execute(
-                "UPDATE deliveries SET next_attempt = created, step = max(step - 1, 0)"
-                " WHERE state = 'pending'"
-                " AND webhook_id = ? AND next_attempt > created",
-                [webhook_id],
-            )
-        before = self.changed_health.get(webhook_id) or self._health[webhook_id]
-        changed = self.webhooks.by_id[webhook_id].updated
-        if before == HEALTHY and settled.attempt.start < changed:
+        if state in (SUCCEEDED, FAILED):
+            self.pending_change[webhook.id] -= 1
+        if settled.recovered:
+            self._end_waits(webhook.id)
+        before, after = self._health_of(webhook.id), settled.health
+        if before == HEALTHY and settled.attempt.start < webhook.updated:
             return  # it was activated meanwhile, and starts clean
-        if settled.health != before:
-            self.changed_health[webhook_id] = settled.health
-        if settled.health.disabled and not before.disabled:
-            self._disable(webhook_id, settled)
+        if after != before:
+            self.changed_health[webhook.id] = after
+        if after.disabled and not before.disabled:
+            finish_ms = settled.attempt.start + settled.attempt.duration
+            self._disable(webhook, after.reason, finish_ms)
 
-    def _disable(self, webhook_id, settled):
-        webhook = self.webhooks.by_id[webhook_id]
-        inactive = dataclasses.replace(webhook, active=False)
-        self.connection.execute(
-            "UPDATE webhooks SET definition = ? WHERE id = ?",
-            (definition_of(inactive), webhook_id),
+    def _end_waits(self, webhook_id):
+        self.connection.change(  # oldest first; and at no cost of their schedule
+            "UPDATE deliveries SET next_attempt = created, step = max(step - 1, 0)"
+            " WHERE state = 'pending' AND webhook_id = ? AND next_attempt > created",
+            webhook_id,
         )
-        self.webhooks = Webhooks.load(self.connection)  # it gets no event of its own
-        now_ms = settled.attempt.start + settled.attempt.duration
-        self._add(disabled_event(webhook, settled.health.reason, now_ms), now_ms)
 
-    def write(self, work: collections.abc.Callable[["Batch"], object]):
-        """Do a piece of work, all or nothing; what is published next knows of it."""
-        with savepoint(self.connection):
-            return work(self)
+    def _disable(self, webhook, reason, now_ms):
+        self.replace_webhook(dataclasses.replace(webhook, active=False))
+        shown = {"id": webhook.id, "name": webhook.name, "url": webhook.masked_url}
+        fields = {"timestamp": now_ms, "event": "webhook_disabled"}
+        fields |= {"webhook": shown, "reason": reason}
+        event = NewEvent(fields["event"], now_ms, json_bytes(fields), fields)
+        self._add(event, now_ms)  # not for the webhook itself, which is inactive now
 
-    def webhooks_changed(self) -> None:
-        """Read the webhooks and their health again."""
-        self.webhooks = Webhooks.load(self.connection)
-        self.changed_health = load_health(self.connection)
+    # ---- events ----
 
     def publish(self, events, now_ms, answer, idempotency) -> tuple[bytes, bool]:
         """See Store.publish."""
@@ -2566,56 +2518,153 @@ class Batch:
             return earlier, True
         document = answer([self._add(event, now_ms) for event in events])
         if idempotency:
-            name = idempotency.user, idempotency.key
-            self._answers[name] = idempotency.fingerprint, document, now_ms
+            self._answers[idempotency[:2]] = idempotency.fingerprint, document
+            self._new["answers"].append((*idempotency, document, now_ms))
         return document, False
 
     def _earlier_answer(self, idempotency):
-        name = idempotency.user, idempotency.key
-        row = (
-            self._answers.get(name)
-            or self.connection.execute(
-                "SELECT fingerprint, answer FROM answers WHERE user = ? AND key = ?",
-                name,
-            ).fetchone()
-        )
+        name = idempotency[:2]
+        sql = "SELECT fingerprint, answer FROM answers WHERE user = ? AND key = ?"
+        row = self._answers.get(name) or self.connection.row(sql, *name)
         if row and row[0] != idempotency.fingerprint:
             raise KeyReused(Fault("Idempotency-Key", "was used with another body"))
         return row and row[1]
 
     def _add(self, event, now_ms):
-        event_id = next(self._ids.events)
+        event_id, webhook_ids = next(self._ids["events"]), self.webhooks.wanting(event)
         self.published_count += 1
-        webhook_ids = self.webhooks.wanting(event)
-        self._events.append((event_id, event.name, event.timestamp, now_ms))
-        self._payloads.append((event_id, event.body))
+        self._new["events"].append((event_id, event.name, event.timestamp, now_ms))
+        self._new["payloads"].append((event_id, event.body))
         for webhook_id in webhook_ids:
-            number, uuid = self.add_delivery(webhook_id, event_id, event.name, now_ms)
+            number, uuid = self._add_delivery(webhook_id, event_id, event.name, now_ms)
             due = (number, uuid, webhook_id, event.name, event.body, 0, 0, now_ms)
             self.due.append(DueDelivery(*due))
         return Event(event_id, event.name, event.timestamp, len(webhook_ids))
 
-    def add_delivery(
-        self, webhook_id: int, event_id: int, event: str, now_ms: int
-    ) -> tuple[int, str]:
-        """Have a delivery inserted; its number and its UUID."""
-        number, uuid = next(self._ids.deliveries), uuid7(now_ms)
-        self._deliveries.append(
+    def _add_delivery(self, webhook_id, event_id, event, now_ms):
+        number, uuid = next(self._ids["deliveries"]), uuid7(now_ms)
+        self._new["deliveries"].append(
             (number, uuid, webhook_id, event_id, event, now_ms)
             + (PENDING, 0, now_ms, None, None, None, 0)
         )
         self.pending_change[webhook_id] += 1
         return number, uuid
 
-    def flush(self) -> None:
-        """Insert what was published and replayed."""
-        insert(self.connection, "events", self._events)
-        insert(self.connection, "payloads", self._payloads)
-        insert(self.connection, "deliveries", self._deliveries)
-        answers = [name + answer for name, answer in self._answers.items()]
-        insert(self.connection, "answers", answers)
-        for rows in (self._events, self._payloads, self._deliveries, self._answers):
-            rows.clear()
+    def replay(self, webhook_id: int, event_ids: list[int], now_ms: int) -> int:
+        """Make deliveries of stored events that a webhook has none of; how many."""
+        chosen = f"id IN {marks(event_ids)} AND {MISSED}"
+        sql = f"SELECT id, event FROM events WHERE {chosen} ORDER BY id"
+        events = self.connection.rows(sql, *event_ids, webhook_id)
+        for event_id, name in events:
+            self._add_delivery(webhook_id, event_id, name, now_ms)
+        self.flush()
+        return len(events)
+
+    # ---- webhooks ----
+
+    def add_webhook(self, webhook: Webhook) -> Webhook:
+        """Store a webhook; returns it with its id."""
+        sql = "INSERT INTO webhooks (definition) VALUES (?) RETURNING id"
+        [id] = self.connection.column(sql, definition_of(webhook))
+        self.webhooks = Webhooks.load(self.connection)
+        self.changed_health[id] = HEALTHY
+        return dataclasses.replace(webhook, id=id)
+
+    def replace_webhook(self, webhook: Webhook) -> None:
+        """Store what has become of a webhook."""
+        sql = "UPDATE webhooks SET definition = ? WHERE id = ?"
+        self.connection.change(sql, definition_of(webhook), webhook.id)
+        self.webhooks = Webhooks.load(self.connection)
+
+    # ---- schedules ----
+
+    def redeliver(self, webhook_id: int, numbers: list[int], now_ms: int) -> int:
+        """Have deliveries attempted at once, on a fresh schedule; how many there are."""
+        chosen = f"WHERE webhook_id = ? AND id IN {marks(numbers)}"
+        sql = f"SELECT count(*) FROM deliveries {chosen} AND state = 'pending'"
+        waiting = self.connection.row(sql, webhook_id, *numbers)[0]
+        sql = "UPDATE deliveries SET state = 'pending', step = 0, next_attempt = ? "
+        changed = self.connection.change(sql + chosen, now_ms, webhook_id, *numbers)
+        self.pending_change[webhook_id] += changed - waiting
+        return changed
+
+    def end_pause(self, webhook_id: int, now_ms: int) -> None:
+        """Let a paused webhook have its probe now."""
+        health = self._health_of(webhook_id)
+        if health.paused_until:
+            until = min(health.paused_until, now_ms)
+            self.changed_health[webhook_id] = health._replace(paused_until=until)
+
+    def shift_schedule(self, after_ms: int, by_ms: int) -> None:
+        """Move what is planned after a moment, because the clock has jumped."""
+        planned = "state = 'pending' AND next_attempt > ?"
+        sql = f"UPDATE deliveries SET next_attempt = next_attempt + ? WHERE {planned}"
+        self.connection.change(sql, by_ms, after_ms)
+        for webhook_id in self.webhooks.by_id:
+            health = self._health_of(webhook_id)
+            since, until = health.failing_since, health.paused_until
+            since, until = since and since + by_ms, until and until + by_ms
+            shifted = health._replace(failing_since=since, paused_until=until)
+            self.changed_health[webhook_id] = shifted
+
+    # ---- deleting ----
+
+    def delete_event(self, id: int) -> list[int]:
+        """Delete an event and all that is known of it.
+
+        Returns the ids of the webhooks that had deliveries of it; raises NotFound."""
+        sql = "SELECT id, webhook_id, state FROM deliveries WHERE event_id = ?"
+        rows = self.connection.rows(sql, id)
+        self._forget(self.delete_deliveries([number for number, *_ in rows]))
+        found(self.delete_events([id]), f"event {id}")
+        waiting = [webhook_id for _, webhook_id, state in rows if state == PENDING]
+        self.pending_change.subtract(waiting)
+        return sorted({webhook_id for _, webhook_id, _ in rows})
+
+    def delete_webhook(self, id: int) -> None:
+        """Delete a webhook; raises NotFound. Of its deliveries a step is deleted at
+        once, and `delete_leftovers` does the rest; nobody sees them meanwhile."""
+        found(self._delete("webhooks WHERE id", [id]), f"webhook {id}")
+        self.webhooks = Webhooks.load(self.connection)
+        self.connection.change("DELETE FROM statistics WHERE webhook_id = ?", id)
+        self.delete_deliveries_of(id)
+
+    def _delete(self, rows, ids, condition="1"):
+        """Delete `table WHERE column` IN the ids, on a condition; whom it met, by id."""
+        sql = f"DELETE FROM {rows} IN {marks(ids)} AND {condition} RETURNING rowid"
+        return self.connection.column(sql, *ids)
+
+    def delete_events(self, ids: list[int], condition: str = "1") -> list[int]:
+        """Delete those events that meet a condition; their ids."""
+        gone = self._delete("events WHERE id", ids, condition)
+        self._delete("payloads WHERE event_id", gone)
+        return gone
+
+    def delete_deliveries(self, ids: list[int], condition: str = "1") -> list[int]:
+        """Delete those deliveries that meet a condition; the ids of their attempts."""
+        gone = self._delete("deliveries WHERE id", ids, condition)
+        return self._delete("attempts WHERE delivery_id", gone)
+
+    def delete_deliveries_of(self, webhook_id: int) -> int:
+        """Delete a step of a webhook's deliveries; how many."""
+        sql = f"SELECT id FROM deliveries WHERE webhook_id = ? LIMIT {ROWS_PER_STEP}"
+        ids = self.connection.column(sql, webhook_id)
+        self.delete_deliveries(ids)
+        return len(ids)
+
+    def _forget(self, attempts):
+        """Have the statistics name the attempts before those deleted as the last."""
+        self.connection.change(
+            "UPDATE statistics SET last_attempt = coalesce((SELECT attempts.id"
+            " FROM deliveries JOIN attempts ON delivery_id = deliveries.id WHERE"
+            " webhook_id = statistics.webhook_id AND deliveries.event = statistics.event"
+            " AND attempts.outcome = statistics.outcome ORDER BY deliveries.id DESC,"
+            f" attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN {marks(attempts)}",
+            *attempts,
+        )
+
+
+# ---- writes ----
 
 
 def stored_error(error: Exception, path: str) -> Exception:
@@ -2635,8 +2684,7 @@ class Write:
     """Something for the writer to do in a batch, and its result once that is on disk."""
 
     def __init__(self, run: collections.abc.Callable[[Batch], object], publishes: bool):
-        self._run = run
-        self.publishes = publishes
+        self._run, self.publishes = run, publishes
         self._result = self._error = None
         self._done = threading.Lock()
         self._done.acquire()
@@ -2663,14 +2711,37 @@ class Write:
         return self._result
 
 
+def by_writer(work: collections.abc.Callable) -> collections.abc.Callable:
+    """A method of Store that has the writer do `work` in a batch, and waits for it."""
+
+    @functools.wraps(work)
+    def method(store, *args):
+        return store.write_batch(work, *args)
+
+    return method
+
+
+# ---- the store ----
+
 DELIVERY_COLUMNS = (
     "uuid, webhook_id, event_id, event, state, attempt_count, next_attempt, created,"
     " outcome, description, duration"
 )
-ATTEMPT_COLUMNS = (
-    "start, attempts.duration, url, request_headers, attempts.outcome,"
-    " attempts.description, status, response_headers, response_body"
-)
+ATTEMPT_COLUMNS = ", ".join(f"attempts.{field}" for field in Attempt._fields[:-1])
+Steps = collections.abc.Iterator[None]  # each step is done when it is asked for
+IdsInSteps = collections.abc.Iterator[list[int]]
+
+
+def event_tests(wanted: Filter, time: str) -> dict[str, object]:
+    """What `where` takes to find the events that are wanted, by a column of times."""
+    since, until = wanted.since, wanted.until
+    return {"event IN": wanted.events, f"{time} >= ?": since, f"{time} <= ?": until}
+
+
+def delivery_tests(webhook_id: int, wanted: Filter) -> dict[str, object]:
+    """What `where` takes to find the deliveries of a webhook that are wanted."""
+    tests = {"webhook_id = ?": webhook_id, "state IN": wanted.states}
+    return tests | {"outcome IN": wanted.outcomes} | event_tests(wanted, "created")
 
 
 def webhook_wants(webhook: Webhook, event: str, body: bytes) -> bool:
@@ -2678,32 +2749,6 @@ def webhook_wants(webhook: Webhook, event: str, body: bytes) -> bool:
     fields = json_value(body, _decode_event) if webhook.filters else {}
     stored = NewEvent(event, 0, body, fields)
     return webhook.subscribed(event) and wants(webhook, stored)
-
-
-def where(tests: dict[str, object]) -> tuple[str, list]:
-    """A WHERE clause and its values: `{"a = ?": 1, "b IN": ("x", "y")}`.
-
-    Tests against None or nothing are left out."""
-    parts, values = ["1"], []
-    for test, value in tests.items():
-        if value is None or value == ():
-            continue
-        several = isinstance(value, tuple)
-        parts.append(f"{test} ({','.join('?' * len(value))})" if several else test)
-        values += value if several else [value]
-    return " WHERE " + " AND ".join(parts), values
-
-
-def delivery_tests(webhook_id: int, wanted: Filter) -> dict[str, object]:
-    """What `where` takes to find the deliveries of a webhook that are wanted."""
-    return {
-        "webhook_id = ?": webhook_id,
-        "event IN": wanted.events,
-        "state IN": wanted.states,
-        "outcome IN": wanted.outcomes,
-        "created >= ?": wanted.since,
-        "created <= ?": wanted.until,
-    }
 
 
 class Store:
@@ -2719,10 +2764,11 @@ class Store:
         self._settlements: list[Settlement] = []
         self._accepted_count = 0  # of settlements
         self._closing = False
-        self._readers: list[sqlite3.Connection] = []
+        self._cleanup = contextlib.ExitStack()  # closes the connections
         self._local = threading.local()  # each thread's own reader
         # the writer alone changes what follows
         self._committed = lambda due: None
+        self._ids = {}  # the next ones of each table
         self.webhooks = Webhooks()  # as committed, as the next three
         self.health: dict[int, Health] = {}
         self.pending = collections.Counter()  # deliveries that wait, by webhook
@@ -2733,22 +2779,19 @@ class Store:
         self._committing_since: float | None = None  # time.monotonic()
 
     def __enter__(self):
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(process_lock(self._path))
+        with contextlib.ExitStack() as cleanup:
+            cleanup.enter_context(process_lock(self._path))
             try:
                 self._connection = open_database(self._path)
-                stack.callback(self._close_connections)
+                cleanup.callback(self._connection.close)
                 migrate(self._connection)
             except sqlite3.Error as error:
                 name = "--database (WEBHOOKD_DATABASE)"
                 raise SettingError(f"{name}: {self._path}: {error}") from error
-            self._ids = Sequences(self._connection)
-            self.webhooks = Webhooks.load(self._connection)
-            self.health = load_health(self._connection)
-            self.pending.update(self._pending_counts())
+            self._load(self._connection)
             self._writer = threading.Thread(target=self._run_writer, name="writer")
             self._writer.start()
-            self._cleanup = stack.pop_all()
+            self._cleanup = cleanup.pop_all()
         return self
 
     def __exit__(self, *exc_info):
@@ -2758,294 +2801,15 @@ class Store:
         self._writer.join()
         self._cleanup.close()
 
-    def _close_connections(self):
-        for connection in [*self._readers, self._connection]:
-            connection.close()
-
-    # ---- writing: called by any thread ----
-
-    def on_commit(self, listener: collections.abc.Callable) -> None:
-        """Have the writer tell, after each commit, what deliveries it has made."""
-        self._committed = listener
-
-    def publish(
-        self,
-        events: list[NewEvent],
-        now_ms: int,
-        answer: collections.abc.Callable[[list[Event]], bytes],
-        idempotency: IdempotencyKey | None = None,
-    ) -> tuple[bytes, bool]:
-        """Store events and their deliveries; returns once they are on disk.
-
-        Returns the answer that was made of them, and whether it is an earlier one again.
-        Raises KeyReused, StorageFull or Unavailable; then nothing was stored."""
-        if self.full:
-            raise StorageFull("the database is full (--max-database-size)")
-        return self._submit(
-            lambda batch: batch.publish(events, now_ms, answer, idempotency),
-            publishes=True,
-        )
-
-    def write(self, work: collections.abc.Callable[[sqlite3.Connection], object]):
-        """The result of work(connection), once that is on disk; work may raise."""
-        return self._write(lambda batch: work(batch.connection))
-
-    def settle(self, settlement: Settlement) -> int:
-        """Take an attempt's result for one of the next commits; does not wait.
-
-        It is committed once settled_count has reached the number returned."""
-        with self._wakeup:
-            self._settlements.append(settlement)
-            self._accepted_count += 1
-            if len(self._settlements) == 1:
-                self._wakeup.notify()
-            return self._accepted_count
-
-    def add_webhook(self, webhook: Webhook) -> Webhook:
-        """Store a webhook; returns it with its id."""
-
-        def work(batch):
-            sql = "INSERT INTO webhooks (definition) VALUES (?)"
-            id = batch.connection.execute(sql, [definition_of(webhook)]).lastrowid
-            batch.webhooks_changed()
-            return dataclasses.replace(webhook, id=id)
-
-        return self._write(work)
-
-    def change_webhook(
-        self,
-        id: int,
-        change: collections.abc.Callable[[Webhook], Webhook],
-        starts_clean: bool = False,
-    ) -> tuple[Webhook, Webhook]:
-        """Replace a webhook by change(it), which no other comes between; both of them.
-
-        starts_clean: forget its failures, too. Raises NotFound."""
-
-        def work(batch):
-            sql = "SELECT id, definition FROM webhooks WHERE id = ?"
-            row = batch.connection.execute(sql, [id]).fetchone()
-            if row is None:
-                raise NotFound(f"there is no webhook {id}")
-            old = stored_webhook(*row)
-            new = change(old)
-            sql = "UPDATE webhooks SET definition = ? WHERE id = ?"
-            batch.connection.execute(sql, (definition_of(new), id))
-            if starts_clean:
-                save_health(batch.connection, id, HEALTHY)
-            batch.webhooks_changed()
-            return old, new
-
-        return self._write(work)
-
-    def delete_webhook(self, id: int) -> None:
-        """Delete a webhook; raises NotFound. Of its deliveries a step is deleted at
-        once, and `delete_leftovers` does the rest; nobody sees them meanwhile."""
-
-        def work(batch):
-            sql = "DELETE FROM webhooks WHERE id = ?"
-            if not batch.connection.execute(sql, [id]).rowcount:
-                raise NotFound(f"there is no webhook {id}")
-            batch.webhooks_changed()
-            sql = "DELETE FROM statistics WHERE webhook_id = ?"
-            batch.connection.execute(sql, [id])
-            delete_deliveries_of(batch.connection, id)
-
-        self._write(work)
-
-    def redeliver(self, webhook_id: int, numbers: list[int], now_ms: int) -> int:
-        """Have deliveries attempted at once, on a fresh schedule; how many there are."""
-
-        def work(batch):
-            chosen = f"webhook_id = ? AND id IN {marks(numbers)}"
-            waiting = batch.connection.execute(
-                f"SELECT count(*) FROM deliveries WHERE {chosen} AND state = 'pending'",
-                (webhook_id, *numbers),
-            ).fetchone()[0]
-            changed = batch.connection.execute(
-                "UPDATE deliveries SET state = 'pending', step = 0, next_attempt = ?"
-                f" WHERE {chosen}",
-                (now_ms, webhook_id, *numbers),
-            ).rowcount
-            batch.pending_change[webhook_id] += changed - waiting
-            return changed
-
-        return self._write(work)
-
-    def end_pause(self, webhook_id: int, now_ms: int) -> None:
-        """Let a paused webhook have its probe now."""
-
-        def work(batch):
-            sql = "UPDATE webhooks SET paused_until = min(paused_until, ?) WHERE id = ?"
-            batch.connection.execute(sql, (now_ms, webhook_id))
-            batch.webhooks_changed()
-
-        self._write(work)
-
-    def replay(self, webhook_id: int, event_ids: list[int], now_ms: int) -> int:
-        """Make deliveries of stored events that a webhook has none of; how many."""
-
-        def work(batch):
-            events = batch.connection.execute(
-                "SELECT id, event FROM events WHERE NOT EXISTS (SELECT * FROM deliveries"
-                " WHERE event_id = events.id AND webhook_id = ?)"
-                f" AND id IN {marks(event_ids)} ORDER BY id",
-                (webhook_id, *event_ids),
-            ).fetchall()
-            for event_id, name in events:
-                batch.add_delivery(webhook_id, event_id, name, now_ms)
-            batch.flush()  # for what comes next in this transaction to see
-            return len(events)
-
-        return self._write(work)
-
-    def delete_event(self, id: int) -> list[int]:
-        """Delete an event and all that is known of it, without a trace in the files.
-
-        Returns the ids of the webhooks that had deliveries of it; raises NotFound."""
-
-        def work(batch):
-            connection = batch.connection
-            if not connection.execute("DELETE FROM events WHERE id = ?", [id]).rowcount:
-                raise NotFound(f"there is no event {id}")
-            connection.execute("DELETE FROM payloads WHERE event_id = ?", [id])
-            sql = "SELECT id, webhook_id, state FROM deliveries WHERE event_id = ?"
-            rows = connection.execute(sql, [id]).fetchall()
-            numbers = [number for number, _, _ in rows]
-            forget_attempts(connection, delete_deliveries(connection, numbers))
-            waiting = [webhook for _, webhook, state in rows if state == PENDING]
-            batch.pending_change.subtract(waiting)
-            return sorted({webhook for _, webhook, _ in rows})
-
-        webhook_ids = self._write(work)
-        self._empty_log()
-        return webhook_ids
-
-    def _empty_log(self):
-        """Move what SQLite's log holds into the database, and cut the log off."""
-        with contextlib.closing(connect(self._path)) as connection:
-            connection.execute("PRAGMA busy_timeout = 50")  # the writer waits as long
-            for _ in range(50):
-                sql = "PRAGMA wal_checkpoint(TRUNCATE)"
-                busy = connection.execute(sql).fetchone()[0]
-                if not busy:
-                    return
-                time.sleep(0.05)  # until a reader has gone on
-        fact("SQLite's log is not empty yet", level=logging.WARNING)
-
-    def shift_schedule(self, after_ms: int, by_ms: int) -> None:
-        """Move what is planned after a moment, because the clock has jumped."""
-
-        def work(batch):
-            batch.connection.execute(
-                "UPDATE deliveries SET next_attempt = next_attempt + ?"
-                " WHERE state = 'pending' AND next_attempt > ?",
-                (by_ms, after_ms),
-            )
-            batch.connection.execute(
-                "UPDATE webhooks SET paused_until = paused_until + ?1,"
-                " failing_since = failing_since + ?1",
-                [by_ms],
-            )
-            batch.webhooks_changed()
-
-        self._write(work)
-
-    # ---- upkeep, in steps, so that nobody waits long for the writer ----
-
-    def size_bytes(self) -> int:
-        """How much of the database file is in use."""
-        pragmas = ("page_count", "freelist_count", "page_size")
-        pages, free, page_size = (self._row(f"PRAGMA {name}")[0] for name in pragmas)
-        return (pages - free) * page_size
-
-    def delete_leftovers(self) -> Steps:
-        """Delete what deleted webhooks have left."""
-        sql = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?"
-        id = self._row(sql, 0)[0]
-        while id is not None:
-            if id in self.webhooks.by_id:
-                id = self._row(sql, id)[0]
-            elif self.write(functools.partial(delete_deliveries_of, webhook_id=id)):
-                yield
-            else:
-                id = self._row(sql, id)[0]
-
-    def prune(self, before_ms: int) -> Steps:
-        """Delete the finished deliveries, and then the events without deliveries, that
-        were made before a moment; the oldest first."""
-        finished = (
-            "state <> 'pending'"  # looked at twice: it may be redelivered just now
-        )
-        yield from self._prune(
-            f"SELECT id, created, {finished} FROM deliveries",
-            before_ms,
-            lambda connection, ids: delete_deliveries(connection, ids, finished),
-        )
-        bare = "NOT EXISTS (SELECT * FROM deliveries WHERE event_id = events.id)"
-        yield from self._prune(
-            f"SELECT id, created, {bare} FROM events", before_ms, delete_bare_events
-        )
-
-    def _prune(self, sql, before_ms, delete):
-        rows, last = True, 0
-        while rows:
-            page = f"{sql} WHERE id > ? ORDER BY id LIMIT {ROWS_PER_STEP}"
-            rows = self._rows(page, [last])
-            rows = list(itertools.takewhile(lambda row: row[1] < before_ms, rows))
-            ids = [id for id, _, may_go in rows if may_go]
-            if ids:
-                self.write(functools.partial(delete, ids=ids))
-            last = rows[-1][0] if rows else last
-            yield
-
-    def prune_rest(self, before_ms: int, now_ms: int) -> None:
-        """Delete the answers to old keys, and statistics beyond their window."""
-        day = (now_ms - STATISTICS_DAYS * DAY_MS) // DAY_MS
-        unused = "day < ? AND last_attempt NOT IN (SELECT id FROM attempts)"
-        for rows, limit in (
-            ("answers WHERE created < ?", before_ms),
-            (f"statistics WHERE {unused}", day),
-        ):
-            if self._row(f"SELECT 1 FROM {rows} LIMIT 1", limit):
-                self.write(
-                    lambda connection, rows=rows, limit=limit: (
-                        connection.execute(f"DELETE FROM {rows}", [limit]).rowcount
-                    )
-                )
-
-    def give_back(self) -> Steps:
-        """Return free pages to the file system."""
-
-        def work(connection):
-            for _ in range(PAGES_PER_STEP):  # sqlite3 makes one step of it, one page
-                connection.execute("PRAGMA incremental_vacuum")
-
-        while self._row("PRAGMA freelist_count")[0] >= PAGES_PER_STEP:
-            self.write(work)
-            yield
-
-    def flush(self) -> None:
-        """Return when everything handed in so far is on disk."""
-        self.write(lambda connection: None)
-
-    def _write(self, work):
-        return self._submit(lambda batch: batch.write(work), publishes=False)
-
-    def stands_still(self) -> bool:
-        """Whether the writer is not getting on with its work."""
-        since = self._committing_since
-        stuck = since is not None and time.monotonic() - since > STANDSTILL_SECONDS
-        return stuck or not self._writer.is_alive()
-
-    def _submit(self, run, publishes):
-        write = Write(run, publishes)
-        with self._wakeup:
-            if self._closing:
-                raise Unavailable("webhookd is stopping")
-            self._writes.append(write)
-            self._wakeup.notify()
-        return write.wait()
+    def _load(self, connection):
+        used = dict(connection.rows("SELECT name, seq FROM sqlite_sequence"))
+        for table in ("events", "deliveries", "attempts"):
+            self._ids[table] = itertools.count(used.get(table, 0) + 1)
+        self.webhooks = Webhooks.load(connection)
+        self.health = load_health(connection)
+        counts = "webhook_id, count(*) FROM deliveries WHERE state = 'pending'"
+        rows = connection.rows(f"SELECT {counts} GROUP BY webhook_id")
+        self.pending.update(dict(rows))
 
     # ---- the writer's thread ----
 
@@ -3068,16 +2832,15 @@ class Store:
     def _next_work(self):
         with self._wakeup:
             if not self.problem:
-                self._wakeup.wait_for(self._has_work)
-            if not self._writes and not self._closing:
-                delay = RETRY_SECONDS if self.problem else SETTLE_SECONDS
-                self._wakeup.wait_for(lambda: self._writes or self._closing, delay)
+                self._wakeup.wait_for(lambda: self._settlements or self._is_urgent())
+            delay = RETRY_SECONDS if self.problem else SETTLE_SECONDS
+            self._wakeup.wait_for(self._is_urgent, delay)
             work = self._writes, self._settlements
             self._writes, self._settlements = [], []
             return work
 
-    def _has_work(self):
-        return self._writes or self._settlements or self._closing
+    def _is_urgent(self):
+        return self._writes or self._closing
 
     def _commit(self, writes, settlements):
         with transaction(self._connection) as connection:
@@ -3085,10 +2848,9 @@ class Store:
             if self.problem:  # see whether anything can be written at all
                 connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             batch.settle(settlements)
-            batch.flush()
             for write in writes:
                 write.run(batch)
-            batch.flush()
+            batch.finish()
         self.webhooks = batch.webhooks
         self.health.update(batch.changed_health)
         self.pending.update(batch.pending_change)
@@ -3112,131 +2874,290 @@ class Store:
             if not self._closing:  # else they are attempted again after the next start
                 self._settlements[:0] = settlements
 
+    def on_commit(self, listener: collections.abc.Callable) -> None:
+        """Have the writer tell, after each commit, what deliveries it has made."""
+        self._committed = listener
+
+    def stands_still(self) -> bool:
+        """Whether the writer is not getting on with its work."""
+        since = self._committing_since
+        stuck = since is not None and time.monotonic() - since > STANDSTILL_SECONDS
+        return stuck or not self._writer.is_alive()
+
+    # ---- writing: called by any thread ----
+
+    def _submit(self, publishes, work, *args):
+        write = Write(lambda batch: work(batch, *args), publishes)
+        with self._wakeup:
+            if self._closing:
+                raise Unavailable("webhookd is stopping")
+            self._writes.append(write)
+            self._wakeup.notify()
+        return write.wait()
+
+    def publish(
+        self,
+        events: list[NewEvent],
+        now_ms: int,
+        answer: collections.abc.Callable[[list[Event]], bytes],
+        idempotency: IdempotencyKey | None = None,
+    ) -> tuple[bytes, bool]:
+        """Store events and their deliveries; returns once they are on disk.
+
+        Returns the answer that was made of them, and whether it is an earlier one again.
+        Raises KeyReused, StorageFull or Unavailable; then nothing was stored."""
+        if self.full:
+            raise StorageFull("the database is full (--max-database-size)")
+        return self._submit(True, Batch.publish, events, now_ms, answer, idempotency)
+
+    def settle(self, settlement: Settlement) -> int:
+        """Take an attempt's result for one of the next commits; does not wait.
+
+        It is committed once settled_count has reached the number returned."""
+        with self._wakeup:
+            self._settlements.append(settlement)
+            self._accepted_count += 1
+            if len(self._settlements) == 1:
+                self._wakeup.notify()
+            return self._accepted_count
+
+    def write_batch(self, work: collections.abc.Callable, *args: object):
+        """The result of work(batch, *args), once that is on disk; or it raises, and has
+        done nothing. What is published in the same commit knows of it."""
+
+        def run(batch):
+            savepoint = "SAVEPOINT one", "RELEASE one", "ROLLBACK TO one"
+            with transaction(batch.connection, *savepoint):
+                return work(batch, *args)
+
+        return self._submit(False, run)
+
+    def write(self, work: collections.abc.Callable, *args: object):
+        """The result of work(connection, *args), once that is on disk; work may raise."""
+        return self.write_batch(lambda batch: work(batch.connection, *args))
+
+    def flush(self) -> None:
+        """Return when everything handed in so far is on disk."""
+        self.write(lambda connection: None)
+
+    add_webhook = by_writer(Batch.add_webhook)
+    delete_webhook = by_writer(Batch.delete_webhook)
+    redeliver = by_writer(Batch.redeliver)
+    end_pause = by_writer(Batch.end_pause)
+    replay = by_writer(Batch.replay)
+    shift_schedule = by_writer(Batch.shift_schedule)
+
+    def change_webhook(
+        self,
+        id: int,
+        change: collections.abc.Callable[[Webhook], Webhook],
+        starts_clean: bool = False,
+    ) -> tuple[Webhook, Webhook]:
+        """Replace a webhook by change(it), which no other comes between; both of them.
+
+        starts_clean: forget its failures, too. Raises NotFound."""
+
+        def work(batch):
+            old = batch.webhooks.get(id)
+            new = change(old)
+            batch.replace_webhook(new)
+            if starts_clean:
+                batch.changed_health[id] = HEALTHY
+            return old, new
+
+        return self.write_batch(work)
+
+    def delete_event(self, id: int) -> list[int]:
+        """Delete an event and all that is known of it, without a trace in the files.
+
+        Returns the ids of the webhooks that had deliveries of it; raises NotFound."""
+        webhook_ids = self.write_batch(Batch.delete_event, id)
+        self._empty_log()
+        return webhook_ids
+
+    def _empty_log(self):
+        """Move what SQLite's log holds into the database, and cut the log off."""
+        with contextlib.closing(connect(self._path)) as connection:
+            connection.execute("PRAGMA busy_timeout = 50")  # the writer waits as long
+            for _ in range(50):
+                busy, *_ = connection.row("PRAGMA wal_checkpoint(TRUNCATE)")
+                if not busy:
+                    return
+                time.sleep(0.05)  # until a reader has gone on
+        fact("SQLite's log is not empty yet", level=logging.WARNING)
+
+    # ---- upkeep, in steps, so that nobody waits long for the writer ----
+
+    def size_bytes(self) -> int:
+        """How much of the database file is in use."""
+        pragmas = ("page_count", "freelist_count", "page_size")
+        pages, free, page_size = (self._row(f"PRAGMA {name}")[0] for name in pragmas)
+        return (pages - free) * page_size
+
+    def delete_leftovers(self) -> Steps:
+        """Delete what deleted webhooks have left."""
+        sql, id = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?", 0
+        while (id := self._row(sql, id)[0]) is not None:
+            if id not in self.webhooks.by_id:
+                while self.write_batch(Batch.delete_deliveries_of, id):
+                    yield
+
+    def prune(self, before_ms: int) -> Steps:
+        """Delete the finished deliveries, and then the events without deliveries, that
+        were made before a moment; the oldest first."""
+        yield from self._prune(
+            "deliveries", FINISHED, before_ms, Batch.delete_deliveries
+        )
+        yield from self._prune("events", BARE, before_ms, Batch.delete_events)
+
+    def _prune(self, table, condition, before_ms, delete):
+        for rows in self._steps(f"id, created, {condition}", table, {}):
+            old = [row for row in rows if row[1] < before_ms]
+            ids = [id for id, _, may_go in old if may_go]
+            if ids:  # looked at again: one may have been redelivered meanwhile
+                self.write_batch(delete, ids, condition)
+            yield
+            if len(old) < len(rows):
+                return
+
+    def prune_rest(self, before_ms: int, now_ms: int) -> None:
+        """Delete the answers to old keys, and statistics beyond their window."""
+        unused = "day < ? AND last_attempt NOT IN (SELECT id FROM attempts)"
+        self._delete_rest("answers WHERE created < ?", before_ms)
+        day = now_ms // DAY_MS - STATISTICS_DAYS
+        self._delete_rest(f"statistics WHERE {unused}", day)
+
+    def _delete_rest(self, rows, limit):
+        if self._row(f"SELECT 1 FROM {rows} LIMIT 1", limit):  # else nothing is written
+            self.write(Database.change, f"DELETE FROM {rows}", limit)
+
+    def give_back(self) -> Steps:
+        """Return free pages to the file system."""
+
+        def work(connection):
+            for _ in range(PAGES_PER_STEP):  # sqlite3 makes one step of it, one page
+                connection.execute("PRAGMA incremental_vacuum")
+
+        while self._row("PRAGMA freelist_count")[0] >= PAGES_PER_STEP:
+            yield self.write(work)
+
     # ---- reading: called by any thread ----
 
-    def reader(self) -> sqlite3.Connection:
+    def reader(self) -> Database:
         """This thread's own connection for reading."""
         if not hasattr(self._local, "connection"):
             # not open_database(): its pragmas take the write lock
             connection = connect(self._path)
             connection.execute("PRAGMA query_only = ON")
             with self._wakeup:
-                self._readers.append(connection)
+                self._cleanup.callback(connection.close)
             self._local.connection = connection
         return self._local.connection
 
-    def _rows(self, sql, values=()):
-        return self.reader().execute(sql, values).fetchall()
+    def _rows(self, sql, *values):
+        return self.reader().rows(sql, *values)
 
     def _row(self, sql, *values):
-        return next(iter(self._rows(sql, values)), None)
+        return self.reader().row(sql, *values)
 
-    def _page(self, columns, table, tests, page):
+    def _models(self, model, sql, *values):
+        return list(itertools.starmap(model, self._rows(sql, *values)))
+
+    def _page(self, model, columns, table, tests, page):
+        """A page of the rows that pass the tests, newest first, and how many there are."""
         clause, values = where(tests)
-        count = self._row(f"SELECT count(*) FROM {table}{clause}", *values)[0]
+        [count] = self._row(f"SELECT count(*) FROM {table}{clause}", *values)
         if page.start >= count:
             return [], count
-        rows = self._rows(
-            f"SELECT {columns} FROM {table}{clause} ORDER BY id DESC LIMIT ? OFFSET ?",
-            [*values, page.limit, page.start],
-        )
-        return rows, count
+        sql = f"SELECT {columns} FROM {table}{clause} ORDER BY id DESC LIMIT ? OFFSET ?"
+        return self._models(model, sql, *values, page.limit, page.start), count
+
+    def _steps(self, columns, table, tests):
+        """Rows that begin with their id, in steps, oldest first."""
+        last = 0
+        while True:
+            clause, values = where(tests | {"id > ?": last})
+            order = f"ORDER BY id LIMIT {ROWS_PER_STEP}"
+            rows = self._rows(f"SELECT {columns} FROM {table}{clause} {order}", *values)
+            if not rows:
+                return
+            yield rows
+            last = rows[-1][0]
+
+    # ---- reading webhooks, events and deliveries ----
 
     def webhook(self, id: int) -> Webhook:
         """The webhook; raises NotFound."""
-        webhook = self.webhooks.by_id.get(id)
-        if webhook is None:
-            raise NotFound(f"there is no webhook {id}")
-        return webhook
-
-    def _pending_counts(self):
-        return dict(
-            self._rows(
-                "SELECT webhook_id, count(*) FROM deliveries WHERE state = 'pending'"
-                " GROUP BY webhook_id"
-            )
-        )
+        return self.webhooks.get(id)
 
     def events(self, wanted: Filter, page: Page) -> tuple[list[Event], int]:
         """A page of events, newest first, and how many there are in all."""
-        rows, count = self._page(
-            "id, event, timestamp,"
-            " (SELECT count(*) FROM deliveries WHERE event_id = events.id)",
-            "events",
-            {"event IN": wanted.events, "timestamp >= ?": wanted.since}
-            | {"timestamp <= ?": wanted.until},
-            page,
-        )
-        return [Event(*row) for row in rows], count
+        count = "(SELECT count(*) FROM deliveries WHERE event_id = events.id)"
+        columns = f"id, event, timestamp, {count}"
+        tests = event_tests(wanted, "timestamp")
+        return self._page(Event, columns, "events", tests, page)
 
     def event(self, id: int) -> tuple[Event, bytes, list[Delivery]]:
         """An event, its body and its deliveries; raises NotFound."""
-        row = self._row(
-            "SELECT id, event, timestamp, body FROM events"
-            " JOIN payloads ON event_id = id WHERE id = ?",
-            id,
-        )
-        if row is None:
-            raise NotFound(f"there is no event {id}")
-        deliveries = self._rows(
-            f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE event_id = ?"
-            " AND webhook_id IN (SELECT id FROM webhooks) ORDER BY id",
-            [id],
-        )
-        return (
-            Event(*row[:3], len(deliveries)),
-            row[3],
-            [Delivery(*d) for d in deliveries],
-        )
+        sql = "SELECT event, timestamp, body FROM events JOIN payloads ON event_id = id"
+        row = self._row(f"{sql} WHERE id = ?", id)
+        name, timestamp, body = found(row, f"event {id}")
+        tests = "event_id = ? AND webhook_id IN (SELECT id FROM webhooks)"
+        sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE {tests} ORDER BY id"
+        deliveries = self._models(Delivery, sql, id)
+        return Event(id, name, timestamp, len(deliveries)), body, deliveries
 
     def deliveries(
         self, webhook_id: int, wanted: Filter, page: Page
     ) -> tuple[list[Delivery], int]:
         """A page of a webhook's deliveries, newest first, and how many there are."""
         tests = delivery_tests(webhook_id, wanted)
-        rows, count = self._page(DELIVERY_COLUMNS, "deliveries", tests, page)
-        return [Delivery(*row) for row in rows], count
+        return self._page(Delivery, DELIVERY_COLUMNS, "deliveries", tests, page)
 
     def delivery(self, uuid: str) -> tuple[Delivery, str, list[Attempt]]:
         """A delivery, the body it sends and its attempts; raises NotFound."""
-        row = self._row(
-            f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE uuid = ?", uuid
-        )
-        if row is None or row[1] not in self.webhooks.by_id:
-            raise NotFound(f"there is no delivery {uuid}")
+        name = f"delivery {uuid}"
+        sql = f"SELECT id, {DELIVERY_COLUMNS} FROM deliveries WHERE uuid = ?"
+        number, *row = found(self._row(sql, uuid), name)
         delivery = Delivery(*row)
-        attempts = self._rows(
-            f"SELECT {ATTEMPT_COLUMNS} FROM attempts JOIN deliveries"
-            " ON deliveries.id = delivery_id WHERE uuid = ? ORDER BY attempts.id",
-            [uuid],
-        )
-        body = self._row(
-            "SELECT body FROM payloads WHERE event_id = ?", delivery.event_id
-        )
-        if body is None:  # deleted this moment
-            raise NotFound(f"there is no delivery {uuid}")
-        return delivery, body[0].decode(), [Attempt(*row) for row in attempts]
-
-    def succeeded_webhooks(self) -> set[int]:
-        """The webhooks that had a success, and no failure since."""
-        sql = "SELECT DISTINCT webhook_id FROM statistics WHERE outcome = ?"
-        ids = {id for (id,) in self._rows(sql, [SUCCESS])}
-        return {id for id in ids if id in self.health and not self.health[id].failures}
+        found(delivery.webhook_id in self.webhooks.by_id, name)
+        sql = f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE delivery_id = ?"
+        attempts = self._models(Attempt, f"{sql} ORDER BY id", number)
+        sql = "SELECT body FROM payloads WHERE event_id = ?"
+        [body] = found(self._row(sql, delivery.event_id), name)  # else deleted just now
+        return delivery, body.decode(), attempts
 
     def number_of(self, uuid: str) -> int:
         """The number of a delivery that exists."""
         return self._row("SELECT id FROM deliveries WHERE uuid = ?", uuid)[0]
 
+    def redeliverable(self, webhook_id: int, wanted: Filter) -> IdsInSteps:
+        """The numbers of the deliveries that match, in steps, oldest first."""
+        tests = delivery_tests(webhook_id, wanted)
+        for rows in self._steps("id", "deliveries", tests):
+            yield [number for (number,) in rows]
+
+    def missed_events(self, webhook: Webhook, wanted: Filter) -> IdsInSteps:
+        """The ids of the events that a webhook wants and has no delivery of, in steps."""
+        tests = event_tests(wanted, "timestamp") | {MISSED: webhook.id}
+        events = "events JOIN payloads ON event_id = id"
+        for rows in self._steps("id, event, body", events, tests):
+            yield [id for id, *event in rows if webhook_wants(webhook, *event)]
+
+    # ---- reading statistics ----
+
+    def succeeded_webhooks(self) -> set[int]:
+        """The webhooks that had a success, and no failure since."""
+        sql = "SELECT DISTINCT webhook_id FROM statistics WHERE outcome = ?"
+        ids = self.reader().column(sql, SUCCESS)
+        return {id for id in ids if id in self.health and not self.health[id].failures}
+
     def latest(
         self, webhook_id: int, wanted: Filter, bodies: bool = True
     ) -> dict | None:
         """The last invocation that matches, as the API shows it, or None."""
-        tests = {
-            "webhook_id = ?": webhook_id,
-            "event IN": wanted.events,
-            "outcome IN": wanted.outcomes,
-        }
-        clause, values = where(tests)
+        tests = {"webhook_id = ?": webhook_id, "event IN": wanted.events}
+        clause, values = where(tests | {"outcome IN": wanted.outcomes})
         row = self._row(
             f"SELECT uuid, event, body, {ATTEMPT_COLUMNS} FROM attempts"
             " JOIN deliveries ON deliveries.id = delivery_id JOIN payloads USING (event_id)"
@@ -3250,54 +3171,44 @@ class Store:
 
     def statistics(self, webhook_id: int, events: tuple[str, ...], now_ms: int) -> dict:
         """Counts of a webhook's attempts and the last of each outcome, as the API shows."""
+        shown = {}
+        for outcome in OUTCOMES:
+            wanted = Filter(events=events, outcomes=(outcome,))
+            invocation = self.latest(webhook_id, wanted, bodies=False)
+            if invocation:
+                shown[f"last{outcome.capitalize()}"] = invocation
+        shown["counts"] = self._counts(webhook_id, events, now_ms)
+        return shown
+
+    def _counts(self, webhook_id, events, now_ms):
+        ids = (webhook_id,)
+        counts = self.attempts_by("webhook_id", ids, now_ms, events)[webhook_id]
         window = STATISTICS_DAYS * DAY_MS
-        clause, values = where(
-            {"webhook_id = ?": webhook_id, "event IN": events}
-            | {"day >= ?": (now_ms - window) // DAY_MS}
-        )
-        counts = dict(
-            self._rows(
-                f"SELECT outcome, sum(attempts) FROM statistics{clause} GROUP BY outcome",
-                values,
-            )
-        )
-        last = {
-            f"last{outcome.capitalize()}": self.latest(
-                webhook_id, Filter(events=events, outcomes=(outcome,)), bodies=False
-            )
-            for outcome in (SUCCESS, FAILURE, ERROR)
-        }
-        return {key: invocation for key, invocation in last.items() if invocation} | {
-            "counts": {
-                "successes": counts.get(SUCCESS, 0),
-                "failures": counts.get(FAILURE, 0),
-                "errors": counts.get(ERROR, 0),
-                "window": {"start": now_ms - window, "duration": window},
-            }
+        return {
+            "successes": counts[SUCCESS],
+            "failures": counts[FAILURE],
+            "errors": counts[ERROR],
+            "window": {"start": now_ms - window, "duration": window},
         }
 
     def attempts_by(
-        self, column: str, webhook_ids: tuple[int, ...], now_ms: int
+        self, column: str, webhook_ids: tuple, now_ms: int, events: tuple = ()
     ) -> dict[int, collections.Counter]:
         """For each webhook_id or day the attempts of the last 30 days by outcome."""
-        day = now_ms // DAY_MS - STATISTICS_DAYS
-        clause, values = where({"webhook_id IN": webhook_ids, "day >= ?": day})
-        rows = self._rows(
-            f"SELECT {column}, outcome, sum(attempts) FROM statistics{clause}"
-            " GROUP BY 1, 2",
-            values,
-        )
+        tests = {"webhook_id IN": webhook_ids, "event IN": events}
+        clause, values = where(tests | {"day >= ?": now_ms // DAY_MS - STATISTICS_DAYS})
+        sql = f"SELECT {column}, outcome, sum(attempts) FROM statistics{clause}"
         counts = collections.defaultdict(collections.Counter)
-        for key, outcome, attempts in rows:
+        for key, outcome, attempts in self._rows(f"{sql} GROUP BY 1, 2", *values):
             counts[key][outcome] = attempts
         return counts
 
     def attempted_events(self, webhook_id: int) -> list[str]:
         """The names of the events that a webhook has statistics of."""
-        sql = (
-            "SELECT DISTINCT event FROM statistics WHERE webhook_id = ? ORDER BY event"
-        )
-        return [event for (event,) in self._rows(sql, [webhook_id])]
+        sql = "SELECT DISTINCT event FROM statistics WHERE webhook_id = ?"
+        return self.reader().column(f"{sql} ORDER BY event", webhook_id)
+
+    # ---- reading the schedule ----
 
     def due(
         self,
@@ -3310,12 +3221,11 @@ class Store:
         """The webhook's oldest due deliveries that are not held, and if there are more.
 
         Those of an ordered webhook come in publish order, due or not."""
-        order, until = (
-            ("id", None) if webhook.ordered else ("next_attempt, id", until_ms)
-        )
-        clause, values = where(
-            {"webhook_id = ?": webhook.id, "next_attempt <= ?": until}
-        )
+        until, order = (until_ms, "next_attempt, id")
+        if webhook.ordered:
+            until, order = None, "id"
+        tests = {"webhook_id = ?": webhook.id, "next_attempt <= ?": until}
+        clause, values = where(tests)
         rows = self.reader().execute(
             "SELECT id, uuid, webhook_id, event, body, attempt_count, step, next_attempt"
             f" FROM deliveries JOIN payloads USING (event_id){clause}"
@@ -3324,70 +3234,29 @@ class Store:
         )
         taken, taken_bytes = [], 0
         with contextlib.closing(rows):
-            for row in rows:
-                if row[0] in held:
+            for due in itertools.starmap(DueDelivery, rows):
+                if due.number in held:
                     continue
-                taken.append(DueDelivery(*row))
-                taken_bytes += len(taken[-1].body)
+                taken.append(due)
+                taken_bytes += len(due.body)
                 if len(taken) == limit or taken_bytes >= limit_bytes:
                     return taken, True
         return taken, False
 
-    def redeliverable(
-        self, webhook_id: int, wanted: Filter
-    ) -> collections.abc.Iterator[list[int]]:
-        """The numbers of the deliveries that match, in steps, oldest first."""
-        tests = delivery_tests(webhook_id, wanted)
-        last = 0
-        while True:
-            clause, values = where(tests | {"id > ?": last})
-            sql = f"SELECT id FROM deliveries{clause} ORDER BY id LIMIT {ROWS_PER_STEP}"
-            numbers = [number for (number,) in self._rows(sql, values)]
-            if not numbers:
-                return
-            yield numbers
-            last = numbers[-1]
-
-    def missed_events(
-        self, webhook: Webhook, wanted: Filter
-    ) -> collections.abc.Iterator[list[int]]:
-        """The ids of the events that a webhook wants and has no delivery of, in steps."""
-        tests = {
-            "event IN": wanted.events,
-            "timestamp >= ?": wanted.since,
-            "timestamp <= ?": wanted.until,
-        }
-        last = 0
-        while True:
-            clause, values = where(tests | {"id > ?": last})
-            rows = self._rows(
-                f"SELECT id, event, body FROM events JOIN payloads ON event_id = id{clause}"
-                " AND NOT EXISTS (SELECT * FROM deliveries WHERE event_id = events.id"
-                f" AND webhook_id = {webhook.id}) ORDER BY id LIMIT {ROWS_PER_STEP}",
-                values,
-            )
-            if not rows:
-                return
-            yield [id for id, *event in rows if webhook_wants(webhook, *event)]
-            last = rows[-1][0]
-
     def next_due(self, webhook_id: int, now_ms: int) -> int | None:
         """When, after now, the webhook's next delivery becomes due; milliseconds."""
-        return self._row(
-            "SELECT min(next_attempt) FROM deliveries WHERE state = 'pending'"
-            " AND webhook_id = ? AND next_attempt > ?",
-            *(webhook_id, now_ms),
-        )[0]
+        sql = "SELECT min(next_attempt) FROM deliveries WHERE state = 'pending'"
+        later = "webhook_id = ? AND next_attempt > ?"
+        return self._row(f"{sql} AND {later}", webhook_id, now_ms)[0]
 
     def oldest_pending(self) -> dict[int, int]:
         """When each webhook's oldest pending delivery was made; milliseconds."""
-        row = self._row(  # one row, because each gives up the GIL
+        [created] = self._row(  # one row, because each gives up the GIL
             "SELECT json_group_object(id, (SELECT created FROM deliveries"
             " WHERE state = 'pending' AND webhook_id = webhooks.id"
             " ORDER BY deliveries.id LIMIT 1)) FROM webhooks"
         )
-        created = json.loads(row[0])
-        return {int(id): ms for id, ms in created.items() if ms is not None}
+        return {int(id): ms for id, ms in json.loads(created).items() if ms is not None}
 
 
 # ======================================================================================
