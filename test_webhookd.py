@@ -1827,6 +1827,19 @@ def test_what_is_not_a_database_is_refused(tmp_path):
         pass
 
 
+def test_a_database_of_another_program_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE theirs (a)")
+
+    with pytest.raises(webhookd.DatabaseError), webhookd.Store(str(path)):
+        pass
+
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        tables = connection.execute("SELECT name FROM sqlite_schema").fetchall()
+    assert tables == [("theirs",)]
+
+
 def test_the_file_is_for_its_owner_only(store):
     assert os.stat(store._path).st_mode & 0o077 == 0
 
@@ -2504,7 +2517,8 @@ def test_activating_a_paused_webhook_starts_clean(api, receiver, wall):
     answer = api.put_json(f"{WEBHOOKS}/1", {"active": True})
 
     assert answer.json["health"]["consecutiveFailures"] == 0
-    assert sorted(wall(0)) == [5, 6, 7]
+    # those that failed before need not wait for their retry
+    assert sorted(wall(0)) == [0, 1, 2, 3, 4, 5, 6, 7]
     assert api.get_webhook(webhook)["health"]["state"] == "healthy"
 
 
@@ -3617,13 +3631,14 @@ def test_health_counts_failures_and_what_waits(api, receiver, dispatcher, clock)
 def test_health_names_what_stands_still(api, store, dispatcher, monkeypatch):
     assert api.get("/health").json == {"status": "ok"}
 
-    store.problem = "the disk is full"
+    store.problem, store.full = "the disk is full", True
     dispatcher._ticked -= 1000
     answer = api.get("/health")
 
     assert answer.status_int == 503
     assert answer.json["problems"] == [
         "the disk is full",
+        "the database is full (--max-database-size)",
         "the delivery loop stands still",
     ]
 
@@ -3723,7 +3738,21 @@ def test_redelivering_one_ends_the_pause(api, receiver, wall):
 
     api.post(f"/rest/api/deliveries/{delivery['id']}/redeliver")
 
-    assert sorted(wall(0)) == [0, 1, 2, 3, 4, 5]
+    first, *rest = wall(0)
+    assert first == 5
+    assert sorted(rest) == [0, 1, 2, 3, 4]
+
+
+def test_redelivering_one_does_not_wait_for_those_before_it(api, receiver, wall):
+    receiver.answers(500)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, *range(8))
+    wall(0)
+    newest = api.deliveries(webhook)[0]
+
+    api.post(f"/rest/api/deliveries/{newest['id']}/redeliver")
+
+    assert wall(0) == [7]
 
 
 def fail_three_and_succeed_once(api, receiver, wall):
@@ -4773,19 +4802,20 @@ def test_nothing_that_arrives_reaches_the_terminal_as_a_command(sink):
 
 
 @pytest.mark.parametrize(
-    "flags, status",
+    "flag, text",
     [
-        (("--listen", "nowhere"), 1),
-        (("--listen", "127.0.0.1:{port}"), 1),
-        (("--answer", "99"), 2),
-        (("--secret", "\udcff"), 1),
+        ("--listen", "nowhere"),
+        ("--listen", "127.0.0.1:{port}"),
+        ("--answer", "99"),
+        ("--secret", "\udcff"),
     ],
 )
-def test_a_sink_that_cannot_start_says_why_in_one_line(receiver, flags, status):
-    result = run("sink", *(flag.format(port=receiver.server_port) for flag in flags))
+def test_a_sink_that_cannot_start_names_the_flag_in_one_line(receiver, flag, text):
+    result = run("sink", flag, text.format(port=receiver.server_port))
 
-    assert (result.returncode, result.stdout) == (status, "")
+    assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1
+    assert flag in result.stderr
 
 
 # ======================================================================================
@@ -4867,6 +4897,43 @@ def test_a_signal_lets_attempts_end_and_stops_with_status_0(daemon, receiver, nu
         [delivery] = store.deliveries(1, webhookd.Filter(), webhookd.Page())[0]
     assert (delivery.state, delivery.attempt_count) == ("succeeded", 1)
     assert "Traceback" not in "".join(daemon.log)
+
+
+def test_requests_in_hand_are_answered_before_it_stops(daemon, receiver):
+    daemon.start()
+    receiver.hold.clear()
+    path = f"{WEBHOOKS}/test?url={receiver.url}"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        tests = [pool.submit(daemon.call, "POST", path) for _ in range(2)]
+        wait_until(lambda: len(receiver.received) == 2)
+        threading.Timer(0.3, receiver.hold.set).start()
+
+        assert daemon.end(signal.SIGTERM) == 0
+
+    assert [test.result()[0] for test in tests] == [200, 200]
+
+
+def test_what_is_stored_while_it_stops_has_been_acknowledged(daemon):
+    daemon.start()
+    acknowledged = []
+
+    def publish():
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while True:
+                answer = daemon.call("POST", EVENTS, {"event": "e"})
+                acknowledged.append(answer[1]["id"])
+
+    publishers = [threading.Thread(target=publish) for _ in range(6)]
+    for publisher in publishers:
+        publisher.start()
+    wait_until(lambda: len(acknowledged) > 50)
+    daemon.end(signal.SIGTERM)
+    for publisher in publishers:
+        publisher.join()
+
+    with webhookd.Store(daemon.database) as store:
+        _, stored = store.events(webhookd.Filter(), webhookd.Page())
+    assert len(acknowledged) == stored
 
 
 def test_a_second_process_on_the_same_database_is_refused(daemon):

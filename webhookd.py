@@ -2170,6 +2170,7 @@ BUSY_SECONDS = 10  # wait so long for another process that writes, as `user add`
 SETTLE_SECONDS = 0.01  # settlements wait so long for a publication to share its commit
 RETRY_SECONDS = 1  # after a commit failed
 FULL_DISK_BYTES = 64 << 10
+FULL = "the database is full (--max-database-size)"
 ROWS_PER_STATEMENT = 500
 ROWS_PER_STEP = 500  # of what takes several steps, so that nobody waits long
 PAGES_PER_STEP = 100
@@ -2245,6 +2246,8 @@ def migrate(connection: sqlite3.Connection) -> None:
             f"the database has version {version}, written by a newer webhookd;"
             f" this one knows {len(MIGRATIONS)}"
         )
+    if not version and connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
+        raise DatabaseError("the database is another program's")
     if version < len(MIGRATIONS):
         with transaction(connection):
             for script in MIGRATIONS[schema_version(connection) :]:
@@ -2501,6 +2504,12 @@ class Batch:
             webhook_id,
         )
 
+    def start_clean(self, webhook_id: int) -> None:
+        """Forget a webhook's failures; what they made wait is due."""
+        if self._health_of(webhook_id) != HEALTHY:
+            self.changed_health[webhook_id] = HEALTHY
+            self._end_waits(webhook_id)
+
     def _disable(self, webhook, reason, now_ms):
         self.replace_webhook(dataclasses.replace(webhook, active=False))
         shown = {"id": webhook.id, "name": webhook.name, "url": webhook.masked_url}
@@ -2588,8 +2597,12 @@ class Batch:
         self.pending_change[webhook_id] += changed - waiting
         return changed
 
-    def end_pause(self, webhook_id: int, now_ms: int) -> None:
-        """Let a paused webhook have its probe now."""
+    def redeliver_first(self, webhook_id: int, number: int, now_ms: int) -> None:
+        """Have a delivery attempted before the others, and at once if they are paused."""
+        waiting = "state = 'pending' AND webhook_id = ?"
+        sql = f"SELECT min(next_attempt) - 1 FROM deliveries WHERE {waiting}"
+        [first] = self.connection.row(sql, webhook_id)
+        self.redeliver(webhook_id, [number], min(now_ms, first or now_ms))
         health = self._health_of(webhook_id)
         if health.paused_until:
             until = min(health.paused_until, now_ms)
@@ -2786,8 +2799,10 @@ class Store:
                 cleanup.callback(self._connection.close)
                 migrate(self._connection)
             except sqlite3.Error as error:
+                full = isinstance(stored_error(error, self._path), StorageFull)
+                kind = DatabaseError if full else SettingError
                 name = "--database (WEBHOOKD_DATABASE)"
-                raise SettingError(f"{name}: {self._path}: {error}") from error
+                raise kind(f"{name}: {self._path}: {error}") from error
             self._load(self._connection)
             self._writer = threading.Thread(target=self._run_writer, name="writer")
             self._writer.start()
@@ -2907,7 +2922,7 @@ class Store:
         Returns the answer that was made of them, and whether it is an earlier one again.
         Raises KeyReused, StorageFull or Unavailable; then nothing was stored."""
         if self.full:
-            raise StorageFull("the database is full (--max-database-size)")
+            raise StorageFull(FULL)
         return self._submit(True, Batch.publish, events, now_ms, answer, idempotency)
 
     def settle(self, settlement: Settlement) -> int:
@@ -2943,7 +2958,7 @@ class Store:
     add_webhook = by_writer(Batch.add_webhook)
     delete_webhook = by_writer(Batch.delete_webhook)
     redeliver = by_writer(Batch.redeliver)
-    end_pause = by_writer(Batch.end_pause)
+    redeliver_first = by_writer(Batch.redeliver_first)
     replay = by_writer(Batch.replay)
     shift_schedule = by_writer(Batch.shift_schedule)
 
@@ -2955,14 +2970,15 @@ class Store:
     ) -> tuple[Webhook, Webhook]:
         """Replace a webhook by change(it), which no other comes between; both of them.
 
-        starts_clean: forget its failures, too. Raises NotFound."""
+        starts_clean: forget its failures, and what waits for a retry is due. Raises
+        NotFound."""
 
         def work(batch):
             old = batch.webhooks.get(id)
             new = change(old)
             batch.replace_webhook(new)
             if starts_clean:
-                batch.changed_health[id] = HEALTHY
+                batch.start_clean(id)
             return old, new
 
         return self.write_batch(work)
@@ -4394,8 +4410,7 @@ class Api:
     def redeliver_one(self, uuid: str) -> Delivery:
         """Have a delivery attempted at once, paused or not; raises NotFound."""
         webhook_id, now = self._store.delivery(uuid)[0].webhook_id, self._now_ms()
-        self._store.redeliver(webhook_id, [self._store.number_of(uuid)], now)
-        self._store.end_pause(webhook_id, now)
+        self._store.redeliver_first(webhook_id, self._store.number_of(uuid), now)
         self._dispatcher.reconsider(webhook_id)
         self._log_change("delivery redelivered", id=uuid, webhook=webhook_id)
         return self._store.delivery(uuid)[0]
@@ -4453,7 +4468,8 @@ class Api:
 
     def health(self):
         stuck = self._store.stands_still() and "the store's writer stands still"
-        problems = [self._store.problem, self._dispatcher.problem(), stuck]
+        full = self._store.full and FULL
+        problems = [self._store.problem, full, self._dispatcher.problem(), stuck]
         problems = list(filter(None, problems))
         if problems:
             return self._json({"status": "failing", "problems": problems}, 503)
@@ -5494,6 +5510,23 @@ def make_server(app, listener: socket.socket, settings: Settings):
     return server
 
 
+def take_requests(server) -> None:
+    """Run the server until a signal raises SystemExit."""
+    timeout = server.adj.asyncore_loop_timeout
+    with contextlib.suppress(SystemExit):  # server.run() would drop what is queued then
+        server.asyncore.loop(timeout, map=server._map, use_poll=True)
+
+
+def finish_requests(server) -> None:
+    """Answer the requests in hand, whose answers the server's loop no longer sends."""
+    limit = time.monotonic() + STOP_SECONDS
+    tasks = server.task_dispatcher
+    while (tasks.queue or tasks.active_count) and time.monotonic() < limit:
+        time.sleep(0.01)
+    for channel in list(server.active_channels.values()):
+        channel.handle_write()
+
+
 def spare_memory() -> None:
     """Have glibc give memory back, and one heap for all threads (mallopt(3)).
 
@@ -5558,11 +5591,10 @@ def serve(settings: Settings) -> None:
         on_stop(_stop)
         notify("READY=1")
         fact("ready", listen=printable_address(*address))
-        server.run()  # until the signal's SystemExit
+        take_requests(server)
         fact("stopping")
         dispatcher.stop()
-        # run() gives the requests in hand 5 s; they have as long as the attempts
-        server.task_dispatcher.shutdown(timeout=STOP_SECONDS / 2)
+        finish_requests(server)
 
 
 # ---- subcommands: functions of what the command line gave, `database` among it ----
@@ -5575,7 +5607,8 @@ class CommandError(Exception):
 @contextlib.contextmanager
 def database_beside_service(path: str, creates: bool = False):
     """A connection in a transaction, while a service may be running; raises DatabaseError."""
-    if not creates and not os.path.exists(path):
+    is_new = not os.path.exists(path)
+    if is_new and not creates:
         raise DatabaseError(f"{path} does not exist")
     try:
         with contextlib.closing(open_database(path)) as connection:
@@ -5588,6 +5621,9 @@ def database_beside_service(path: str, creates: bool = False):
             migrate(connection)
             with transaction(connection):
                 yield connection
+            if is_new and not os.geteuid():  # for a service that is not root
+                folder = os.stat(os.path.dirname(os.path.abspath(path)))
+                os.chown(path, folder.st_uid, folder.st_gid)
     except sqlite3.Error as error:
         raise DatabaseError(f"{path}: {error}") from error
 
@@ -5740,9 +5776,9 @@ def run_sink(given: argparse.Namespace) -> None:
         secret = password(given.secret) if given.secret else None
         sink = Sink(listen_address(where), secret, given.answer)
     except ValueError as error:
-        raise CommandError(str(error)) from None
+        raise SettingError(f"--listen or --secret: {error}") from None
     except OSError as error:
-        raise CommandError(f"--listen {where}: {error.strerror}") from None
+        raise SettingError(f"--listen: {where}: {error.strerror}") from None
     with sink:
         where = printable_address(*sink.server_address[:2])
         sink.show(f"listening on http://{where}/ and answering {given.answer}", "")
