@@ -2644,8 +2644,11 @@ class Batch:
 
     def _delete(self, rows, ids, condition="1"):
         """Delete `table WHERE column` IN the ids, on a condition; whom it met, by id."""
-        sql = f"DELETE FROM {rows} IN {marks(ids)} AND {condition} RETURNING rowid"
-        return self.connection.column(sql, *ids)
+        gone = []
+        for chunk in chunks(ids):
+            sql = f"DELETE FROM {rows} IN {marks(chunk)} AND {condition} RETURNING rowid"
+            gone += self.connection.column(sql, *chunk)
+        return gone
 
     def delete_events(self, ids: list[int], condition: str = "1") -> list[int]:
         """Delete those events that meet a condition; their ids."""
@@ -2667,14 +2670,15 @@ class Batch:
 
     def _forget(self, attempts):
         """Have the statistics name the attempts before those deleted as the last."""
-        self.connection.change(
+        sql = (
             "UPDATE statistics SET last_attempt = coalesce((SELECT attempts.id"
             " FROM deliveries JOIN attempts ON delivery_id = deliveries.id WHERE"
             " webhook_id = statistics.webhook_id AND deliveries.event = statistics.event"
             " AND attempts.outcome = statistics.outcome ORDER BY deliveries.id DESC,"
-            f" attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN {marks(attempts)}",
-            *attempts,
+            " attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN "
         )
+        for chunk in chunks(attempts):
+            self.connection.change(sql + marks(chunk), *chunk)
 
 
 # ---- writes ----
