@@ -4378,6 +4378,23 @@ def test_deleting_asks_first(browser):
     assert "None yet." in words(page)
 
 
+def test_what_a_webhook_paused_after_failures_holds_back_is_resumed(
+    browser, receiver, wall
+):
+    receiver.answers(500, times=5)
+    webhook = browser.create(receiver.url)
+    publish_numbers(browser, *range(8))
+    wall(0)
+    waiting = browser.deliveries(webhook)[0]
+    assert "waits while the webhook is paused" in browser.get(
+        f"/deliveries/{waiting['id']}"
+    )
+
+    press(browser.get("/webhooks/1"), "Resume")
+
+    assert sorted(wall(0)) == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
 def test_changes_by_pages_are_logged_as_those_by_the_api(browser, receiver, caplog):
     caplog.set_level("INFO")
     fill_in(browser.get("/webhooks/new"), url=receiver.url, events="e")

@@ -4955,7 +4955,8 @@ WEBHOOK_PAGE = PageTemplate("""\
 % if changes:
 <div class="row"><a href="{{path}}/edit">Edit</a>
 % button("Test", f"{path}/test")
-% button("Pause", f"{path}/pause") if webhook["active"] else button("Resume", f"{path}/resume")
+% works = webhook["health"]["state"] in ("healthy", "failing")
+% button("Pause", f"{path}/pause") if works else button("Resume", f"{path}/resume")
 % button("Redeliver failed", f"{path}/redeliver")
 <form action="{{path}}/delete"><button class="fault">Delete</button></form></div>
 % end
@@ -5032,8 +5033,10 @@ aria-label="Attempts a day, at most {{most}}; the figures are in the table below
 
 DELIVERY_PAGE = PageTemplate("""\
 <p>{{!state_element(delivery.state)}} after {{len(attempts)}} attempt{{"s" * (len(attempts) != 1)}}
-% if delivery.next_attempt:
+% if delivery.next_attempt and webhook["health"]["state"] in ("healthy", "failing"):
 – the next is planned for {{!time_element(delivery.next_attempt)}} UTC
+% elif delivery.next_attempt:
+– the next waits while the webhook is {{webhook["health"]["state"]}}
 % end
 </p>
 % if changes:
