@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import hmac
 import http.client
@@ -579,6 +580,7 @@ def read_event(text, **options):
     "sent, delivered",
     [
         ('{"event": "e"}', '{"timestamp":7,"event":"e"}'),
+        ('\ufeff{"event": "e"}', '{"timestamp":7,"event":"e"}'),
         ('{"a":1,"event":"e","timestamp":3}', '{"timestamp":3,"event":"e","a":1}'),
         (
             '{"event":"e","n":[1.10, -0, -0.0, 1E5, 1e400, 123456789012345678901234567890]}',
@@ -666,6 +668,12 @@ def test_an_event_of_exactly_the_largest_size_is_taken_and_one_more_byte_is_not(
         read_event(shape % fits.replace("xx", "xxx", 1))
 
 
+@pytest.mark.parametrize("lines", [False, True])
+def test_an_event_is_as_large_as_it_was_sent(lines):
+    with pytest.raises(webhookd.TooLarge):
+        read_event('{"event":"e"%s}' % (" " * 1000), lines=lines)
+
+
 def read_webhook(old=webhookd.Webhook(), **fields):
     fields = ({"url": "http://x/", "events": ["e"]} if not old.url else {}) | fields
     body = json.dumps(fields).encode()
@@ -729,6 +737,7 @@ def test_events_are_a_set():
         ({"events": ["a b"]}, "events[0]"),
         ({"events": ["e", "**"]}, "events[1]"),
         ({"events": ["e" * 65]}, "events[0]"),
+        ({"events": ["e" * 64 + "*"]}, "events[0]"),
         ({"active": "yes"}, "active"),
         ({"active": 1}, "active"),
         ({"sslVerificationRequired": "no"}, "sslVerificationRequired"),
@@ -814,6 +823,27 @@ def test_null_takes_credentials_headers_and_filters_away():
 
 def test_what_is_shown_can_be_sent_back_and_changes_nothing():
     assert read_webhook(FULL, **FULL.shown()) == FULL
+
+
+@pytest.mark.parametrize("password", [{}, {"password": "********"}])
+def test_a_password_left_out_or_masked_stays(password):
+    webhook = read_webhook(FULL, credentials={"username": "v"} | password)
+
+    assert webhook.credentials == {"username": "v", "password": "p"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    """Connection Content-Length Expect Host Keep-Alive Proxy-Authenticate
+    Proxy-Authorization Proxy-Connection TE Trailer Transfer-Encoding Upgrade webhook-id
+    webhook-signature webhook-timestamp X-Attempt X-Event-Key X-Hub-Signature
+    X-Hub-Signature-256 X-Request-Id""".split(),
+)
+def test_headers_of_the_connection_or_of_webhookd_cannot_be_set(name):
+    with pytest.raises(webhookd.Invalid) as refused:
+        read_webhook(headers={name: "x"})
+
+    assert [fault.context for fault in refused.value.faults] == [f"headers.{name}"]
 
 
 def test_configuration_is_merged_and_null_removes_a_key():
@@ -1049,6 +1079,7 @@ def test_waits_follow_the_schedule_and_never_fall_below_it(
         ("-5", 0),
         (None, 0),
         ("Tue, 99 Nov 2023 22:14:20 GMT", 0),
+        ("Tue, 14 Nov 99999999999999999999 22:14:20 GMT", 0),
     ],
 )
 def test_retry_after_is_seconds_or_a_date(text, seconds):
@@ -1091,6 +1122,38 @@ def test_a_probe_ahead_of_its_time_does_not_use_the_schedule_up():
 
     assert (early.step, early.next_attempt) == (1, 9_000_000)
     assert (in_time.step, in_time.next_attempt) == (2, 1_000_000 + 300_000)
+
+
+def settled_failure(due, health, jitter=1.0, **fields):
+    attempt = failed_attempt(**fields)
+    return webhookd.settlement(due, attempt, health, webhookd.Settings(), jitter)
+
+
+def test_a_probe_ahead_of_its_time_waits_as_long_as_it_is_asked_to():
+    ahead = due_delivery(next_attempt=9_000_000)
+    asked = {"status": 503, "retry_after": "20000"}
+    settled = settled_failure(ahead, webhookd.Health(5), **asked)
+    longest = settled_failure(
+        ahead, webhookd.Health(5), **asked | {"retry_after": "1" * 9}
+    )
+
+    assert settled.next_attempt == 1_000_000 + 20_000_000
+    assert longest.next_attempt == 1_000_000 + webhookd.DAY_MS
+
+
+def test_a_pause_varies_as_every_wait():
+    until = [
+        settled_failure(due_delivery(), webhookd.Health(4), jitter).health.paused_until
+        for jitter in (0.9, 1.1)
+    ]
+
+    assert until == [1_000_000 + 9_000, 1_000_000 + 11_000]
+
+
+def test_what_was_in_flight_when_its_webhook_was_disabled_is_not_given_up():
+    disabled = webhookd.Health(9, 1, None, "gone", disabled=True)
+
+    assert settled_failure(due_delivery(), disabled).state == "pending"
 
 
 def test_failing_for_too_long_disables():
@@ -1194,14 +1257,24 @@ def test_allowed_networks_hold_for_the_ipv4_address_inside_too(address):
         ("127.0.0.1", "0.0.0.0"),
         ("0.0.0.0", "127.0.0.1"),
         ("0.0.0.0", "127.0.0.9"),
+        ("::1", "::"),
     ],
 )
 def test_webhookd_itself_is_refused_even_in_an_allowed_network(own, address):
-    destinations = webhookd.Destinations(webhookd.networks("0.0.0.0/0"), (own, 8090))
+    everything = webhookd.networks("0.0.0.0/0,::/0")
+    destinations = webhookd.Destinations(everything, (own, 8090))
 
     destinations.check(address, 8091)
     with pytest.raises(webhookd.AddressRefused, match="webhookd itself"):
         destinations.check(address, 8090)
+
+
+def test_a_zone_id_is_refused_even_in_an_allowed_network():
+    destinations = webhookd.Destinations(webhookd.networks("fe80::/10"))
+
+    destinations.check("fe80::1", 80)
+    with pytest.raises(webhookd.AddressRefused, match="has a zone id"):
+        destinations.check("fe80::1%eth0", 80)
 
 
 @pytest.mark.parametrize("host", ["127.1", "0x7f000001", "2130706433", "localhost"])
@@ -1212,6 +1285,28 @@ def test_names_and_odd_spellings_are_judged_by_what_they_resolve_to(host):
 
 def test_a_name_that_does_not_resolve_passes_the_check_of_its_url():
     webhookd.Destinations(()).check_url("http://name.invalid/")
+
+
+def test_a_name_is_looked_up_anew_for_each_connection():
+    destinations = webhookd.Destinations(())
+    first = destinations.lookup("localhost")
+    first.result()
+
+    assert destinations.lookup("localhost") is not first
+
+
+def being_looked_up(destinations, host, *addresses):
+    """Let a name have these addresses, as if they had just been found."""
+    destinations._lookups[host] = concurrent.futures.Future()
+    destinations._lookups[host].set_result(list(addresses))
+
+
+@pytest.mark.parametrize("addresses", [["127.0.0.1", "10.0.0.1"], ["10.0.0.1"]])
+def test_a_name_is_refused_if_one_of_its_addresses_is(destinations, addresses):
+    being_looked_up(destinations, "several.example", *addresses)
+
+    with pytest.raises(webhookd.AddressRefused, match="10.0.0.1 is not a public"):
+        destinations.check_url("http://several.example/")
 
 
 @pytest.mark.parametrize(
@@ -1332,6 +1427,8 @@ def test_a_response_is_read_to_64_kib():
     response = parse(OK + b"Content-Length: 9999999\r\n\r\n", *[b"x" * 9000] * 8)
 
     assert (response.head.status, response.reusable) == (200, False)
+    at_once = parse(OK + b"Content-Length: 9999999\r\n\r\n" + b"x" * 72_000)
+    assert len(at_once.body) == len(response.body) < 64 << 10
 
 
 @pytest.mark.parametrize(
@@ -1455,6 +1552,24 @@ def test_secrets_that_a_receiver_sends_back_are_masked(attempt, receiver):
 
 
 @pytest.mark.parametrize(
+    "login, fields, echo",
+    [
+        ("", {"secret": "new", "previous_secret": "old-secret"}, b"old-secret"),
+        ("the-token@", {}, b"the-token"),
+        ("", {"secret": "long-secret", "headers": {"X-A": "long"}}, b"long-secret"),
+    ],
+)
+def test_every_kind_of_secret_is_masked_as_a_whole(
+    attempt, receiver, login, fields, echo
+):
+    receiver.answers(200, {}, echo)
+
+    made = attempt(receiver.url.replace("//", f"//{login}"), **fields)
+
+    assert made.response_body == webhookd.MASK
+
+
+@pytest.mark.parametrize(
     "raw, description",
     [
         (b"", "the receiver closed the connection without an answer"),
@@ -1494,6 +1609,27 @@ def test_a_refused_address_is_an_error_in_words(attempt):
 
     assert (made.outcome, made.duration < 1000) == ("ERROR", True)
     assert "--allow-networks 10.0.0.0/8" in made.description
+
+
+def test_an_attempt_is_refused_if_one_address_of_its_name_is(
+    attempt, receiver, destinations
+):
+    being_looked_up(destinations, "several.example", "127.0.0.1", "10.0.0.1")
+
+    made = attempt(receiver.url.replace("127.0.0.1", "several.example"))
+
+    assert made.description.startswith("10.0.0.1 is not a public address")
+    assert receiver.received == []
+
+
+def test_where_one_address_of_a_name_refuses_the_next_is_tried(
+    attempt, receiver, destinations
+):
+    being_looked_up(destinations, "several.example", "127.0.0.2", "127.0.0.1")
+
+    made = attempt(receiver.url.replace("127.0.0.1", "several.example"))
+
+    assert made.outcome == "SUCCESS"
 
 
 def test_a_receiver_that_never_answers_is_given_up_in_time(attempt, receiver):
@@ -1786,10 +1922,11 @@ def test_a_second_store_on_the_same_file_is_refused(store):
 def test_a_database_of_a_newer_version_is_refused_and_left_alone(tmp_path):
     path = str(tmp_path / "newer.db")
     with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA user_version = 99")
+        newer = len(webhookd.MIGRATIONS) + 1
+        connection.execute(f"PRAGMA user_version = {newer}")
 
     with (
-        pytest.raises(webhookd.DatabaseError, match="version 99"),
+        pytest.raises(webhookd.DatabaseError, match=f"version {newer}"),
         webhookd.Store(path),
     ):
         pass
@@ -1840,6 +1977,12 @@ def test_a_database_of_another_program_is_refused_and_left_alone(tmp_path):
     assert tables == [("theirs",)]
 
 
+def test_each_commit_is_on_the_disk_before_it_is_acknowledged(store):
+    full = store.write(lambda connection: connection.row("PRAGMA synchronous"))
+
+    assert full == (2,)
+
+
 def test_the_file_is_for_its_owner_only(store):
     assert os.stat(store._path).st_mode & 0o077 == 0
 
@@ -1884,6 +2027,46 @@ def test_finished_deliveries_are_kept_as_long_as_is_set(
     assert count(store, "attempts") == 0
     counts = store.statistics(webhook.id, (), clock.ms)["counts"]
     assert counts["successes"] == 700
+
+
+def test_the_statistics_of_a_deleted_webhook_are_gone(store):
+    webhook = add_webhook(store)
+    publish(store)
+    settle(store, due_deliveries(store, webhook)[0])
+    assert count(store, "statistics") == 1
+
+    store.delete_webhook(webhook.id)
+
+    assert count(store, "statistics") == 0
+
+
+def test_an_attempt_is_counted_for_30_days_to_the_hour(store, clock):
+    webhook = add_webhook(store)
+    publish(store, now_ms=clock.ms)
+    store.settle(settled(due_deliveries(store, webhook, clock.ms)[0], clock))
+    store.flush()
+
+    clock.advance(30 * 86400 - 3600)
+
+    counts = store.statistics(webhook.id, (), clock.ms)["counts"]
+    assert counts["window"]["start"] == clock.ms - 30 * webhookd.DAY_MS
+    assert counts["successes"] == 1
+
+
+def test_the_latest_attempt_is_known_as_long_as_it_is_kept(
+    store, dispatcher, settings, clock
+):
+    long = dataclasses.replace(settings, retention=90 * 86400.0)
+    upkeep = webhookd.Upkeep(store, dispatcher, long, clock, clock)
+    webhook = add_webhook(store)
+    publish(store, now_ms=clock.ms)
+    store.settle(settled(due_deliveries(store, webhook, clock.ms)[0], clock))
+    store.flush()
+
+    clock.advance(60 * 86400)
+    upkeep.run_once()
+
+    assert store.latest(webhook.id, webhookd.Filter())["result"]["outcome"] == "SUCCESS"
 
 
 def pass_time(upkeep, clock, seconds):
@@ -1955,7 +2138,7 @@ def test_a_deleted_webhook_with_many_deliveries_is_gone_at_once_and_swept_later(
     store, upkeep
 ):
     webhook = add_webhook(store)
-    [event, *_] = publish(store, *[new_event()] * 1200)
+    [*_, event] = publish(store, *[new_event()] * 1200)
     [due, *_] = reversed(due_deliveries(store, webhook))
 
     store.delete_webhook(webhook.id)
@@ -2026,6 +2209,16 @@ def test_two_replays_at_once_make_one_delivery(store):
 
     assert in_one_commit(store, *replay) == [1, 0]
     assert len(due_deliveries(store, webhook)) == 1
+
+
+def test_an_event_beside_the_deletion_of_its_webhook_leaves_no_delivery(store):
+    webhook = add_webhook(store)
+
+    [event], _ = in_one_commit(
+        store, lambda: publish(store), lambda: store.delete_webhook(webhook.id)
+    )
+
+    assert (event.delivery_count, count(store, "deliveries")) == (0, 0)
 
 
 def test_a_replay_and_the_deletion_of_its_event_leave_nothing(store):
@@ -2220,6 +2413,19 @@ def test_connections_are_kept_alive_and_few(api, receiver, dispatcher):
     assert len({request.connection for request in receiver.received}) <= 8
 
 
+def test_no_more_connections_are_kept_than_are_allowed(
+    api, receiver, store, destinations, one_by_one, clock, monkeypatch
+):
+    monkeypatch.setattr(webhookd, "MAX_IDLE_CONNECTIONS", 0)
+    client = webhookd.Client(destinations, 5.0)
+    api.create(receiver.url)
+    publish_numbers(api, *range(3))
+
+    webhookd.Dispatcher(store, client, one_by_one, clock).run_until_idle()
+
+    assert len({request.connection for request in receiver.received}) == 3
+
+
 def test_a_connection_that_the_receiver_closed_is_replaced(api, dispatcher):
     with socket.create_server(("127.0.0.1", 0)) as server:
         answering = threading.Thread(target=answer_and_close_silently, args=(server, 3))
@@ -2242,6 +2448,71 @@ def answer_and_close_silently(server, times):
         with connection:
             connection.recv(65536)
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+
+OK_AND_NO_BODY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+
+
+def test_a_connection_that_speaks_unasked_is_closed(api, dispatcher):
+    with socket.create_server(("127.0.0.1", 0)) as server, dispatcher:
+        webhook = api.create(f"http://127.0.0.1:{server.getsockname()[1]}/")
+        api.publish()
+        connection, _ = server.accept()
+        with connection:
+            connection.settimeout(10)
+            connection.recv(65536)
+            connection.sendall(OK_AND_NO_BODY)
+            wait_until(lambda: api.deliveries(webhook)[0]["state"] == "succeeded")
+
+            connection.sendall(OK_AND_NO_BODY)
+
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+
+
+def test_a_request_whose_answer_has_begun_is_not_sent_again(
+    api, store, destinations, one_by_one, clock
+):
+    client = webhookd.Client(destinations, 5.0)
+    dispatcher = webhookd.Dispatcher(store, client, one_by_one, clock)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answering = threading.Thread(target=answer_one_and_a_half, args=(server,))
+        answering.start()
+        webhook = api.create(f"http://127.0.0.1:{server.getsockname()[1]}/")
+        publish_numbers(api, 1, 2)
+
+        dispatcher.run_until_idle()
+
+        answering.join()
+    assert [delivery["description"] for delivery in api.deliveries(webhook)] == [
+        "the receiver closed the connection in the middle of its answer",
+        "200",
+    ]
+
+
+def answer_one_and_a_half(server):
+    """Answer twice on one connection, and close it in the middle of the second."""
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(65536)
+        connection.sendall(OK_AND_NO_BODY)
+        connection.recv(65536)
+        connection.sendall(OK_AND_NO_BODY[:20])
+
+
+def test_who_verifies_does_not_share_a_connection_with_who_does_not(
+    api, dispatcher, tls_receiver
+):
+    careless = api.create(tls_receiver.url, "first", sslVerificationRequired=False)
+    careful = api.create(tls_receiver.url, "second")
+    with dispatcher:
+        api.publish("first")
+        wait_until(lambda: api.deliveries(careless)[0]["outcome"])
+        api.publish("second")
+        wait_until(lambda: api.deliveries(careful)[0]["outcome"])
+
+    assert api.deliveries(careless)[0]["outcome"] == "SUCCESS"
+    assert api.deliveries(careful)[0]["outcome"] == "ERROR"
 
 
 def test_an_inactive_webhook_gets_nothing_new_and_what_it_has_waits(
@@ -2319,6 +2590,20 @@ def test_a_webhook_that_fails_is_tried_one_at_a_time(api, receiver, dispatcher):
     dispatcher.run_until_idle()
 
     assert lane.width == 1
+
+
+def test_no_more_attempts_are_in_flight_than_are_allowed():
+    turns = webhookd.Turns(2)
+    lanes = [webhookd.Lane(id, webhookd.HEALTHY) for id in range(3)]
+    for lane in lanes:
+        lane.proven = True
+        turns.wait(lane)
+
+    assert [turns.next(), turns.begin(lanes[0])] == [lanes[0], False]
+    assert [turns.next(), turns.begin(lanes[1])] == [lanes[1], False]
+    assert turns.next() is None
+    turns.end(lanes[0], False)
+    assert turns.next() is lanes[2]
 
 
 def test_receivers_that_hang_leave_room_for_those_that_work(
@@ -2522,6 +2807,18 @@ def test_activating_a_paused_webhook_starts_clean(api, receiver, wall):
     assert api.get_webhook(webhook)["health"]["state"] == "healthy"
 
 
+def test_a_new_url_starts_clean(api, receiver, wall):
+    receiver.answers(500, times=5)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, *range(5))
+    assert len(wall(0)) == 5
+
+    api.put_json(f"{WEBHOOKS}/1", {"url": receiver.url + "/new"})
+
+    assert api.get_webhook(webhook)["health"]["state"] == "healthy"
+    assert sorted(wall(0)) == [0, 1, 2, 3, 4]
+
+
 def test_410_disables_a_webhook_and_tells_who_wants_to_know(
     api, receiver, dispatcher, clock, caplog
 ):
@@ -2679,6 +2976,26 @@ def test_after_a_change_the_old_secret_signs_for_a_day_too(api, receiver, wall):
     assert "old" not in api.get_webhook(webhook)["configuration"].values()
 
 
+def test_a_change_of_something_else_leaves_the_signatures_alone(api, receiver, wall):
+    api.create(receiver.url, configuration={"secret": "old"})
+
+    def signers_after(**fields):
+        api.put_json(f"{WEBHOOKS}/1", fields)
+        publish_numbers(api, 0)
+        wall(0)
+        headers, body = receiver.received[-1].headers, receiver.received[-1].body
+        id, time = headers["webhook-id"], int(headers["webhook-timestamp"])
+        signatures = headers["webhook-signature"].split(" ")
+        of = functools.partial(
+            webhookd.standard_signature, id=id, seconds=time, body=body
+        )
+        return [{of("old"): "old", of("new"): "new"}[s] for s in signatures]
+
+    assert signers_after(name="other") == ["old"]
+    assert signers_after(configuration={"secret": "new"}) == ["new", "old"]
+    assert signers_after(name="another") == ["new", "old"]
+
+
 def test_nothing_is_started_while_the_database_cannot_be_written(
     api, receiver, dispatcher, store
 ):
@@ -2828,6 +3145,15 @@ def test_the_admins_password_is_set_at_every_start(store):
     assert webhookd.matches("second", admin.record)
     webhookd.ensure_admin(store, "second")
     assert webhookd.load_users(store.reader()) == [admin]
+
+
+def test_the_admin_is_an_admin_whatever_it_was_before(store):
+    viewer = webhookd.User("admin", "viewer", webhookd.password_record("pw"))
+    store.write(lambda connection: webhookd.save_user(connection, viewer))
+
+    webhookd.ensure_admin(store, "pw")
+
+    assert [user.role for user in webhookd.load_users(store.reader())] == ["admin"]
 
 
 @pytest.mark.parametrize("name", ["", " ", "a:b", "a\nb", "n" * 101])
@@ -3430,6 +3756,20 @@ def test_a_test_without_an_answer_says_why(api, closed_url):
     assert answer.json["error"] == "connection refused"
 
 
+def test_tests_leave_room_for_other_requests(api, receiver):
+    receiver.hold.clear()
+    path, limit = f"{WEBHOOKS}/test?url={receiver.url}", webhookd.MAX_TESTS
+    with concurrent.futures.ThreadPoolExecutor(limit) as pool:
+        tests = [pool.submit(api.post, path) for _ in range(limit)]
+        wait_until(lambda: len(receiver.received) == limit)
+        refused = api.post(path)
+        receiver.hold.set()
+
+    assert (refused.status_int, "Retry-After" in refused.headers) == (429, True)
+    assert [test.result().status_int for test in tests] == [200] * limit
+    assert api.post(path).status_int == 200
+
+
 @pytest.mark.parametrize(
     "query, status, field",
     [
@@ -3727,6 +4067,8 @@ def test_a_redelivery_starts_at_once_with_a_fresh_schedule(api, receiver, wall):
     assert [r.headers["X-Attempt"] for r in receiver.received] == list("12345")
     assert len({r.headers["X-Request-Id"] for r in receiver.received}) == 1
     assert api.post("/rest/api/deliveries/no-such/redeliver").status_int == 404
+    capitals = api.get(f"/rest/api/deliveries/{failed['id'].upper()}")
+    assert capitals.json["id"] == failed["id"]
 
 
 def test_redelivering_one_ends_the_pause(api, receiver, wall):
@@ -4551,7 +4893,8 @@ def every_page(browser):
             paths += [link["href"] for link in links]
     found["test"] = press(found["/webhooks/1"], "Test")
     found["ask"] = press(found["/webhooks/1"], "Delete")
-    found["fault"] = fill_in(found["/webhooks/new"], name=HOSTILE)
+    hostile = {"name": HOSTILE, "events": "</textarea>" + HOSTILE}
+    found["fault"] = fill_in(found["/webhooks/new"], **hostile)
     return found
 
 
@@ -5006,6 +5349,29 @@ def test_users_that_come_and_go_are_logged(tmp_path):
     assert re.search(r" user added name=app role=publisher by=\w+\n", added.stderr)
     assert re.search(r" user removed name=app by=\w+\n", removed.stderr)
     assert added.stdout.strip() not in added.stderr
+
+
+def test_a_subcommand_does_not_mind_what_only_the_service_needs(tmp_path):
+    on_it = ["--database", str(tmp_path / "test.db")]
+    wrong = os.environ | {"WEBHOOKD_RETENTION": "for ever"}
+
+    added = run("user", "add", "app", "--role", "viewer", *on_it, env=wrong)
+
+    assert added.returncode == 0, added.stderr
+
+
+def test_systemd_is_told_of_start_progress_and_stop(daemon, tmp_path):
+    name = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(name)
+        listener.settimeout(20)
+        daemon.start(NOTIFY_SOCKET=name)
+        told = [listener.recv(100), listener.recv(100)]
+        daemon.end(signal.SIGTERM)
+        while told[-1] != b"STOPPING=1":
+            told.append(listener.recv(100))
+
+    assert set(told) == {b"READY=1", b"WATCHDOG=1", b"STOPPING=1"}
 
 
 def test_start_migration_and_stop_are_logged_each_on_a_line(daemon):
