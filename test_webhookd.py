@@ -2111,6 +2111,26 @@ def test_past_its_size_the_database_lets_the_oldest_go_and_then_takes_nothing_mo
     assert publish(store)
 
 
+def test_past_its_size_the_database_lets_no_more_go_than_it_has_to(
+    store, dispatcher, settings, clock
+):
+    webhook = add_webhook(store)
+    for _ in range(2):
+        publish(store, *[new_event(body=b"x" * 4000)] * 750, now_ms=clock.ms)
+    while due := store.due(webhook, clock.ms, set(), 1000)[0]:
+        for delivery in due:
+            store.settle(settled(delivery, clock))
+        store.flush()
+    small = dataclasses.replace(settings, max_database_size=store.size_bytes() - 1)
+
+    webhookd.Upkeep(store, dispatcher, small, clock).run_once()
+
+    # one step: the oldest deliveries, and with them their events and payloads
+    kept = 1500 - webhookd.ROWS_PER_STEP
+    assert count(store, "deliveries") == count(store, "events") == kept
+    assert count(store, "payloads") == kept
+
+
 def test_free_space_is_given_back_to_the_file_system(store, upkeep, clock):
     publish(store, *[new_event(body=b"x" * 100_000)] * 100, now_ms=clock.ms)
     store._empty_log()

@@ -2646,7 +2646,9 @@ class Batch:
         """Delete `table WHERE column` IN the ids, on a condition; whom it met, by id."""
         gone = []
         for chunk in chunks(ids):
-            sql = f"DELETE FROM {rows} IN {marks(chunk)} AND {condition} RETURNING rowid"
+            sql = (
+                f"DELETE FROM {rows} IN {marks(chunk)} AND {condition} RETURNING rowid"
+            )
             gone += self.connection.column(sql, *chunk)
         return gone
 
@@ -2660,6 +2662,13 @@ class Batch:
         """Delete those deliveries that meet a condition; the ids of their attempts."""
         gone = self._delete("deliveries WHERE id", ids, condition)
         return self._delete("attempts WHERE delivery_id", gone)
+
+    def delete_history(self, ids: list[int], condition: str) -> None:
+        """Delete those deliveries that meet a condition, and what events that bares."""
+        sql = f"SELECT DISTINCT event_id FROM deliveries WHERE id IN {marks(ids)}"
+        events = self.connection.column(sql, *ids)
+        self.delete_deliveries(ids, condition)
+        self.delete_events(events, BARE)
 
     def delete_deliveries_of(self, webhook_id: int) -> int:
         """Delete a step of a webhook's deliveries; how many."""
@@ -3023,11 +3032,9 @@ class Store:
                     yield
 
     def prune(self, before_ms: int) -> Steps:
-        """Delete the finished deliveries, and then the events without deliveries, that
-        were made before a moment; the oldest first."""
-        yield from self._prune(
-            "deliveries", FINISHED, before_ms, Batch.delete_deliveries
-        )
+        """Delete the finished deliveries, and the events without deliveries, that were
+        made before a moment; the oldest first, and an event with its last delivery."""
+        yield from self._prune("deliveries", FINISHED, before_ms, Batch.delete_history)
         yield from self._prune("events", BARE, before_ms, Batch.delete_events)
 
     def _prune(self, table, condition, before_ms, delete):
