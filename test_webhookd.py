@@ -891,7 +891,7 @@ def test_filters_compare_the_values_at_their_paths(filters, expected):
         '{"event":"e","space":{"key":"DEV"},"none":null,"id":1,"yes":true,"half":5e-1}'
     )
 
-    assert webhookd.wants(webhookd.Webhook(filters=filters), event) is expected
+    assert webhookd.wants(webhookd.Webhook(filters=filters), event.fields) is expected
 
 
 @pytest.mark.parametrize(
@@ -1977,6 +1977,20 @@ def test_a_database_of_another_program_is_refused_and_left_alone(tmp_path):
     assert tables == [("theirs",)]
 
 
+def test_the_latest_attempt_that_is_left_is_the_latest(store):
+    webhook = add_webhook(store, "a", "b")
+    publish(store, new_event("a"), now_ms=1000)
+    publish(store, new_event("b"), now_ms=2000)
+    first, second = store.due(webhook, 5000, set(), 10)[0]
+    for due in (second, first):
+        settle(store, due)
+        store.flush()
+
+    store.write_batch(webhookd.Batch.delete_deliveries, [first.number])
+
+    assert store.latest(webhook.id, webhookd.Filter())["id"] == second.id
+
+
 def test_each_commit_is_on_the_disk_before_it_is_acknowledged(store):
     full = store.write(lambda connection: connection.row("PRAGMA synchronous"))
 
@@ -2111,6 +2125,25 @@ def test_past_its_size_the_database_lets_the_oldest_go_and_then_takes_nothing_mo
     assert publish(store)
 
 
+def test_what_a_webhook_has_that_upkeep_does_not_know_yet_stays(store):
+    webhook = add_webhook(store)
+    publish(store)
+
+    deleted = store.write_batch(webhookd.Batch.delete_deliveries_of, webhook.id)
+
+    assert (deleted, count(store, "deliveries")) == (0, 1)
+
+
+def test_what_a_wrong_clock_made_does_not_keep_the_rest(store, upkeep, clock):
+    publish(store, now_ms=clock.ms + 10**9)
+    publish(store, *[new_event()] * 1000, now_ms=clock.ms)
+    clock.advance(40 * 86400)
+
+    upkeep.run_once()
+
+    assert count(store, "events") == 1
+
+
 def test_past_its_size_the_database_lets_no_more_go_than_it_has_to(
     store, dispatcher, settings, clock
 ):
@@ -2133,11 +2166,11 @@ def test_past_its_size_the_database_lets_no_more_go_than_it_has_to(
 
 def test_free_space_is_given_back_to_the_file_system(store, upkeep, clock):
     publish(store, *[new_event(body=b"x" * 100_000)] * 100, now_ms=clock.ms)
-    store._empty_log()
+    store.empty_log()
     before = os.stat(store._path).st_size
 
     pass_time(upkeep, clock, 31 * 86400)
-    store._empty_log()
+    store.empty_log()
 
     assert os.stat(store._path).st_size < before / 5
 
@@ -2825,6 +2858,64 @@ def test_activating_a_paused_webhook_starts_clean(api, receiver, wall):
     # those that failed before need not wait for their retry
     assert sorted(wall(0)) == [0, 1, 2, 3, 4, 5, 6, 7]
     assert api.get_webhook(webhook)["health"]["state"] == "healthy"
+
+
+def test_what_changes_nothing_of_it_leaves_the_failures(api, receiver, wall):
+    receiver.answers(500)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, 1)
+    wall(0)
+
+    for fields in ({"url": receiver.url, "name": "new"}, {"active": False}):
+        api.put_json(f"{WEBHOOKS}/1", fields)
+
+    assert api.get_webhook(webhook)["health"]["consecutiveFailures"] == 1
+
+
+def test_a_change_during_an_attempt_does_not_hide_that_it_is_gone(
+    api, receiver, store, destinations, settings, clock
+):
+    receiver.answers(410)
+    receiver.hold.clear()
+    webhook = api.create(receiver.url)
+    api.publish()
+    client = webhookd.Client(destinations, 5.0)
+    with webhookd.Dispatcher(store, client, settings, clock):
+        wait_until(lambda: receiver.received)
+        clock.advance(1)
+        api.put_json(f"{WEBHOOKS}/1", {"name": "new"})
+        receiver.hold.set()
+    store.flush()
+
+    assert api.get_webhook(webhook)["health"]["state"] == "disabled"
+
+
+def test_retries_and_a_rate_limit_keep_few_alarms(api, receiver, wall, dispatcher):
+    receiver.answers(503, {"Retry-After": "80000"}, times=1)
+    api.create(receiver.url, rateLimit=1)
+
+    for number in range(20):
+        publish_numbers(api, number, -number)
+        wall(1.1), wall(1.1)
+
+    assert len(receiver.received) == 40
+    assert len(dispatcher._alarms) < 5
+
+
+def test_those_that_come_last_have_a_turn_now_and_then():
+    turns = webhookd.Turns(8)
+    lanes = [webhookd.Lane(number, webhookd.HEALTHY) for number in range(10)]
+    for lane in lanes[1:]:
+        lane.proven = True
+    for lane in lanes:
+        turns.wait(lane)
+
+    served = []
+    for _ in range(100):
+        served.append(turns.next())
+        turns.wait(served[-1])
+
+    assert lanes[0] in served
 
 
 def test_a_new_url_starts_clean(api, receiver, wall):

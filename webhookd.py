@@ -51,7 +51,6 @@ import ctypes
 import dataclasses
 import datetime
 import email.utils
-import errno
 import fcntl
 import functools
 import getpass
@@ -1004,6 +1003,7 @@ def strings(value: object, allowed: tuple[str, ...] = ()) -> tuple[str, ...]:
     several = value if isinstance(value, list) else [value]
     are_strings = all(isinstance(item, str) for item in several)
     require(are_strings, "must be a string or a list of strings")
+    at_most(100, several)
     are_allowed = not allowed or set(several) <= set(allowed)
     require(are_allowed, f"must be one of {', '.join(allowed)}")
     return tuple(several)
@@ -1124,10 +1124,10 @@ def _field_at(fields, path):
     return fields.value if isinstance(fields, JsonNumber) else fields
 
 
-def wants(webhook: Webhook, event: NewEvent) -> bool:
-    """Whether the event passes the webhook's filters."""
+def wants(webhook: Webhook, fields: dict) -> bool:
+    """Whether an event of these fields passes the webhook's filters."""
     return all(
-        _accepts(accepted, _field_at(event.fields, path))
+        _accepts(accepted, _field_at(fields, path))
         for path, accepted in webhook.filters.items()
     )
 
@@ -1330,6 +1330,7 @@ class Settlement(typing.NamedTuple):
     next_attempt: int | None  # milliseconds; None unless pending
     step: int
     health: Health
+    before: Health = HEALTHY  # what it builds on
     recovered: bool = False  # a probe succeeded: all that waits is due at once
 
 
@@ -1410,8 +1411,8 @@ def settlement(
     """What becomes of a delivery and its webhook's health after an attempt."""
     after = health_after(health, attempt, settings, jitter)
     if attempt.outcome == SUCCESS:
-        recovered = bool(health.paused_until)
-        return Settlement(due, attempt, SUCCEEDED, None, due.step, after, recovered)
+        settled = due, attempt, SUCCEEDED, None, due.step, after, health
+        return Settlement(*settled, recovered=bool(health.paused_until))
     finish = attempt.start + attempt.duration
     asked = attempt.retry_after if attempt.status in (429, 503) else None
     retry_after = retry_after_seconds(asked, finish)
@@ -1422,8 +1423,9 @@ def settlement(
         step = due.step + 1
         wait = next_wait(step, settings.retry_schedule, retry_after, jitter)
     if wait is None or after.disabled and not health.disabled:
-        return Settlement(due, attempt, FAILED, None, step, after)
-    return Settlement(due, attempt, PENDING, finish + round(wait * 1000), step, after)
+        return Settlement(due, attempt, FAILED, None, step, after, health)
+    next_attempt = finish + round(wait * 1000)
+    return Settlement(due, attempt, PENDING, next_attempt, step, after, health)
 
 
 # ======================================================================================
@@ -1491,7 +1493,7 @@ def _is_ip(host):
 
 
 class UnknownHost(OSError):
-    """A name that has no address."""
+    """A name whose address is not known; the text says why."""
 
 
 def _is_local(address):
@@ -1559,12 +1561,13 @@ class Destinations:
             if host in self._lookups:
                 return self._lookups[host]
             if len(self._lookups) >= MAX_LOOKUPS:
-                raise OSError(errno.EAGAIN, "too many names are being looked up")
+                raise UnknownHost("too many names are being looked up")
+            # a daemon: a resolver that hangs must not keep the process from stopping
+            looking = threading.Thread(
+                target=self._look_up, args=(host, future), name="lookup", daemon=True
+            )
+            looking.start()  # it waits for the lock before it ends
             self._lookups[host] = future
-        # a daemon: a resolver that hangs must not keep the process from stopping
-        threading.Thread(
-            target=self._look_up, args=(host, future), name="lookup", daemon=True
-        ).start()
         return future
 
     def _look_up(self, host, future):
@@ -1614,7 +1617,7 @@ class Head(typing.NamedTuple):
         return self.fields.get(name, (name, None))[1]
 
 
-@functools.lru_cache(1024)  # a receiver's heads are alike, but for the second in Date
+@functools.lru_cache(64)  # a receiver's heads are alike, but for the second in Date
 def parse_head(head: bytes) -> Head:
     """The head of a response, strictly read (RFC 9112); raises ProtocolError."""
     first, _, lines = head.decode("latin-1").partition("\r\n")
@@ -1815,6 +1818,7 @@ class Exchange:
         self.place, self.verify_tls, self._request = place, verify_tls, request
         self._connection: Connection | None = None
         self._connecting: asyncio.Task | None = None
+        self._is_reused = False  # the connection
         self._response = Response()
 
     def start(self) -> None:
@@ -2365,7 +2369,9 @@ class Webhooks:
         for id, webhook in self._wildcard.items():
             if webhook.subscribed(event.name):
                 wanted[id] = webhook
-        return sorted(id for id, webhook in wanted.items() if wants(webhook, event))
+        return sorted(
+            id for id, webhook in wanted.items() if wants(webhook, event.fields)
+        )
 
 
 HEALTH_COLUMNS = "failures, failing_since, paused_until, reason, disabled"
@@ -2489,7 +2495,7 @@ class Batch:
         if settled.recovered:
             self._end_waits(webhook.id)
         before, after = self._health_of(webhook.id), settled.health
-        if before == HEALTHY and settled.attempt.start < webhook.updated:
+        if before == HEALTHY != settled.before:
             return  # it was activated meanwhile, and starts clean
         if after != before:
             self.changed_health[webhook.id] = after
@@ -2671,7 +2677,9 @@ class Batch:
         self.delete_events(events, BARE)
 
     def delete_deliveries_of(self, webhook_id: int) -> int:
-        """Delete a step of a webhook's deliveries; how many."""
+        """Delete a step of a deleted webhook's deliveries; how many."""
+        if webhook_id in self.webhooks.by_id:  # new, and not yet known to who asks
+            return 0
         sql = f"SELECT id FROM deliveries WHERE webhook_id = ? LIMIT {ROWS_PER_STEP}"
         ids = self.connection.column(sql, webhook_id)
         self.delete_deliveries(ids)
@@ -2770,13 +2778,6 @@ def delivery_tests(webhook_id: int, wanted: Filter) -> dict[str, object]:
     return tests | {"outcome IN": wanted.outcomes} | event_tests(wanted, "created")
 
 
-def webhook_wants(webhook: Webhook, event: str, body: bytes) -> bool:
-    """Whether a stored event is one for this webhook."""
-    fields = json_value(body, _decode_event) if webhook.filters else {}
-    stored = NewEvent(event, 0, body, fields)
-    return webhook.subscribed(event) and wants(webhook, stored)
-
-
 class Store:
     """The database. `with` opens and migrates it, runs the writer and closes it.
 
@@ -2785,24 +2786,24 @@ class Store:
 
     def __init__(self, path: str):
         self._path = path
-        self._wakeup = threading.Condition()  # guards the next five
+        self._wakeup = threading.Condition()  # guards the next four
         self._writes: list[Write] = []
         self._settlements: list[Settlement] = []
         self._accepted_count = 0  # of settlements
         self._closing = False
-        self._cleanup = contextlib.ExitStack()  # closes the connections
+        self._cleanup = contextlib.ExitStack()  # closes the connections; see reader
         self._local = threading.local()  # each thread's own reader
-        # the writer alone changes what follows
-        self._committed = lambda due: None
+        self._committed = lambda due: None  # see on_commit
+        # changed by the writer only, as committed: the file is ahead for a moment
         self._ids = {}  # the next ones of each table
-        self.webhooks = Webhooks()  # as committed, as the next three
+        self.webhooks = Webhooks()
         self.health: dict[int, Health] = {}
         self.pending = collections.Counter()  # deliveries that wait, by webhook
         self.settled_count = 0  # of settlements
         self.published_count = 0  # of events, since the start
-        self.full = False  # MAX_DATABASE_SIZE is reached, and nothing can go
         self.problem: str | None = None  # why the last commit failed
         self._committing_since: float | None = None  # time.monotonic()
+        self.full = False  # by upkeep: MAX_DATABASE_SIZE is reached, and nothing can go
 
     def __enter__(self):
         with contextlib.ExitStack() as cleanup:
@@ -2970,6 +2971,7 @@ class Store:
 
     add_webhook = by_writer(Batch.add_webhook)
     delete_webhook = by_writer(Batch.delete_webhook)
+    delete_event = by_writer(Batch.delete_event)
     redeliver = by_writer(Batch.redeliver)
     redeliver_first = by_writer(Batch.redeliver_first)
     replay = by_writer(Batch.replay)
@@ -2979,33 +2981,25 @@ class Store:
         self,
         id: int,
         change: collections.abc.Callable[[Webhook], Webhook],
-        starts_clean: bool = False,
+        activates: bool = False,
     ) -> tuple[Webhook, Webhook]:
         """Replace a webhook by change(it), which no other comes between; both of them.
 
-        starts_clean: forget its failures, and what waits for a retry is due. Raises
-        NotFound."""
+        One that it activates, or leads elsewhere, starts clean. Raises NotFound."""
 
         def work(batch):
             old = batch.webhooks.get(id)
             new = change(old)
             batch.replace_webhook(new)
-            if starts_clean:
+            if activates and new.active or new.url != old.url:
                 batch.start_clean(id)
             return old, new
 
         return self.write_batch(work)
 
-    def delete_event(self, id: int) -> list[int]:
-        """Delete an event and all that is known of it, without a trace in the files.
-
-        Returns the ids of the webhooks that had deliveries of it; raises NotFound."""
-        webhook_ids = self.write_batch(Batch.delete_event, id)
-        self._empty_log()
-        return webhook_ids
-
-    def _empty_log(self):
-        """Move what SQLite's log holds into the database, and cut the log off."""
+    def empty_log(self) -> None:
+        """Move what SQLite's log holds into the database, and cut the log off, so that
+        no trace of what was deleted stays in the files."""
         with contextlib.closing(connect(self._path)) as connection:
             connection.execute("PRAGMA busy_timeout = 50")  # the writer waits as long
             for _ in range(50):
@@ -3044,7 +3038,7 @@ class Store:
             if ids:  # looked at again: one may have been redelivered meanwhile
                 self.write_batch(delete, ids, condition)
             yield
-            if len(old) < len(rows):
+            if not old:
                 return
 
     def prune_rest(self, before_ms: int, now_ms: int) -> None:
@@ -3155,8 +3149,9 @@ class Store:
         return delivery, body.decode(), attempts
 
     def number_of(self, uuid: str) -> int:
-        """The number of a delivery that exists."""
-        return self._row("SELECT id FROM deliveries WHERE uuid = ?", uuid)[0]
+        """The number of a delivery; raises NotFound."""
+        row = self._row("SELECT id FROM deliveries WHERE uuid = ?", uuid)
+        return found(row, f"delivery {uuid}")[0]
 
     def redeliverable(self, webhook_id: int, wanted: Filter) -> IdsInSteps:
         """The numbers of the deliveries that match, in steps, oldest first."""
@@ -3167,9 +3162,16 @@ class Store:
     def missed_events(self, webhook: Webhook, wanted: Filter) -> IdsInSteps:
         """The ids of the events that a webhook wants and has no delivery of, in steps."""
         tests = event_tests(wanted, "timestamp") | {MISSED: webhook.id}
-        events = "events JOIN payloads ON event_id = id"
-        for rows in self._steps("id, event, body", events, tests):
-            yield [id for id, *event in rows if webhook_wants(webhook, *event)]
+        for rows in self._steps("id, event", "events", tests):
+            named = [id for id, name in rows if webhook.subscribed(name)]
+            yield [
+                id for id in named if not webhook.filters or self._passes(webhook, id)
+            ]
+
+    def _passes(self, webhook, event_id):
+        """Whether an event, read by itself because it may be large, passes the filters."""
+        body = self._row("SELECT body FROM payloads WHERE event_id = ?", event_id)
+        return body and wants(webhook, json_value(body[0], _decode_event))
 
     # ---- reading statistics ----
 
@@ -3184,11 +3186,12 @@ class Store:
     ) -> dict | None:
         """The last invocation that matches, as the API shows it, or None."""
         tests = {"webhook_id = ?": webhook_id, "event IN": wanted.events}
-        clause, values = where(tests | {"outcome IN": wanted.outcomes})
+        clause, values = where(tests | {"statistics.outcome IN": wanted.outcomes})
         row = self._row(
             f"SELECT uuid, event, body, {ATTEMPT_COLUMNS} FROM attempts"
             " JOIN deliveries ON deliveries.id = delivery_id JOIN payloads USING (event_id)"
-            f" WHERE attempts.id = (SELECT max(last_attempt) FROM statistics{clause})",
+            " WHERE attempts.id = (SELECT max(attempts.id) FROM statistics"
+            f" JOIN attempts ON attempts.id = last_attempt{clause})",
             *values,
         )
         if row is None:
@@ -3291,7 +3294,8 @@ class Store:
 # ======================================================================================
 
 FOREVER_MS = 1 << 62
-RESERVED_SHARE = 8  # one in so many places is kept for webhooks proven to work
+RESERVED_SHARE = 8  # one place in so many is kept for webhooks proven to work, and one
+# turn in so many is for those that come last otherwise
 WINDOW = 100  # due deliveries of one webhook that are held in memory
 TICK_SECONDS = 1
 UPKEEP_SECONDS = 1
@@ -3323,6 +3327,7 @@ class Lane:
         self.limited_until = 0.0  # milliseconds, by its rateLimit
         self.not_before = 0.0  # milliseconds: nothing is started earlier
         self.alarm: float | None = None  # milliseconds, when it is asked again
+        self.alarms: set[float] = set()  # those set earlier, which still ring
         # since the start, by outcome
         self.attempts = dict.fromkeys(OUTCOMES, 0)
         self.finished = dict.fromkeys(OUTCOMES, 0)  # deliveries
@@ -3360,6 +3365,7 @@ class Turns:
     def __init__(self, most: int):
         self.in_flight = 0  # attempts
         self._doubtful = 0  # of these, to webhooks that are not proven
+        self._turn = 0
         self._most = most
         self._most_doubtful = max(1, most - max(1, most // RESERVED_SHARE))
         self._queues = [collections.deque() for _ in range(4)]
@@ -3376,8 +3382,11 @@ class Turns:
         """The lane whose turn it is, which then waits no longer; None: no place is free."""
         if self.in_flight >= self._most:
             return None
-        allowed = 4 if self._doubtful < self._most_doubtful else 2
-        queue = next(filter(None, self._queues[:allowed]), None)
+        allowed = self._queues[: 4 if self._doubtful < self._most_doubtful else 2]
+        self._turn += 1
+        if self._turn % RESERVED_SHARE == 0:  # so that nobody waits for ever
+            allowed = reversed(allowed)
+        queue = next(filter(None, allowed), None)
         if queue is None:
             return None
         lane = queue.popleft()
@@ -3571,6 +3580,9 @@ class Dispatcher:
                 self._queue(lane)
 
     def _reread(self, webhook_id):
+        if webhook_id not in self._store.webhooks.by_id:
+            self._lanes.pop(webhook_id, None)
+            return
         lane = self._lane(webhook_id)
         lane.reread()
         lane.changed = lane.in_flight > 0
@@ -3588,6 +3600,9 @@ class Dispatcher:
     def _set_alarm(self, lane, when_ms):
         if lane.alarm is None or when_ms < lane.alarm:
             lane.alarm = when_ms
+            if when_ms in lane.alarms:
+                return
+            lane.alarms.add(when_ms)
             heapq.heappush(self._alarms, (when_ms, lane.webhook_id))
             wait_ms = max(0, when_ms - self._clock() * 1000) + 1  # never too early
             self._loop.call_later(wait_ms / 1000, self.step)
@@ -3596,6 +3611,8 @@ class Dispatcher:
         while self._alarms and self._alarms[0][0] <= now_ms:
             when_ms, webhook_id = heapq.heappop(self._alarms)
             lane = self._lanes.get(webhook_id)
+            if lane:
+                lane.alarms.discard(when_ms)
             if lane and lane.alarm == when_ms:  # else an earlier one has replaced it
                 lane.alarm = None
                 lane.backlog = True
@@ -3825,7 +3842,7 @@ class Upkeep:
             self._prune(now_ms)
             every = min(PRUNING_SECONDS, self._settings.retention / 10)
             self._next_pruning = self._clock() + every
-        self._keep_size(now_ms)
+        self._keep_size()
         self._take(self._store.give_back())
 
     def _follow_clock(self):
@@ -3847,9 +3864,9 @@ class Upkeep:
         self._take(self._store.prune(before_ms))
         self._store.prune_rest(before_ms, now_ms)
 
-    def _keep_size(self, now_ms):
+    def _keep_size(self):
         if self._is_too_large():
-            self._take(self._store.prune(now_ms + 1), self._is_too_large)
+            self._take(self._store.prune(FOREVER_MS), self._is_too_large)
         full = self._is_too_large()
         if full != self._store.full:
             words = "database full" if full else "database has room again"
@@ -4268,13 +4285,13 @@ class Api:
         """Change the fields of a webhook that are given; raises NotFound, Invalid."""
         # looking its host up takes time, so the writer reads it again without that
         read_webhook(fields, self._store.webhook(id), self._destinations.check_url)
-        now, starts_clean = self._now_ms(), not {"active", "url"}.isdisjoint(fields)
+        now, activates = self._now_ms(), fields.get("active") is not None
 
         def change(old):
             new = dataclasses.replace(read_webhook(fields, old), updated=now)
             return with_rotated_secret(old, new, now)
 
-        old, webhook = self._store.change_webhook(id, change, starts_clean)
+        old, webhook = self._store.change_webhook(id, change, activates)
         self._dispatcher.reconsider(id)
         names, url = changed_fields(old, webhook), webhook.masked_url
         self._log_change(change_in_words(old, webhook), id=id, fields=names, url=url)
@@ -4472,6 +4489,7 @@ class Api:
     def delete_event(self, id):
         for webhook_id in self._store.delete_event(id):
             self._dispatcher.reconsider(webhook_id)
+        self._store.empty_log()
         self._log_change("event deleted", id=id)
         bottle.response.status = 204
 
