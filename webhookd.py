@@ -3360,7 +3360,7 @@ class Turns:
     """Whose attempt is next, and how many there may be at once.
 
     Lanes that are proven to work come before the others, which never take all the places;
-    first attempts come before retries."""
+    first attempts come before retries. Now and then it is the other way round."""
 
     def __init__(self, most: int):
         self.in_flight = 0  # attempts
@@ -3423,7 +3423,7 @@ class Dispatcher:
 
     Everything but what is called by other threads, see below, runs in the loop's.
     Webhooks take turns, and each has a share of the attempts in flight, so that none
-    waits for another; first attempts come before retries."""
+    waits for another."""
 
     def __init__(
         self,
