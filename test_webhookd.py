@@ -6005,6 +6005,7 @@ def prepare_finished(database, count):
                 | {"headers": "X-Some-Header: some value\r\n" * 16},
             )
         connection.commit()
+    os.sync()  # not while it is measured
     tell(prepared=count)
 
 

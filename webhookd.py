@@ -3300,7 +3300,7 @@ WINDOW = 100  # due deliveries of one webhook that are held in memory
 TICK_SECONDS = 1
 UPKEEP_SECONDS = 1
 PRUNING_SECONDS = 60
-REST_SHARE = 6  # upkeep rests so many times as long as each of its steps took
+REST_SHARE = 9  # upkeep rests so many times as long as each of its steps took
 CLOCK_JUMP_SECONDS = 2
 STOP_SECONDS = 10  # what is in flight at the end has this long
 DURATION_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
@@ -3866,7 +3866,8 @@ class Upkeep:
 
     def _keep_size(self):
         if self._is_too_large():
-            self._take(self._store.prune(FOREVER_MS), self._is_too_large)
+            # this must be faster than what comes in
+            self._take(self._store.prune(FOREVER_MS), self._is_too_large, rest_share=1)
         full = self._is_too_large()
         if full != self._store.full:
             words = "database full" if full else "database has room again"
@@ -3876,11 +3877,11 @@ class Upkeep:
     def _is_too_large(self):
         return self._store.size_bytes() > self._settings.max_database_size
 
-    def _take(self, steps, condition=lambda: True):
+    def _take(self, steps, condition=lambda: True, rest_share=REST_SHARE):
         """Take steps, and rest after each, as long as the condition holds."""
         begun = time.monotonic()
         for _ in steps:
-            if self._stop.wait(REST_SHARE * (time.monotonic() - begun)):
+            if self._stop.wait(rest_share * (time.monotonic() - begun)):
                 raise Unavailable("webhookd is stopping")
             if not condition():
                 return
