@@ -540,6 +540,13 @@ class Health(typing.NamedTuple):
 HEALTHY = Health()
 
 
+class HealthById(dict):
+    """The health of webhooks by id; who is not in it is healthy."""
+
+    def __missing__(self, id):
+        return HEALTHY
+
+
 class NewEvent(typing.NamedTuple):
     """An event as it was published: its body is what every delivery sends."""
 
@@ -2337,50 +2344,56 @@ def definition_of(webhook: Webhook) -> str:
 
 
 class Webhooks:
-    """All webhooks at one moment; never changed, only replaced."""
+    """All webhooks at one moment, in the order of their ids; never changed, only
+    replaced."""
 
-    def __init__(self, webhooks: collections.abc.Iterable[Webhook] = ()):
-        self.by_id = {webhook.id: webhook for webhook in webhooks}
-        self._exact = collections.defaultdict(dict)  # event -> the active ones, by id
-        self._wildcard = {}
-        for webhook in self.by_id.values():
-            for name in webhook.events if webhook.active else ():
-                index = self._wildcard if name.endswith("*") else self._exact[name]
-                index[webhook.id] = webhook
-
-    @classmethod
-    def load(cls, connection: sqlite3.Connection) -> "Webhooks":
-        """The webhooks that the database holds, in the order of their ids."""
-        webhooks = []
-        sql = "SELECT id, definition FROM webhooks ORDER BY id"
-        for id, definition in connection.execute(sql):
-            fields = json.loads(definition)
-            fields |= {"id": id, "events": tuple(fields["events"])}
-            webhooks.append(Webhook(**fields))
-        return cls(webhooks)
+    def __init__(self, by_id: dict[int, Webhook]):
+        self.by_id = by_id
+        active = [webhook for webhook in by_id.values() if webhook.active]
+        self._wildcard = [w for w in active if any(n.endswith("*") for n in w.events)]
+        self._exact = collections.defaultdict(list)  # by the event's name
+        for webhook in active:
+            for name in webhook.events:
+                self._exact[name].append(webhook)
 
     def get(self, id: int) -> Webhook:
         """The webhook; raises NotFound."""
         return found(self.by_id.get(id), f"webhook {id}")
 
+    def put(self, webhook: Webhook) -> "Webhooks":
+        """The same with this webhook, be it new or changed."""
+        return Webhooks(self.by_id | {webhook.id: webhook})
+
+    def without(self, id: int) -> "Webhooks":
+        """The same without a webhook."""
+        return Webhooks({key: w for key, w in self.by_id.items() if key != id})
+
     def wanting(self, event: NewEvent) -> list[int]:
         """The ids of the active webhooks that want the event."""
-        wanted = dict(self._exact.get(event.name, ()))
-        for id, webhook in self._wildcard.items():
-            if webhook.subscribed(event.name):
-                wanted[id] = webhook
-        return sorted(
-            id for id, webhook in wanted.items() if wants(webhook, event.fields)
-        )
+        named = self._exact.get(event.name, [])
+        named = named + [w for w in self._wildcard if w.subscribed(event.name)]
+        return sorted({w.id for w in named if wants(w, event.fields)})
+
+
+def load_webhooks(connection: Database) -> Webhooks:
+    """The webhooks that the database holds."""
+    by_id = {}
+    rows = connection.rows("SELECT id, definition FROM webhooks ORDER BY id")
+    for id, definition in rows:
+        fields = json.loads(definition)
+        fields |= {"id": id, "events": tuple(fields["events"])}
+        by_id[id] = Webhook(**fields)
+    return Webhooks(by_id)
 
 
 HEALTH_COLUMNS = "failures, failing_since, paused_until, reason, disabled"
 
 
-def load_health(connection: sqlite3.Connection) -> dict[int, Health]:
-    """The health of every webhook, by id."""
-    rows = connection.execute(f"SELECT id, {HEALTH_COLUMNS} FROM webhooks")
-    return {id: Health(*fields, bool(disabled)) for id, *fields, disabled in rows}
+def load_health(connection: Database) -> HealthById:
+    """The health of every webhook."""
+    rows = connection.rows(f"SELECT id, {HEALTH_COLUMNS} FROM webhooks")
+    by_id = {id: Health(*fields, bool(disabled)) for id, *fields, disabled in rows}
+    return HealthById(by_id)
 
 
 # ---- one transaction ----
@@ -2401,13 +2414,23 @@ class IdempotencyKey(typing.NamedTuple):
 
 class Batch:
     """What one transaction does. The writer makes it, calls `settle` first and `finish`
-    last; what is published in between waits for a few large statements."""
+    last; what is published in between waits for a few large statements.
 
-    def __init__(self, connection: Database, webhooks: Webhooks, health, ids):
+    A method that raises does so before it has changed anything but the database, where
+    it is undone."""
+
+    def __init__(
+        self,
+        connection: Database,
+        webhooks: Webhooks,
+        health: HealthById,
+        ids: dict[str, collections.abc.Iterator[int]],
+    ):
         self.connection, self.webhooks = connection, webhooks
         self._ids = ids  # the next ones of each table
         self._health = health  # as committed
         self.changed_health: dict[int, Health] = {}
+        self.deleted: set[int] = set()  # webhooks
         self.pending_change = collections.Counter()  # by webhook
         self.due: list[DueDelivery] = []
         self.published_count = 0
@@ -2428,8 +2451,7 @@ class Batch:
             self.connection.change(sql, *health, webhook_id)
 
     def _health_of(self, webhook_id):
-        changed = self.changed_health.get(webhook_id)
-        return changed or self._health.get(webhook_id, HEALTHY)
+        return self.changed_health.get(webhook_id) or self._health[webhook_id]
 
     # ---- attempts ----
 
@@ -2510,20 +2532,6 @@ class Batch:
             webhook_id,
         )
 
-    def start_clean(self, webhook_id: int) -> None:
-        """Forget a webhook's failures; what they made wait is due."""
-        if self._health_of(webhook_id) != HEALTHY:
-            self.changed_health[webhook_id] = HEALTHY
-            self._end_waits(webhook_id)
-
-    def _disable(self, webhook, reason, now_ms):
-        self.replace_webhook(dataclasses.replace(webhook, active=False))
-        shown = {"id": webhook.id, "name": webhook.name, "url": webhook.masked_url}
-        fields = {"timestamp": now_ms, "event": "webhook_disabled"}
-        fields |= {"webhook": shown, "reason": reason}
-        event = NewEvent(fields["event"], now_ms, json_bytes(fields), fields)
-        self._add(event, now_ms)  # not for the webhook itself, which is inactive now
-
     # ---- events ----
 
     def publish(self, events, now_ms, answer, idempotency) -> tuple[bytes, bool]:
@@ -2581,15 +2589,44 @@ class Batch:
         """Store a webhook; returns it with its id."""
         sql = "INSERT INTO webhooks (definition) VALUES (?) RETURNING id"
         [id] = self.connection.column(sql, definition_of(webhook))
-        self.webhooks = Webhooks.load(self.connection)
-        self.changed_health[id] = HEALTHY
-        return dataclasses.replace(webhook, id=id)
+        webhook = dataclasses.replace(webhook, id=id)
+        self.webhooks = self.webhooks.put(webhook)
+        return webhook
 
-    def replace_webhook(self, webhook: Webhook) -> None:
-        """Store what has become of a webhook."""
+    def change_webhook(
+        self,
+        id: int,
+        change: collections.abc.Callable[[Webhook], Webhook],
+        activates: bool = False,
+    ) -> tuple[Webhook, Webhook]:
+        """Replace a webhook by change(it), which no other comes between; both of them.
+
+        One that it activates, or leads elsewhere, starts clean. Raises NotFound."""
+        old = self.webhooks.get(id)
+        new = change(old)
+        self._replace(new)
+        if activates and new.active or new.url != old.url:
+            self._start_clean(id)
+        return old, new
+
+    def _replace(self, webhook):
         sql = "UPDATE webhooks SET definition = ? WHERE id = ?"
         self.connection.change(sql, definition_of(webhook), webhook.id)
-        self.webhooks = Webhooks.load(self.connection)
+        self.webhooks = self.webhooks.put(webhook)
+
+    def _start_clean(self, webhook_id):
+        """Forget a webhook's failures; what they made wait is due."""
+        if self._health_of(webhook_id) != HEALTHY:
+            self.changed_health[webhook_id] = HEALTHY
+            self._end_waits(webhook_id)
+
+    def _disable(self, webhook, reason, now_ms):
+        self._replace(dataclasses.replace(webhook, active=False))
+        shown = {"id": webhook.id, "name": webhook.name, "url": webhook.masked_url}
+        fields = {"timestamp": now_ms, "event": "webhook_disabled"}
+        fields |= {"webhook": shown, "reason": reason}
+        event = NewEvent(fields["event"], now_ms, json_bytes(fields), fields)
+        self._add(event, now_ms)  # not for the webhook itself, which is inactive now
 
     # ---- schedules ----
 
@@ -2603,8 +2640,14 @@ class Batch:
         self.pending_change[webhook_id] += changed - waiting
         return changed
 
-    def redeliver_first(self, webhook_id: int, number: int, now_ms: int) -> None:
-        """Have a delivery attempted before the others, and at once if they are paused."""
+    def redeliver_first(self, uuid: str, now_ms: int) -> int:
+        """Have a delivery attempted before the others, and at once if they are paused.
+
+        Returns its webhook's id; raises NotFound."""
+        sql = "SELECT id, webhook_id FROM deliveries WHERE uuid = ?"
+        row, name = self.connection.row(sql, uuid), f"delivery {uuid}"
+        number, webhook_id = found(row, name)
+        found(webhook_id in self.webhooks.by_id, name)
         waiting = "state = 'pending' AND webhook_id = ?"
         sql = f"SELECT min(next_attempt) - 1 FROM deliveries WHERE {waiting}"
         [first] = self.connection.row(sql, webhook_id)
@@ -2613,6 +2656,7 @@ class Batch:
         if health.paused_until:
             until = min(health.paused_until, now_ms)
             self.changed_health[webhook_id] = health._replace(paused_until=until)
+        return webhook_id
 
     def shift_schedule(self, after_ms: int, by_ms: int) -> None:
         """Move what is planned after a moment, because the clock has jumped."""
@@ -2644,8 +2688,11 @@ class Batch:
         """Delete a webhook; raises NotFound. Of its deliveries a step is deleted at
         once, and `delete_leftovers` does the rest; nobody sees them meanwhile."""
         found(self._delete("webhooks WHERE id", [id]), f"webhook {id}")
-        self.webhooks = Webhooks.load(self.connection)
+        self.flush()  # what was published beside it
         self.connection.change("DELETE FROM statistics WHERE webhook_id = ?", id)
+        self.webhooks = self.webhooks.without(id)
+        self.deleted.add(id)
+        self.changed_health.pop(id, None)
         self.delete_deliveries_of(id)
 
     def _delete(self, rows, ids, condition="1"):
@@ -2717,8 +2764,8 @@ def stored_error(error: Exception, path: str) -> Exception:
 class Write:
     """Something for the writer to do in a batch, and its result once that is on disk."""
 
-    def __init__(self, run: collections.abc.Callable[[Batch], object], publishes: bool):
-        self._run, self.publishes = run, publishes
+    def __init__(self, run: collections.abc.Callable[[Batch], object]):
+        self._run = run
         self._result = self._error = None
         self._done = threading.Lock()
         self._done.acquire()
@@ -2750,7 +2797,7 @@ def by_writer(work: collections.abc.Callable) -> collections.abc.Callable:
 
     @functools.wraps(work)
     def method(store, *args):
-        return store.write_batch(work, *args)
+        return store.write(work, *args)
 
     return method
 
@@ -2796,8 +2843,8 @@ class Store:
         self._committed = lambda due: None  # see on_commit
         # changed by the writer only, as committed: the file is ahead for a moment
         self._ids = {}  # the next ones of each table
-        self.webhooks = Webhooks()
-        self.health: dict[int, Health] = {}
+        self.webhooks = Webhooks({})
+        self.health = HealthById()
         self.pending = collections.Counter()  # deliveries that wait, by webhook
         self.settled_count = 0  # of settlements
         self.published_count = 0  # of events, since the start
@@ -2834,7 +2881,7 @@ class Store:
         used = dict(connection.rows("SELECT name, seq FROM sqlite_sequence"))
         for table in ("events", "deliveries", "attempts"):
             self._ids[table] = itertools.count(used.get(table, 0) + 1)
-        self.webhooks = Webhooks.load(connection)
+        self.webhooks = load_webhooks(connection)
         self.health = load_health(connection)
         counts = "webhook_id, count(*) FROM deliveries WHERE state = 'pending'"
         rows = connection.rows(f"SELECT {counts} GROUP BY webhook_id")
@@ -2847,15 +2894,19 @@ class Store:
             writes, settlements = self._next_work()
             if self._closing and not writes and not settlements:
                 return
-            # what is published is matched with the webhooks that changed beside it
-            writes.sort(key=lambda write: write.publishes)
             self._committing_since = time.monotonic()
             try:
-                self._commit(writes, settlements)
+                batch = self._commit(writes, settlements)
             except Exception as error:
                 self._put_back(settlements, error)
                 for write in writes:
                     write.finish(stored_error(error, self._path))
+            else:
+                self._take_over(batch)
+                self.settled_count += len(settlements)  # after what they changed
+                self._committed(batch.due)
+                for write in writes:
+                    write.finish()
             self._committing_since = None
 
     def _next_work(self):
@@ -2880,17 +2931,19 @@ class Store:
             for write in writes:
                 write.run(batch)
             batch.finish()
+        return batch
+
+    def _take_over(self, batch):
         self.webhooks = batch.webhooks
         self.health.update(batch.changed_health)
         self.pending.update(batch.pending_change)
+        for id in batch.deleted:
+            self.health.pop(id, None)
+            self.pending.pop(id, None)
         self.published_count += batch.published_count
-        self.settled_count += len(settlements)  # after what the settlements changed
         if self.problem:
             fact("the database can be written again")
         self.problem = None
-        self._committed(batch.due)
-        for write in writes:
-            write.finish()
 
     def _put_back(self, settlements, error):
         problem = str(stored_error(error, self._path))
@@ -2915,8 +2968,8 @@ class Store:
 
     # ---- writing: called by any thread ----
 
-    def _submit(self, publishes, work, *args):
-        write = Write(lambda batch: work(batch, *args), publishes)
+    def _submit(self, work, *args):
+        write = Write(lambda batch: work(batch, *args))
         with self._wakeup:
             if self._closing:
                 raise Unavailable("webhookd is stopping")
@@ -2937,7 +2990,7 @@ class Store:
         Raises KeyReused, StorageFull or Unavailable; then nothing was stored."""
         if self.full:
             raise StorageFull(FULL)
-        return self._submit(True, Batch.publish, events, now_ms, answer, idempotency)
+        return self._submit(Batch.publish, events, now_ms, answer, idempotency)
 
     def settle(self, settlement: Settlement) -> int:
         """Take an attempt's result for one of the next commits; does not wait.
@@ -2950,52 +3003,29 @@ class Store:
                 self._wakeup.notify()
             return self._accepted_count
 
-    def write_batch(self, work: collections.abc.Callable, *args: object):
+    def write(self, work: collections.abc.Callable, *args: object):
         """The result of work(batch, *args), once that is on disk; or it raises, and has
-        done nothing. What is published in the same commit knows of it."""
+        done nothing."""
 
         def run(batch):
             savepoint = "SAVEPOINT one", "RELEASE one", "ROLLBACK TO one"
             with transaction(batch.connection, *savepoint):
                 return work(batch, *args)
 
-        return self._submit(False, run)
-
-    def write(self, work: collections.abc.Callable, *args: object):
-        """The result of work(connection, *args), once that is on disk; work may raise."""
-        return self.write_batch(lambda batch: work(batch.connection, *args))
+        return self._submit(run)
 
     def flush(self) -> None:
         """Return when everything handed in so far is on disk."""
-        self.write(lambda connection: None)
+        self.write(lambda batch: None)
 
     add_webhook = by_writer(Batch.add_webhook)
+    change_webhook = by_writer(Batch.change_webhook)
     delete_webhook = by_writer(Batch.delete_webhook)
     delete_event = by_writer(Batch.delete_event)
     redeliver = by_writer(Batch.redeliver)
     redeliver_first = by_writer(Batch.redeliver_first)
     replay = by_writer(Batch.replay)
     shift_schedule = by_writer(Batch.shift_schedule)
-
-    def change_webhook(
-        self,
-        id: int,
-        change: collections.abc.Callable[[Webhook], Webhook],
-        activates: bool = False,
-    ) -> tuple[Webhook, Webhook]:
-        """Replace a webhook by change(it), which no other comes between; both of them.
-
-        One that it activates, or leads elsewhere, starts clean. Raises NotFound."""
-
-        def work(batch):
-            old = batch.webhooks.get(id)
-            new = change(old)
-            batch.replace_webhook(new)
-            if activates and new.active or new.url != old.url:
-                batch.start_clean(id)
-            return old, new
-
-        return self.write_batch(work)
 
     def empty_log(self) -> None:
         """Move what SQLite's log holds into the database, and cut the log off, so that
@@ -3022,7 +3052,7 @@ class Store:
         sql, id = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?", 0
         while (id := self._row(sql, id)[0]) is not None:
             if id not in self.webhooks.by_id:
-                while self.write_batch(Batch.delete_deliveries_of, id):
+                while self.write(Batch.delete_deliveries_of, id):
                     yield
 
     def prune(self, before_ms: int) -> Steps:
@@ -3036,7 +3066,7 @@ class Store:
             old = [row for row in rows if row[1] < before_ms]
             ids = [id for id, _, may_go in old if may_go]
             if ids:  # looked at again: one may have been redelivered meanwhile
-                self.write_batch(delete, ids, condition)
+                self.write(delete, ids, condition)
             yield
             if not old:
                 return
@@ -3050,14 +3080,16 @@ class Store:
 
     def _delete_rest(self, rows, limit):
         if self._row(f"SELECT 1 FROM {rows} LIMIT 1", limit):  # else nothing is written
-            self.write(Database.change, f"DELETE FROM {rows}", limit)
+            self.write(
+                lambda batch: batch.connection.change(f"DELETE FROM {rows}", limit)
+            )
 
     def give_back(self) -> Steps:
         """Return free pages to the file system."""
 
-        def work(connection):
+        def work(batch):
             for _ in range(PAGES_PER_STEP):  # sqlite3 makes one step of it, one page
-                connection.execute("PRAGMA incremental_vacuum")
+                batch.connection.execute("PRAGMA incremental_vacuum")
 
         while self._row("PRAGMA freelist_count")[0] >= PAGES_PER_STEP:
             yield self.write(work)
@@ -3148,11 +3180,6 @@ class Store:
         [body] = found(self._row(sql, delivery.event_id), name)  # else deleted just now
         return delivery, body.decode(), attempts
 
-    def number_of(self, uuid: str) -> int:
-        """The number of a delivery; raises NotFound."""
-        row = self._row("SELECT id FROM deliveries WHERE uuid = ?", uuid)
-        return found(row, f"delivery {uuid}")[0]
-
     def redeliverable(self, webhook_id: int, wanted: Filter) -> IdsInSteps:
         """The numbers of the deliveries that match, in steps, oldest first."""
         tests = delivery_tests(webhook_id, wanted)
@@ -3179,7 +3206,7 @@ class Store:
         """The webhooks that had a success, and no failure since."""
         sql = "SELECT DISTINCT webhook_id FROM statistics WHERE outcome = ?"
         ids = self.reader().column(sql, SUCCESS)
-        return {id for id in ids if id in self.health and not self.health[id].failures}
+        return {id for id in ids if not self.health[id].failures}
 
     def latest(
         self, webhook_id: int, wanted: Filter, bodies: bool = True
@@ -3960,7 +3987,8 @@ def ensure_admin(store: Store, password: str) -> str | None:
         return None  # what depends on the record outlives a restart
     secret = None if password else secrets.token_urlsafe(32)
     record = password_record(password) if password else secret_record(secret)
-    store.write(lambda connection: save_user(connection, User("admin", ADMIN, record)))
+    admin = User("admin", ADMIN, record)
+    store.write(lambda batch: save_user(batch.connection, admin))
     return secret
 
 
@@ -4312,8 +4340,10 @@ class Api:
         """The webhooks as the API shows them, with their health."""
         shown = []
         for webhook in webhooks:
-            health = self._store.health.get(webhook.id, HEALTHY)
-            pending = self._store.pending[webhook.id]
+            health, pending = (
+                self._store.health[webhook.id],
+                self._store.pending[webhook.id],
+            )
             shown.append(webhook.shown())
             shown[-1]["health"] = health.shown(webhook.active, pending)
             if statistics:
@@ -4438,8 +4468,7 @@ class Api:
 
     def redeliver_one(self, uuid: str) -> Delivery:
         """Have a delivery attempted at once, paused or not; raises NotFound."""
-        webhook_id, now = self._store.delivery(uuid)[0].webhook_id, self._now_ms()
-        self._store.redeliver_first(webhook_id, self._store.number_of(uuid), now)
+        webhook_id = self._store.redeliver_first(uuid, self._now_ms())
         self._dispatcher.reconsider(webhook_id)
         self._log_change("delivery redelivered", id=uuid, webhook=webhook_id)
         return self._store.delivery(uuid)[0]
@@ -4621,7 +4650,7 @@ class Metrics:
         now_ms, store = int(self._clock() * 1000), self._store
         ids, oldest = [webhook.id for webhook in webhooks], store.oldest_pending()
         ages = {id: max(0, now_ms - oldest.get(id, now_ms)) / 1000 for id in ids}
-        healths = {id: store.health.get(id, HEALTHY) for id in ids}
+        healths = {id: store.health[id] for id in ids}
         states = {w.id: healths[w.id].state(w.active) for w in webhooks}
         pending = {id: store.pending[id] for id in ids}
         yield "pending_deliveries", "Deliveries that wait.", pending
@@ -5226,7 +5255,7 @@ class Pages(Api):
         [page] = self._asked(read_page)
         webhooks = list(self._store.webhooks.by_id.values())
         health = self._store.health
-        states = [health.get(w.id, HEALTHY).state(w.active) for w in webhooks]
+        states = [health[w.id].state(w.active) for w in webhooks]
         part = self._shown(webhooks[page.start : page.start + page.limit])
         ids = tuple(webhook["id"] for webhook in part)
         return self._page(
