@@ -55,7 +55,6 @@ import fcntl
 import functools
 import getpass
 import hashlib
-import heapq
 import hmac
 import html
 import http
@@ -64,6 +63,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import random
@@ -3323,6 +3323,7 @@ class Store:
 FOREVER_MS = 1 << 62
 RESERVED_SHARE = 8  # one place in so many is kept for webhooks proven to work, and one
 # turn in so many is for those that come last otherwise
+PLACE_BYTES = 128 << 10  # an attempt takes one more place for each of its body
 WINDOW = 100  # due deliveries of one webhook that are held in memory
 TICK_SECONDS = 1
 UPKEEP_SECONDS = 1
@@ -3336,51 +3337,63 @@ DURATION_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 3
 class Lane:
     """The deliveries to one webhook: a window of those due, the database has the rest."""
 
-    def __init__(self, webhook_id: int, health: Health):
+    def __init__(self, webhook_id: int, proven: bool = False):
         self.webhook_id = webhook_id
-        self.health = health
         self.ready: collections.deque[DueDelivery] = collections.deque()
-        self.held: set[int] = set()  # ready, in flight, or uncommitted
-        # settled, but not on disk yet: numbers of the settlement and of the delivery
-        self.uncommitted: collections.deque[tuple[int, int]] = collections.deque()
+        self.held: set[int] = set()  # ready, in flight, or settled and not on disk yet
         self.newest = 0  # highest number ever held: what is offered below it is known
         self.backlog = True  # the database may hold more that is due
-        self.in_flight = 0
-        self.changed = False  # during attempts: it is read again after them
-        self.proven = False  # it had a success, and few failures since
-        self.width = 1  # how many may be: grows with each success, a failure makes it 1
+        # settled, but not on disk yet: numbers of the settlement and of the delivery
+        self.unrecorded: collections.deque[tuple[int, int]] = collections.deque()
+        self.ask_after = 0  # the settlement without which the database knows too little
+        self.health = HEALTHY  # after the last settlement
+        self.proven = proven  # it had a success, and few failures since
+        self.width = 1  # attempts at once: one more with each success, a failure: 1
+        self.in_flight = 0  # attempts
+        self.stale = False  # somebody changed what attempts in flight are about
         self.waiting = False  # for its turn
-        self.awaited = 0  # the settlement after which the database is asked again
-        self.limited_until = 0.0  # milliseconds, by its rateLimit
-        self.not_before = 0.0  # milliseconds: nothing is started earlier
-        self.alarm: float | None = None  # milliseconds, when it is asked again
-        self.alarms: set[float] = set()  # those set earlier, which still ring
+        self.not_before = 0.0  # milliseconds, by its rateLimit
+        self.alarm = math.inf  # milliseconds, when it is looked at again
+        self.timer: asyncio.TimerHandle | None = None  # of the alarm
         # since the start, by outcome
         self.attempts = dict.fromkeys(OUTCOMES, 0)
         self.finished = dict.fromkeys(OUTCOMES, 0)  # deliveries
 
-    def rests_until(self) -> float:
-        """Milliseconds before which nothing may start."""
-        return max(self.not_before, self.limited_until, self.health.paused_until or 0)
-
     def take(self, due: DueDelivery) -> None:
+        """Have a delivery ready."""
         self.ready.append(due)
         self.held.add(due.number)
         self.newest = max(self.newest, due.number)
 
-    def has_room(self, due: DueDelivery, limit_bytes: int) -> bool:
-        return len(self.ready) < min(WINDOW, 1 + limit_bytes // (len(due.body) + 1))
+    def offer(self, due: DueDelivery, limit_bytes: int) -> None:
+        """Have one ready that was published just now, or know that the database has it."""
+        if due.number <= self.newest:  # it was read from there already
+            return
+        room = min(WINDOW, 1 + limit_bytes // (len(due.body) + 1))
+        if self.backlog or len(self.ready) >= room:
+            self.backlog = True
+        else:
+            self.take(due)
 
-    def reread(self) -> None:
-        """Forget what is ready, and ask the database again."""
+    def put_back(self) -> None:
+        """Leave what is ready to the database."""
         self.held -= {due.number for due in self.ready}
         self.ready.clear()
         self.backlog = True
 
     def release(self, settled_count: int) -> None:
         """Let go of what the database has recorded."""
-        while self.uncommitted and self.uncommitted[0][0] <= settled_count:
-            self.held.discard(self.uncommitted.popleft()[1])
+        while self.unrecorded and self.unrecorded[0][0] <= settled_count:
+            self.held.discard(self.unrecorded.popleft()[1])
+
+    def settle(self, number: int, settled: Settlement, most: int) -> None:
+        """Learn from a settlement; number: its own; most: attempts at once."""
+        self.unrecorded.append((number, settled.due.number))
+        self.health = settled.health
+        failures = settled.health.failures
+        self.proven = not failures or self.proven and failures < FAILURES_TO_PAUSE
+        worked = settled.attempt.outcome == SUCCESS
+        self.width = min(self.width + 1, most) if worked else 1
 
 
 class Turns:
@@ -3391,7 +3404,7 @@ class Turns:
 
     def __init__(self, most: int):
         self.in_flight = 0  # attempts
-        self._doubtful = 0  # of these, to webhooks that are not proven
+        self._taken = self._doubtful = 0  # places; of these, by lanes not proven
         self._turn = 0
         self._most = most
         self._most_doubtful = max(1, most - max(1, most // RESERVED_SHARE))
@@ -3407,7 +3420,7 @@ class Turns:
 
     def next(self) -> Lane | None:
         """The lane whose turn it is, which then waits no longer; None: no place is free."""
-        if self.in_flight >= self._most:
+        if self._taken >= self._most:
             return None
         allowed = self._queues[: 4 if self._doubtful < self._most_doubtful else 2]
         self._turn += 1
@@ -3420,19 +3433,22 @@ class Turns:
         lane.waiting = False
         return lane
 
-    def begin(self, lane: Lane) -> bool:
+    def begin(self, lane: Lane, body_bytes: int) -> tuple[int, int]:
         """Count an attempt in; returns what `end` has to be told."""
-        doubtful = not lane.proven
-        self._doubtful += doubtful
-        self.in_flight += 1
-        lane.in_flight += 1
-        return doubtful
+        places = 1 + body_bytes // PLACE_BYTES
+        doubtful = 0 if lane.proven else places
+        self._count(lane, 1, places, doubtful)
+        return places, doubtful
 
-    def end(self, lane: Lane, doubtful: bool) -> None:
+    def end(self, lane: Lane, places: int, doubtful: int) -> None:
         """Count an attempt out."""
-        self._doubtful -= doubtful
-        self.in_flight -= 1
-        lane.in_flight -= 1
+        self._count(lane, -1, -places, -doubtful)
+
+    def _count(self, lane, attempts, places, doubtful):
+        lane.in_flight += attempts
+        self.in_flight += attempts
+        self._taken += places
+        self._doubtful += doubtful
 
     def leave(self, lane: Lane) -> None:
         """Leave a lane's share to the others, unless it is busy."""
@@ -3468,8 +3484,7 @@ class Dispatcher:
         self._succeeded = store.succeeded_webhooks()
         self._lanes: dict[int, Lane] = {}
         self._turns = Turns(settings.max_in_flight)
-        self._awaiting: set[Lane] = set()  # a commit, see _await_commit
-        self._alarms = []  # a heap of (milliseconds, webhook id)
+        self._awaiting: set[Lane] = set()  # a commit, see _may_ask
         self._inbox = collections.deque()  # appended to by any thread
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked = time.monotonic()
@@ -3519,7 +3534,7 @@ class Dispatcher:
 
     def counts(self, webhook_id: int) -> tuple[dict[str, int], dict[str, int]]:
         """A webhook's attempts and finished deliveries by outcome, since the start."""
-        lane = self._lanes.get(webhook_id) or Lane(webhook_id, HEALTHY)
+        lane = self._lanes.get(webhook_id) or Lane(webhook_id)
         return lane.attempts, lane.finished
 
     def in_flight(self) -> int:
@@ -3541,7 +3556,7 @@ class Dispatcher:
         self._enter_loop()
         started.set()
         while not self._stop.is_set():
-            self.step()
+            self._tick()
             self._ticked = time.monotonic()
             self._heartbeat()
             self._client.close_idle(IDLE_SECONDS)
@@ -3563,7 +3578,7 @@ class Dispatcher:
 
     async def _until_idle(self):
         self._enter_loop()
-        self.step()
+        self._tick()
         while self._turns.in_flight or self._awaiting:
             await self._all_ended()
             self._store.flush()
@@ -3571,14 +3586,20 @@ class Dispatcher:
         self._client.close()
         self._loop = None
 
+    def _tick(self):
+        """A step, before which alarms ring that the clock has passed without their timer."""
+        now_ms = self._clock() * 1000
+        for lane in [lane for lane in self._lanes.values() if lane.alarm <= now_ms]:
+            self._ring(lane)
+        self.step()
+
     def step(self) -> None:
         """Take in what came, and start every attempt that may start now."""
         try:
             while self._inbox:
                 self._inbox.popleft()()
             for lane in list(self._awaiting):
-                self._end_wait(lane)
-            self._ring_alarms(self._clock() * 1000)
+                self._queue(lane)
             self._start_attempts()
         except Exception:
             log.exception("a step of the delivery loop failed")
@@ -3586,215 +3607,177 @@ class Dispatcher:
     def _now_ms(self):
         return int(self._clock() * 1000)
 
-    # ---- what is due ----
+    # ---- what came ----
 
     def _lane(self, webhook_id):
         if webhook_id not in self._lanes:
-            health = self._store.health.get(webhook_id, HEALTHY)
-            self._lanes[webhook_id] = Lane(webhook_id, health)
-            self._lanes[webhook_id].proven = webhook_id in self._succeeded
+            proven = webhook_id in self._succeeded
+            self._lanes[webhook_id] = Lane(webhook_id, proven)
         return self._lanes[webhook_id]
 
     def _take(self, offered):
         for due in offered:
             lane = self._lane(due.webhook_id)
-            if due.number > lane.newest:
-                in_database = lane.backlog or lane in self._awaiting
-                if in_database or not lane.has_room(due, self._window_bytes()):
-                    lane.backlog = True  # the database keeps it, in its order
-                else:
-                    lane.take(due)
-                self._queue(lane)
+            lane.offer(due, self._window_bytes())
+            self._queue(lane)
 
     def _reread(self, webhook_id):
-        if webhook_id not in self._store.webhooks.by_id:
+        webhook = self._store.webhooks.by_id.get(webhook_id)
+        if webhook is None:
             self._lanes.pop(webhook_id, None)
             return
         lane = self._lane(webhook_id)
-        lane.reread()
-        lane.changed = lane.in_flight > 0
-        self._refresh_health(lane)
-        if lane.uncommitted:
-            self._await_commit(lane)
-        lane.not_before = 0.0
-        webhook = self._store.webhooks.by_id.get(webhook_id)
-        interval_ms = 1000 / webhook.rate_limit if webhook and webhook.rate_limit else 0
+        lane.put_back()
+        lane.stale = lane.in_flight > 0
+        if lane.unrecorded:
+            lane.ask_after = lane.unrecorded[-1][0]
         # the limit may have changed, and the clock may have been set back
-        until = self._clock() * 1000 + interval_ms if interval_ms else 0.0
-        lane.limited_until = min(lane.limited_until, until)
+        interval_ms = 1000 / webhook.rate_limit if webhook.rate_limit else 0
+        lane.not_before = min(lane.not_before, self._clock() * 1000 + interval_ms)
         self._queue(lane)
 
     def _set_alarm(self, lane, when_ms):
-        if lane.alarm is None or when_ms < lane.alarm:
-            lane.alarm = when_ms
-            if when_ms in lane.alarms:
-                return
-            lane.alarms.add(when_ms)
-            heapq.heappush(self._alarms, (when_ms, lane.webhook_id))
+        if when_ms < lane.alarm:
+            if lane.timer:
+                lane.timer.cancel()
             wait_ms = max(0, when_ms - self._clock() * 1000) + 1  # never too early
-            self._loop.call_later(wait_ms / 1000, self.step)
+            lane.alarm = when_ms
+            lane.timer = self._loop.call_later(wait_ms / 1000, self._end_rest, lane)
 
-    def _ring_alarms(self, now_ms):
-        while self._alarms and self._alarms[0][0] <= now_ms:
-            when_ms, webhook_id = heapq.heappop(self._alarms)
-            lane = self._lanes.get(webhook_id)
-            if lane:
-                lane.alarms.discard(when_ms)
-            if lane and lane.alarm == when_ms:  # else an earlier one has replaced it
-                lane.alarm = None
-                lane.backlog = True
-                self._queue(lane)
+    def _end_rest(self, lane):
+        self._ring(lane)
+        self._start_attempts()
 
-    def _await_commit(self, lane):
-        """Ask the database for more once it knows all about the lane."""
-        lane.backlog = False
-        lane.awaited = lane.uncommitted[-1][0] if lane.uncommitted else 0
-        self._awaiting.add(lane)
-        self._end_wait(lane)  # the commit may have come just now
-
-    def _refresh_health(self, lane):
-        """Take over what others made of it, unless the lane knows more."""
-        lane.release(self._store.settled_count)
-        if not lane.uncommitted:
-            lane.health = self._store.health.get(lane.webhook_id, HEALTHY)
-
-    def _end_wait(self, lane):
-        if lane.awaited <= self._store.settled_count:
-            self._awaiting.discard(lane)
-            self._refresh_health(lane)
-            lane.backlog = True
-            self._queue(lane)
-
-    def _window_bytes(self):
-        return min(1 << 20, WINDOW_BYTES // max(1, len(self._lanes)))
-
-    def _refill(self, lane, webhook):
-        now_ms = self._now_ms()
-        lane.release(self._store.settled_count)
-        if lane.uncommitted and webhook.ordered:  # what comes next is not known yet
-            self._await_commit(lane)
-            return
-        due, lane.backlog = self._store.due(
-            webhook, now_ms, lane.held, WINDOW, self._window_bytes()
-        )
-        if not due and lane.health.paused_until:  # the probe is due whatever is planned
-            due, lane.backlog = self._store.due(webhook, FOREVER_MS, lane.held, 1)
-        for delivery in due:
-            lane.take(delivery)
-        if lane.backlog:
-            return
-        if lane.uncommitted:  # when they are due again the database does not know yet
-            self._await_commit(lane)
-        next_due = self._store.next_due(lane.webhook_id, now_ms)
-        if next_due is not None:
-            self._set_alarm(lane, next_due)
+    def _ring(self, lane):
+        lane.alarm = math.inf
+        lane.backlog = True
+        self._queue(lane)
 
     # ---- turns ----
 
     def _queue(self, lane):
         """Let a lane wait for its turn, if it has something to do and may do it."""
-        if (lane.ready or lane.backlog) and not lane.waiting and self._may_start(lane):
-            self._turns.wait(lane)
+        if not lane.waiting and (lane.ready or self._may_ask(lane)):
+            if self._may_start(lane):
+                self._turns.wait(lane)
         self._turns.leave(lane)
+
+    def _may_ask(self, lane):
+        """Whether the database may hold more, and knows what became of the deliveries
+        that it had; if it does not, the next commits wake the lane."""
+        self._awaiting.discard(lane)
+        if lane.backlog and lane.ask_after > self._store.settled_count:
+            self._awaiting.add(lane)  # and then look again: it may be there just now
+        return lane.backlog and lane.ask_after <= self._store.settled_count
 
     def _may_start(self, lane):
         """Whether it may have one more attempt now; if it rests, an alarm is set."""
-        if lane.health.disabled or lane.in_flight and not self._may_widen(lane):
+        health = self._health(lane)
+        if health.disabled or lane.in_flight >= self._most_at_once(lane):
             return False
-        rest_until = lane.rests_until()
-        if rest_until > self._clock() * 1000:
-            self._set_alarm(lane, rest_until)
+        rests_until = max(lane.not_before, self._due(lane, health))
+        if rests_until > self._clock() * 1000:
+            self._set_alarm(lane, rests_until)
             return False
         return True
 
-    def _may_widen(self, lane):
-        if lane.in_flight >= lane.width or lane.health.paused_until:
-            return False
-        return lane.in_flight < self._turns.share() and not self._is_ordered(lane)
+    def _health(self, lane):
+        """What the store knows, unless the lane knows more."""
+        lane.release(self._store.settled_count)
+        return lane.health if lane.unrecorded else self._store.health[lane.webhook_id]
+
+    @staticmethod
+    def _due(lane, health):
+        """When its next delivery is due; the probe of a paused one is, whatever is planned."""
+        if health.paused_until:
+            return health.paused_until
+        return lane.ready[0].next_attempt if lane.ready else 0
+
+    def _most_at_once(self, lane):
+        if self._is_ordered(lane):
+            return 1
+        return min(lane.width, self._turns.share())
+
+    def _is_ordered(self, lane):
+        webhook = self._store.webhooks.by_id.get(lane.webhook_id)
+        return webhook is not None and webhook.ordered
 
     def _start_attempts(self):
         while not self._stop.is_set() and not self._store.problem:
             lane = self._turns.next()
             if lane is None:
                 return
-            if self._may_start(lane):  # still
-                self._start_one(lane)
+            webhook = self._store.webhooks.by_id.get(lane.webhook_id)
+            if webhook is None or not webhook.active:
+                lane.put_back()
+                lane.backlog = False  # until it is active again
+            elif not lane.ready and self._may_ask(lane):
+                self._refill(lane, webhook)
+            if lane.ready and self._may_start(lane):  # still
+                self._start(lane, lane.ready.popleft(), webhook)
             self._queue(lane)
 
-    def _start_one(self, lane):
-        webhook = self._store.webhooks.by_id.get(lane.webhook_id)
+    # ---- what is due ----
+
+    def _window_bytes(self):
+        return min(1 << 20, WINDOW_BYTES // max(1, len(self._lanes)))
+
+    def _refill(self, lane, webhook):
+        """Read what is due, or when that will be."""
+        now_ms, health = self._now_ms(), self._health(lane)
         try:
-            due = self._next(lane, webhook)
+            due, lane.backlog = self._store.due(
+                webhook, now_ms, lane.held, WINDOW, self._window_bytes()
+            )
+            if not due and health.paused_until:  # the probe is due whatever is planned
+                due, lane.backlog = self._store.due(webhook, FOREVER_MS, lane.held, 1)
+            if not lane.backlog:
+                next_due = self._store.next_due(lane.webhook_id, now_ms)
         except sqlite3.Error as error:
             fact("the database cannot be read", level=logging.ERROR, reason=error)
-            lane.reread()
-            lane.not_before = self._now_ms() + RETRY_SECONDS * 1000
-        else:
-            if due:
-                self._start(lane, due, webhook)
-
-    def _next(self, lane, webhook):
-        if webhook is None:
-            self._lanes.pop(lane.webhook_id, None)
-        if webhook is None or not webhook.active:
-            lane.reread()
-            lane.backlog = False  # until it is active again
-        elif not lane.ready and lane.backlog:
-            self._refill(lane, webhook)
-        if not lane.ready:
-            return None
-        head = lane.ready[0]
-        if head.next_attempt > self._now_ms() and not lane.health.paused_until:
-            lane.reread()  # an ordered webhook waits for its head
-            lane.not_before = head.next_attempt
-            return None
-        return lane.ready.popleft()
+            lane.backlog, lane.not_before = True, now_ms + RETRY_SECONDS * 1000
+            return
+        for delivery in due:
+            lane.take(delivery)
+        if not lane.backlog and next_due is not None:
+            self._set_alarm(lane, next_due)
 
     # ---- one delivery ----
 
     def _start(self, lane, due, webhook):
         now_ms, number = self._now_ms(), due.attempt_count + 1
         if webhook.rate_limit:
-            start = max(lane.limited_until, now_ms)
-            lane.limited_until = start + 1000 / webhook.rate_limit
-        doubtful = self._turns.begin(lane)
+            start = max(lane.not_before, now_ms)
+            lane.not_before = start + 1000 / webhook.rate_limit
+        begun = self._turns.begin(lane, len(due.body))
         headers = attempt_headers(webhook, due.event, due.id, number, due.body, now_ms)
-        done = functools.partial(self._finish, lane, due, doubtful)
+        done = functools.partial(self._finish, lane, due, begun)
         start_attempt(self._client, webhook, headers, due.body, now_ms, done)
 
-    def _finish(self, lane, due, doubtful, attempt):
-        self._turns.end(lane, doubtful)
+    def _finish(self, lane, due, begun, attempt):
+        self._turns.end(lane, *begun)
         self._settle(lane, due, attempt)
         self._queue(lane)
         self._start_attempts()
         self._ended.set()
 
     def _settle(self, lane, due, attempt):
-        settled = settlement(due, attempt, lane.health, self._settings, self._jitter())
-        lane.uncommitted.append((self._store.settle(settled), due.number))
-        lane.release(self._store.settled_count)
-        failures = settled.health.failures
-        lane.proven = not failures or lane.proven and failures < FAILURES_TO_PAUSE
-        if attempt.outcome == SUCCESS:
-            lane.width = min(lane.width + 1, self._settings.webhook_concurrency)
-        else:
-            lane.width = 1
+        health = self._health(lane)
+        settled = settlement(due, attempt, health, self._settings, self._jitter())
+        number = self._store.settle(settled)
+        lane.settle(number, settled, self._settings.webhook_concurrency)
         self._count(lane, settled)
-        self._log(lane, settled)
-        lane.health = settled.health
-        retries_in_order = settled.state == PENDING and self._is_ordered(lane)
-        if settled.recovered or retries_in_order or lane.changed:
-            lane.changed = lane.changed and lane.in_flight > 0
-            lane.reread()
-            self._await_commit(lane)
-        elif lane.health.paused_until or lane.health.disabled:
-            lane.reread()  # it needs no window meanwhile
-        if settled.next_attempt is not None:
+        self._log(settled)
+        waits = settled.state == PENDING
+        if waits:
             self._set_alarm(lane, settled.next_attempt)
-
-    def _is_ordered(self, lane):
-        webhook = self._store.webhooks.by_id.get(lane.webhook_id)
-        return webhook is not None and webhook.ordered
+        if waits or settled.recovered or lane.stale:
+            lane.ask_after = number
+        stays_first = waits and self._is_ordered(lane)
+        rests = lane.health.paused_until or lane.health.disabled
+        if settled.recovered or stays_first or rests or lane.stale:
+            lane.put_back()
+        lane.stale = lane.stale and lane.in_flight > 0
 
     def _count(self, lane, settled):
         attempt = settled.attempt
@@ -3805,9 +3788,10 @@ class Dispatcher:
         self.duration_counts[bucket] += 1
         self.duration_sum_ms += attempt.duration
 
-    def _log(self, lane, settled):
-        before, after = lane.health, settled.health
-        facts = {"webhook": lane.webhook_id}
+    @staticmethod
+    def _log(settled):
+        before, after = settled.before, settled.health
+        facts = {"webhook": settled.due.webhook_id}
         if before.failures and not after.failures:
             fact("webhook works again", **facts, failures=before.failures)
         if after.failures and not before.failures:
@@ -3841,7 +3825,8 @@ class Upkeep:
         self._clock, self._steady_clock = clock, steady_clock
         self._clock_offset = clock() - steady_clock()
         self._stop = threading.Event()
-        self._next_pruning = 0.0
+        self._next_pruning = 0.0  # by the steady clock
+        self._too_large = False  # the database
 
     def __enter__(self):
         self._thread = threading.Thread(target=self._run, name="upkeep")
@@ -3862,15 +3847,24 @@ class Upkeep:
                 log.exception("upkeep failed")
 
     def run_once(self) -> None:
-        """Do what is to be done now."""
+        """Do what is to be done now, and after each step look around and rest."""
+        self._look_around()
+        begun = time.monotonic()
+        for _ in self._steps():
+            self._look_around()
+            # to bring the size down it must be faster than what comes in
+            share = 1 if self._too_large else REST_SHARE
+            if self._stop.wait(share * (time.monotonic() - begun)):
+                return
+            begun = time.monotonic()
+
+    def _look_around(self):
         self._follow_clock()
-        now_ms = int(self._clock() * 1000)
-        if self._clock() >= self._next_pruning:
-            self._prune(now_ms)
-            every = min(PRUNING_SECONDS, self._settings.retention / 10)
-            self._next_pruning = self._clock() + every
-        self._keep_size()
-        self._take(self._store.give_back())
+        limit = self._settings.max_database_size
+        self._too_large = self._store.size_bytes() > limit
+        if self._store.full and not self._too_large:
+            self._store.full = False
+            fact("database has room again", level=logging.WARNING)
 
     def _follow_clock(self):
         """Move what is planned when the clock jumps, so that it neither waits nor rushes."""
@@ -3882,37 +3876,33 @@ class Upkeep:
             self._store.shift_schedule(after_ms, int(jump * 1000))
             for webhook_id in self._store.webhooks.by_id:
                 self._dispatcher.reconsider(webhook_id)
-            self._next_pruning = 0.0
         self._clock_offset = offset
 
-    def _prune(self, now_ms):
+    def _steps(self):
+        if self._steady_clock() >= self._next_pruning:
+            yield from self._prune()
+            every = min(PRUNING_SECONDS, self._settings.retention / 10)
+            self._next_pruning = self._steady_clock() + every
+        if self._too_large:
+            yield from self._cut_down()
+        yield from self._store.give_back()
+
+    def _prune(self):
+        now_ms = int(self._clock() * 1000)
         before_ms = now_ms - int(self._settings.retention * 1000)
-        self._take(self._store.delete_leftovers())
-        self._take(self._store.prune(before_ms))
+        yield from self._store.delete_leftovers()
+        yield from self._store.prune(before_ms)
         self._store.prune_rest(before_ms, now_ms)
 
-    def _keep_size(self):
-        if self._is_too_large():
-            # this must be faster than what comes in
-            self._take(self._store.prune(FOREVER_MS), self._is_too_large, rest_share=1)
-        full = self._is_too_large()
-        if full != self._store.full:
-            words = "database full" if full else "database has room again"
-            fact(words, level=logging.WARNING)
-        self._store.full = full
-
-    def _is_too_large(self):
-        return self._store.size_bytes() > self._settings.max_database_size
-
-    def _take(self, steps, condition=lambda: True, rest_share=REST_SHARE):
-        """Take steps, and rest after each, as long as the condition holds."""
-        begun = time.monotonic()
-        for _ in steps:
-            if self._stop.wait(rest_share * (time.monotonic() - begun)):
-                raise Unavailable("webhookd is stopping")
-            if not condition():
+    def _cut_down(self):
+        """Let the oldest go until the size is right; if that does not help, it is full."""
+        for _ in self._store.prune(FOREVER_MS):
+            yield
+            if not self._too_large:
                 return
-            begun = time.monotonic()
+        if not self._store.full:
+            self._store.full = True
+            fact("database full", level=logging.WARNING)
 
 
 # ======================================================================================
