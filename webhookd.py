@@ -724,6 +724,13 @@ def require(condition: object, message: str) -> None:
         raise Invalid(message)
 
 
+def require_all(*rules: tuple[str | None, object, str]) -> None:
+    """Raise Invalid with each (place, condition, message) whose condition fails."""
+    faults = [Fault(place, message) for place, holds, message in rules if not holds]
+    if faults:
+        raise Invalid(*faults)
+
+
 def json_value(body: bytes, decode: collections.abc.Callable = _decode):
     """The value of a JSON text; raises Invalid."""
     try:
@@ -894,9 +901,10 @@ def read_url(value: object, previous: str, check: collections.abc.Callable) -> s
 def _check_configured(key, text):
     is_text = text is None or isinstance(text, str)
     is_short = key != "secret" or len(str(text)) <= 255
-    text_check = None, require, is_text, "must be a string or null"
-    size_check = None, require, is_short, "at most 255 characters are allowed"
-    read_all([text_check, size_check])
+    require_all(
+        (None, is_text, "must be a string or null"),
+        (None, is_short, "at most 255 characters are allowed"),
+    )
 
 
 def read_configuration(value: object, previous: dict) -> dict:
@@ -917,10 +925,10 @@ def read_credentials(value: object, previous: dict | None) -> dict | None:
     if password in (None, MASK):
         password = previous and previous["password"]
     is_name = isinstance(username, str) and username and ":" not in username
-    is_password = isinstance(password, str)
-    name_check = "username", require, is_name, "must be a string without a colon"
-    password_check = "password", require, is_password, "must be a string"
-    read_all([name_check, password_check])
+    require_all(
+        ("username", is_name, "must be a string without a colon"),
+        ("password", isinstance(password, str), "must be a string"),
+    )
     return {"username": username, "password": password}
 
 
@@ -932,19 +940,16 @@ HEADERS_NOT_TO_SET = frozenset(
 )
 
 
-def _check_header_name(name, is_first):
-    is_name = re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name)
-    require(is_name, "is not a header name")
-    is_free = name.lower() not in HEADERS_NOT_TO_SET
-    require(is_free, "is set by webhookd or belongs to the connection")
-    require(is_first, "is there twice")
-
-
 def _check_header(name, text, is_first):
-    name_check = None, _check_header_name, name, is_first
+    is_name = re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name)
+    is_free = name.lower() not in HEADERS_NOT_TO_SET
     is_text = isinstance(text, str) and re.fullmatch(r"[\x20-\x7e\xa0-\xff\t]*", text)
-    rule = "must be a string of Latin-1 without control characters"
-    read_all([name_check, (None, require, is_text, rule)])
+    require_all(
+        (None, is_name, "is not a header name"),
+        (None, is_free, "is set by webhookd or belongs to the connection"),
+        (None, is_first, "is there twice"),
+        (None, is_text, "must be a string of Latin-1 without control characters"),
+    )
 
 
 def read_headers(value: object, previous: dict) -> dict:
@@ -963,11 +968,11 @@ def read_headers(value: object, previous: dict) -> dict:
 
 def _check_filter(path, accepted):
     accepted = accepted if isinstance(accepted, list) else [accepted]
-    is_path = 0 < len(path) <= 255
     is_plain = accepted and not any(isinstance(i, (list, dict)) for i in accepted)
-    path_check = None, require, is_path, "must be a path of 1 to 255 characters"
-    rule = "must be a plain value or a list of plain values"
-    read_all([path_check, (None, require, is_plain, rule)])
+    require_all(
+        (None, 0 < len(path) <= 255, "must be a path of 1 to 255 characters"),
+        (None, is_plain, "must be a plain value or a list of plain values"),
+    )
 
 
 def read_filters(value: object) -> dict:
@@ -1106,10 +1111,11 @@ def read_webhook(
     check_url raises Invalid. Raises Invalid with every field at fault."""
     has_url = old.url or fields.get("url") is not None
     has_events = old.events or fields.get("events") is not None
-    url_check = "url", require, has_url, "is needed"
-    events_check = "events", require, has_events, "is needed"
-    reading = None, read_given, fields, _webhook_readers(old, check_url), NULLABLE
-    *_, given = read_all([url_check, events_check, reading])
+    needs = ("url", has_url, "is needed"), ("events", has_events, "is needed")
+    readers = _webhook_readers(old, check_url)
+    _, given = read_all(
+        [(None, require_all, *needs), (None, read_given, fields, readers, NULLABLE)]
+    )
     if "configuration" in given:
         given["secret"] = given["configuration"].pop("secret", None) or None
     if not old.name and "name" not in given:
@@ -1123,10 +1129,13 @@ def _accepts(accepted, value):
     return any(i == value and isinstance(i, bool) == is_bool for i in accepted)
 
 
+ABSENT = object()
+
+
 def _field_at(fields, path):
     for key in path.split("."):
         if not isinstance(fields, dict) or key not in fields:
-            return NotFound
+            return ABSENT
         fields = fields[key]
     return fields.value if isinstance(fields, JsonNumber) else fields
 
