@@ -4667,7 +4667,6 @@ class Metrics:
 # Pages: the administration in a browser, and the start page for curl
 # ======================================================================================
 
-HTML_TYPE = "text/html; charset=utf-8"
 FORM_TYPE = "application/x-www-form-urlencoded"
 DELIVERIES_PER_PAGE = 50
 
@@ -4680,57 +4679,29 @@ def utc(ms: int) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S}"
 
 
-def time_element(ms: int) -> str:
-    """A moment in HTML."""
-    text = utc(ms)
-    return f'<time datetime="{text.replace(" ", "T")}Z">{text}</time>'
-
-
-def state_element(state: str) -> str:
-    """The state of a webhook or a delivery in HTML."""
-    return f'<span class="state {state}">{state}</span>'
-
-
-def how_long(seconds: float) -> str:
-    """A duration in its largest unit."""
-    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds:.0f} s"
-
-
 def success_rate(counts: dict[str, int]) -> str:
     """The share of attempts that succeeded, never rounded up to all; counts by outcome."""
     total = sum(counts.values())
     return f"{1000 * counts.get(SUCCESS, 0) // total / 10:g} %" if total else "–"
 
 
-def state_words(health: dict, now_ms: int) -> str:
+def state_words(health: dict) -> str:
     """What stands after the state of a webhook, as the API shows its health."""
-    state, times = health["state"], health["consecutiveFailures"]
-    why = f"after {times} failure{'s' * (times != 1)} in a row: {health['reason']}"
-    if state == "paused":
-        left = (health["pausedUntil"] - now_ms) / 1000
-        return f"for {how_long(left)} {why}" if left > 0 else f"until a probe, {why}"
+    times, reason = health["consecutiveFailures"], health["reason"]
+    why = f"after {times} failure{'s' * (times != 1)} in a row: {reason}"
     return {
         "healthy": "",
         "failing": why,
-        "disabled": f"because {health['reason']}",
+        "paused": f"until a probe at {utc(health['pausedUntil'] or 0)} UTC, {why}",
+        "disabled": f"because {reason}",
         "inactive": "and gets no new deliveries; those it has wait",
-    }[state]
+    }[health["state"]]
 
 
 def http_text(start: str, message: dict) -> str:
     """A request or a response, as the API shows it, nearly as it went over the wire."""
-    lines = [start, *(f"{name}: {value}" for name, value in message["headers"].items())]
-    return "\n".join([*lines, "", message["body"]] if message["body"] else lines)
-
-
-def daily_figures(by_day: dict, now_ms: int) -> dict[str, collections.Counter]:
-    """The attempts by outcome for each day of the statistics, oldest first."""
-    today = now_ms // DAY_MS
-    days = range(today - STATISTICS_DAYS, today + 1)
-    return {utc(day * DAY_MS)[:10]: by_day[day] for day in days}
+    text = f"{start}\n{header_lines(message['headers'])}\n{message['body'] or ''}"
+    return text.rstrip()
 
 
 def curl_command(attempt: Attempt, body: str) -> str:
@@ -4750,39 +4721,35 @@ webhookd {version}. A browser finds the administration pages here; with curl:
 curl -u admin {url}/rest/api/webhooks -H 'Content-Type: application/json' \\
      -d '{{"url": "https://example.com/hook", "events": ["page_created"]}}'
 curl -u admin {url}/rest/api/webhooks
-curl -u admin -X POST {test_url}
+curl -u admin -X POST {url}/rest/api/webhooks/test'?webhookId=1'
 
-# publish an event
+# publish an event, see what became of it, attempt again what failed
 curl -u admin {url}/rest/api/events -H 'Content-Type: application/json' \\
      -d '{{"event": "page_created", "page": {{"id": 1015809}}}}'
-
-# what became of it: a webhook's deliveries, its latest attempt, its statistics
 curl -u admin {url}/rest/api/webhooks/1/deliveries
-curl -u admin {url}/rest/api/webhooks/1/latest
 curl -u admin {url}/rest/api/webhooks/1/statistics
-
-# attempt again what failed: all of a webhook, or one delivery
 curl -u admin -X POST {url}/rest/api/webhooks/1/redeliver
-curl -u admin -X POST {url}/rest/api/deliveries/UUID/redeliver
 
-# is the service well? (no login)
+# is the service well? (no login); on the server: let an application publish
 curl {url}/health
-
-# on the server: let an application publish
 webhookd user add NAME --role publisher --database /var/lib/webhookd/webhookd.db
 """
 
 # ---- the form of a webhook: its fields have the API's names ----
 
-FORM_BOXES = ("active", "ordered", "sslVerificationRequired")
-FORM_FIELDS = ("name", "url", "events", "secret", *FORM_BOXES, "rateLimit")
+FORM_BOXES = {
+    "active": "Active",
+    "ordered": "Ordered: one delivery at a time, in publish order",
+    "sslVerificationRequired": "Verify TLS",
+}
 
 
 def _number(text):
     """The number that a text is, else the text for the reader to refuse."""
-    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
-        return text or None
-    return float(text) if "." in text else int(text)
+    try:
+        return json_value(text.encode() or b"null")
+    except Invalid:
+        return text
 
 
 def form_fields(form: dict[str, str], old: Webhook) -> dict:
@@ -4791,85 +4758,70 @@ def form_fields(form: dict[str, str], old: Webhook) -> dict:
         "name": form.get("name", ""),
         "url": form.get("url", "").strip(),
         "events": re.findall(r"[^\s,]+", form.get("events", "")),
-        "rateLimit": _number(form.get("rateLimit", "").strip()),
+        "rateLimit": _number(form.get("rateLimit", "")),
     }
     if form.get("secret") or "removeSecret" in form:
         fields["configuration"] = {"secret": form.get("secret") or None}
-    before = old.shown() | {"ordered": old.ordered}
+    before = {"ordered": False} | old.shown()
     return {k: v for k, v in fields.items() if v != before.get(k)}
 
 
 def faults_by_field(faults: list[Fault], fields: dict) -> dict[str, list[str]]:
-    """What is wrong with each field, in the form's order; "" has what is with none."""
-    by_field = {name: [] for name in FORM_FIELDS + ("",)}
+    """What is wrong with each field of the form; "" has what is with none."""
+    by_field = collections.defaultdict(list)
     for fault in faults:
-        name, _, index = (fault.context or "").partition("[")
-        name = name.removeprefix("configuration.")
+        field = (fault.context or "").removeprefix("configuration.")
+        name, _, index = field.partition("[")
         item = f"{fields[name][int(index[:-1])]}: " if index else ""
-        by_field[name if name in by_field else ""].append(item + fault.message)
+        by_field[name].append(item + fault.message)
     return by_field
 
 
 # ---- templates ----
 
 STYLE = """
-:root { color-scheme: light dark; --text: #1c2024; --soft: #59616a; --line: #d4d9de;
-  --page: #fff; --panel: #f4f6f8; --link: #0b57b5; --good: #1a7336; --warn: #8a5300;
-  --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e7ea; --soft: #a3acb5;
-  --line: #3a424a; --page: #15181c; --panel: #1f242a; --link: #82b7ff; --good: #5fc97e;
-  --warn: #e6b450; --bad: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 0 1rem 2rem; max-width: 72rem; color: var(--text);
-  background: var(--page); font: 0.9375rem/1.45 system-ui, sans-serif; }
-header, .row { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center;
-  margin: 0.6rem 0; }
-header { justify-content: space-between; padding-bottom: 0.4rem;
-  border-bottom: 1px solid var(--line); }
-h1 { font-size: 1.35rem; margin: 1rem 0 0.5rem; }
-h2 { font-size: 1.05rem; margin: 1.5rem 0 0.4rem; }
-p, details, dl { margin: 0.4rem 0; }
-h1, h2, p, dd, td, pre { overflow-wrap: anywhere; }
-a, span, strong, td { unicode-bidi: isolate; }
-a { color: var(--link); }
-[aria-current] { color: inherit; font-weight: 600; text-decoration: none; }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+:root { color-scheme: light dark; --soft: light-dark(#59616a, #a3acb5);
+  --line: light-dark(#d4d9de, #3a424a); --panel: light-dark(#f4f6f8, #262b31);
+  --good: light-dark(#1a7336, #5fc97e); --warn: light-dark(#8a5300, #e6b450);
+  --bad: light-dark(#b3261e, #ff8a80); }
+body { margin: 0 auto; padding: 0 1rem 2rem; max-width: 72rem;
+  font: 0.9375rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; }
+h2 { font-size: 1.1rem; }
+a, span, strong { unicode-bidi: isolate; }
+[aria-current], label, th, .state { font-weight: 600; }
+:focus-visible { outline: 2px solid; }
 .skip:not(:focus) { position: absolute; left: -100rem; }
+.row { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center; }
 .soft, dt, .inactive, .pending { color: var(--soft); }
-.healthy, .succeeded, .SUCCESS { color: var(--good); fill: var(--good); }
-.failing, .paused, .FAILURE { color: var(--warn); fill: var(--warn); }
-.disabled, .failed, .ERROR, .fault { color: var(--bad); fill: var(--bad); }
-label, th, .state { font-weight: 600; }
-.state, .number, .line { white-space: nowrap; }
+.healthy, .succeeded, .SUCCESS { color: var(--good); }
+.failing, .paused, .FAILURE { color: var(--warn); }
+.disabled, .failed, .ERROR, .fault { color: var(--bad); }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.75rem 0.3rem 0; border-bottom: 1px solid var(--line);
-  text-align: left; vertical-align: top; }
+tr { border-bottom: 1px solid var(--line); }
+th, td { padding: 0.3rem 0.5rem 0.3rem 0; text-align: left; vertical-align: top; }
+th { overflow-wrap: normal; }
+td:first-child { min-width: 6rem; }
+td.number, .state { white-space: nowrap; }
 .number { text-align: right; }
-.rest { width: 100%; max-width: 0; }
-.line { overflow: hidden; text-overflow: ellipsis; }
-.line :focus-visible { outline-offset: -2px; }
+.clamped { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 5;
+  padding: 2px; overflow: hidden; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1rem; }
 dd { margin: 0; }
-pre { margin: 0.4rem 0; padding: 0.6rem; background: var(--panel); white-space: pre-wrap;
-  font: 0.8125rem/1.4 ui-monospace, monospace; }
-svg { display: block; width: 100%; height: 5rem; background: var(--panel); }
-summary, button { cursor: pointer; }
-.field { margin: 0.8rem 0; max-width: 40rem; }
-.text, textarea, button { padding: 0.35rem 0.5rem; color: inherit; font: inherit;
-  background: var(--page); border: 1px solid var(--soft); border-radius: 3px; }
-.text, textarea { display: block; width: 100%; margin: 0.15rem 0; }
+pre, svg, button { background: var(--panel); }
+pre { padding: 0.6rem; white-space: pre-wrap; }
+svg { width: 100%; height: 5rem; }
+rect { fill: currentcolor; stroke: currentcolor; vector-effect: non-scaling-stroke; }
+.field { margin: 1rem 0; max-width: 40rem; }
+.field > * { display: block; width: 100%; box-sizing: border-box; }
+input, textarea, button { padding: 0.35rem 0.6rem; font: inherit;
+  border: 1px solid var(--soft); border-radius: 3px; }
 [aria-invalid] { border-color: var(--bad); }
-button { padding: 0.35rem 0.9rem; background: var(--panel); }
-button:hover { border-color: currentcolor; }
-.first { color: var(--page); background: var(--link); border-color: var(--link); }
-@media (max-width: 40rem) { .spare { display: none; } dl { display: block; }
-  dd { margin-bottom: 0.3rem; } table { font-size: 0.8125rem; }
-  th, td { padding-right: 0.5rem; } .moment { width: 5.5rem; }
-  .line, .number { white-space: normal; }
-  .line { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; } }
+@media (max-width: 40rem) { table { font-size: 0.8125rem; } .spare { display: none; } }
 """
 _style_digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
     "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_style_digest}';"
     " form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -4878,138 +4830,118 @@ PAGE_HEADERS = {
     "Cache-Control": "no-store",
 }
 
-_TOP = """\
+_PARTS = """\
+% def top(title):
 <!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{title}} – webhookd</title><style>{{!STYLE}}</style></head>
 <body>
-<header><a class="skip" href="#main">Skip to content</a>
-<nav><a href="/">Webhooks</a></nav>
-<span class="soft">{{f"{user.name} ({user.role})" if user else ""}}</span></header>
+<header class="row"><a class="skip" href="#main">Skip to content</a> <nav><a href="/">Webhooks</a></nav>
+<p class="soft">{{f"{user.name} ({user.role})" if user else ""}}</p></header>
 <main id="main" tabindex="-1">
 <h1>{{title}}</h1>
-% def button(label, path, look=""):
-<form method="post" action="{{path}}"><input type="hidden" name="token" value="{{token}}">
-<button class="{{look}}">{{label}}</button></form>
 % end
-% def parts_beside():
-% if len(beside) > 1:
-<nav class="row" aria-label="Parts of the list">
-% for name, label in (("prev", "Previous"), ("next", "Next")):
-% if name in beside:
-<a rel="{{name}}" href="{{beside[name]}}#list">{{label}}</a>
+% def button(label, path):
+<form method="post" action="{{path}}"><input type="hidden" name="token" value="{{form_token(user)}}">
+<button>{{label}}</button></form>
 % end
+% def neighbours():
+<p class="row">
+% for label, link in links.items():
+<a href="{{link}}#list">{{label}}</a>
 % end
-</nav>
+</p>
 % end
-% end
+% may_change = user and user.role in ADMINS
 """
 
 
-class PageTemplate(bottle.SimpleTemplate):
-    """A page, of which only the main part is given; it may use all names of this file."""
-
-    defaults = globals()
-
-    def __init__(self, main: str):
-        super().__init__(_TOP + main + "</main></body></html>\n")
+def page_template(main: str) -> bottle.SimpleTemplate:
+    """A page, which begins with a call of top(); it may use all names of this file."""
+    return bottle.SimpleTemplate(_PARTS + main + "</main></body></html>\n")
 
 
-ERROR_PAGE = PageTemplate("""\
-% for fault in faults:
-<p>{{fault}}</p>
-% end
-% if status != 401:
-<p><a href="/">To the webhooks</a></p>
-% end
+ERROR_PAGE = page_template("""\
+% top(http.HTTPStatus(status).phrase)
+<p>{{"; ".join(map(str, faults))}}</p>
 """)
 
-LIST_PAGE = PageTemplate("""\
-<div class="row" id="list"><span>{{", ".join(f"{n} {state}" for state, n in states.items()) or "None yet."}}</span>
-% if changes:
+LIST_PAGE = page_template("""\
+% top("Webhooks")
+<p class="row" id="list">{{", ".join(f"{n} {state}" for state, n in states.items()) or "None yet."}}
+% if may_change:
 <a href="/webhooks/new">New webhook</a>
 % end
-</div>
-% if webhooks:
+</p>
 <table><thead><tr><th scope="col">Webhook</th><th scope="col">State</th>
 <th scope="col" class="number">Success 30 d</th><th scope="col" class="number">Pending</th></tr></thead><tbody>
 % for webhook in webhooks:
-<tr><td class="rest"><div class="line"><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a>
-<span class="soft spare">{{webhook["url"] if webhook["url"] != webhook["name"] else ""}}</span></div>
-<div class="line">{{", ".join(webhook["events"])}}</div></td>
-<td>{{!state_element(webhook["health"]["state"])}}</td>
+% name, url, health = webhook["name"], webhook["url"], webhook["health"]
+<tr><td><div class="clamped"><a href="/webhooks/{{webhook["id"]}}">{{name}}</a>
+<span class="soft">{{url if url != name else ""}}</span><br>{{", ".join(webhook["events"])}}</div></td>
+<td><span class="state {{health["state"]}}">{{health["state"]}}</span></td>
 <td class="number">{{success_rate(counts[webhook["id"]])}}</td>
-<td class="number">{{webhook["health"]["pending"]}}</td></tr>
+<td class="number">{{health["pending"]}}</td></tr>
 % end
 </tbody></table>
-% end
-% parts_beside()
+% neighbours()
 """)
 
-FORM_PAGE = PageTemplate("""\
+FORM_PAGE = page_template("""\
+% top(f"Edit {old.name}" if old.id else "New webhook")
 % def field(name, label, kind="text", hint=""):
-% wrong, value = "; ".join(faults.get(name, ())), form.get(name, "")
-% attributes = f'id="{name}" name="{name}" aria-describedby="{name}-fault {name}-hint"'
-% attributes += ' aria-invalid="true"' * bool(wrong) + " autofocus" * (name == focus)
-<div class="field">
-% if kind == "checkbox":
-<input type="checkbox" value="true" {{!attributes}} {{"checked" if value else ""}}>
+% wrong = "; ".join(faults.get(name, ()))
+% shared = f'id="{name}" name="{name}" aria-describedby="{name}-fault {name}-hint"'
+% shared += ' aria-invalid="true" autofocus' if wrong else ""
+<div class="field"><label for="{{name}}">{{label}}</label>
+% if kind == "textarea":
+<textarea rows="5" spellcheck="false" {{!shared}}>
+{{form.get(name, "")}}</textarea>
+% else:
+<input type="{{kind}}" value="{{form.get(name, "")}}" autocomplete="{{"new-password" if kind == "password" else "off"}}" {{!shared}}>
 % end
-<label for="{{name}}">{{label}}</label>
-% if kind == "text":
-<input class="text" value="{{value}}" autocomplete="off" {{!attributes}}>
-% elif kind == "password":
-<input class="text" type="password" autocomplete="new-password" {{!attributes}}>
-% elif kind == "textarea":
-<textarea rows="5" spellcheck="false" {{!attributes}}>
-{{value}}</textarea>
+<span class="fault" id="{{name}}-fault">{{wrong}}</span>
+<span class="soft" id="{{name}}-hint">{{hint}}</span></div>
 % end
-<div class="fault" id="{{name}}-fault">{{wrong}}</div>
-<div class="soft" id="{{name}}-hint">{{hint}}</div>
-</div>
-% end
-% focus = next((name for name, messages in faults.items() if messages), None)
 % if faults:
-<p class="fault" role="alert">Nothing was saved. {{" ".join(f"{message}." for message in faults[""])}}</p>
+<p class="fault" role="alert">Nothing was saved. {{"; ".join(faults.get("", ()))}}</p>
 % end
-<form method="post"><input type="hidden" name="token" value="{{token}}">
-% field("name", "Name")
+<form method="post"><input type="hidden" name="token" value="{{form_token(user)}}">
+% field("name", "Name", hint="Left empty, it is the URL.")
 % field("url", "URL")
 % field("events", "Events", "textarea", "One per line or comma-separated; * is every event, page_* all that begin so.")
-<details class="field"><summary>Confluence's events</summary>
-<p>attachment_created, attachment_removed, attachment_restored, attachment_trashed, attachment_updated,
-blog_created, blog_removed, blog_restored, blog_trashed, blog_updated, blueprint_page_created,
-comment_created, comment_removed, comment_updated, content_created, content_permissions_updated,
-content_restored, content_trashed, content_updated, group_created, group_removed, label_added,
-label_created, label_deleted, label_removed, page_children_reordered, page_created, page_moved,
-page_removed, page_restored, page_trashed, page_updated, space_created, space_logo_updated,
-space_permissions_updated, space_removed, space_updated, theme_enabled, user_created,
-user_deactivated, user_followed, user_reactivated, user_removed</p></details>
+<details><summary>Confluence's events</summary>
+<p>attachment_created, attachment_removed, attachment_restored, attachment_trashed, attachment_updated, blog_created,
+blog_removed, blog_restored, blog_trashed, blog_updated, blueprint_page_created, comment_created, comment_removed,
+comment_updated, content_created, content_permissions_updated, content_restored, content_trashed, content_updated,
+group_created, group_removed, label_added, label_created, label_deleted, label_removed, page_children_reordered,
+page_created, page_moved, page_removed, page_restored, page_trashed, page_updated, space_created, space_logo_updated,
+space_permissions_updated, space_removed, space_updated, theme_enabled, user_created, user_deactivated,
+user_followed, user_reactivated, user_removed</p></details>
 % kept = " Left empty, the one that is set stays." if old.secret else ""
 % field("secret", "Secret", "password", "Signs every delivery. It is never shown again." + kept)
-% if old.secret:
-% field("removeSecret", "Remove the secret", "checkbox")
+% for name, label in (FORM_BOXES | ({"removeSecret": "Remove the secret"} if old.secret else {})).items():
+<p><input type="checkbox" id="{{name}}" name="{{name}}" {{"checked" if form.get(name) else ""}}>
+<label for="{{name}}">{{label}}</label></p>
 % end
-% field("active", "Active", "checkbox")
-% field("ordered", "Ordered", "checkbox", "One delivery at a time, in publish order.")
-% field("sslVerificationRequired", "Verify TLS", "checkbox")
 % field("rateLimit", "Rate limit", hint="Deliveries per second; empty: no limit.")
-<div class="row"><button class="first">{{"Save" if old.id else "Create"}}</button>
-<a href="{{f"/webhooks/{old.id}" if old.id else "/"}}">Cancel</a></div>
+<p class="row"><button>{{"Save" if old.id else "Create"}}</button>
+<a href="{{f"/webhooks/{old.id}" if old.id else "/"}}">Cancel</a></p>
 </form>
 """)
 
-WEBHOOK_PAGE = PageTemplate("""\
-% path, total = f"/webhooks/{webhook['id']}", sum(days.values(), collections.Counter())
-<p>{{!state_element(webhook["health"]["state"])}} {{words}}</p>
+WEBHOOK_PAGE = page_template("""\
+% top(webhook["name"])
+% path, health = f"/webhooks/{webhook['id']}", webhook["health"]
+<p><span class="state {{health["state"]}}">{{health["state"]}}</span> {{state_words(health)}}</p>
 % if redelivered is not None:
 <p role="status">Attempted again: {{redelivered}}.</p>
 % end
-% if changes:
+% if may_change:
 <div class="row"><a href="{{path}}/edit">Edit</a>
 % button("Test", f"{path}/test")
-% works = webhook["health"]["state"] in ("healthy", "failing")
+% works = health["state"] in ("healthy", "failing")
 % button("Pause", f"{path}/pause") if works else button("Resume", f"{path}/resume")
 % button("Redeliver failed", f"{path}/redeliver")
 <form action="{{path}}/delete"><button class="fault">Delete</button></form></div>
@@ -5018,31 +4950,27 @@ WEBHOOK_PAGE = PageTemplate("""\
 <dt>Events</dt><dd>{{", ".join(webhook["events"])}}</dd>
 <dt>Secret</dt><dd>{{"set" if webhook["secretSet"] else "none"}}</dd>
 <dt>TLS</dt><dd>{{"verified" if webhook["sslVerificationRequired"] else "not verified"}}</dd>
-% for name in "credentials", "headers", "filters", "ordered", "rateLimit", "configuration":
-% if webhook.get(name):
+% for name in filter(webhook.get, ("credentials", "headers", "filters", "ordered", "rateLimit", "configuration")):
 <dt>{{"Rate limit" if name == "rateLimit" else name.capitalize()}}</dt><dd>{{json_bytes(webhook[name])}}</dd>
 % end
-% end
-<dt>Created</dt><dd>{{!time_element(webhook["createdDate"])}} UTC</dd>
-<dt>Changed</dt><dd>{{!time_element(webhook["updatedDate"])}} UTC</dd>
-<dt>Pending</dt><dd>{{webhook["health"]["pending"]}}</dd></dl>
+<dt>Created</dt><dd>{{utc(webhook["createdDate"])}} UTC</dd>
+<dt>Changed</dt><dd>{{utc(webhook["updatedDate"])}} UTC</dd>
+<dt>Pending</dt><dd>{{health["pending"]}}</dd></dl>
+
 <h2>Last 30 days</h2>
-% if not total:
-<p>No attempts.</p>
-% else:
-<p>{{success_rate(total)}} of {{sum(total.values())}} attempts succeeded.
-<span class="SUCCESS">Successes: {{total["SUCCESS"]}}</span>,
-<span class="FAILURE">failures: {{total["FAILURE"]}}</span> (an answer other than 2xx),
-<span class="ERROR">errors: {{total["ERROR"]}}</span> (no answer).</p>
-% most = max(sum(counts.values()) for counts in days.values())
-<svg viewBox="0 0 {{10 * len(days)}} 64" preserveAspectRatio="none" role="img"
+% total = sum(days.values(), collections.Counter())
+<p>{{success_rate(total)}} of {{total.total()}} attempts succeeded.
+<span class="SUCCESS">Successes: {{total[SUCCESS]}}</span>,
+<span class="FAILURE">failures: {{total[FAILURE]}}</span> (an answer other than 2xx),
+<span class="ERROR">errors: {{total[ERROR]}}</span> (no answer).</p>
+% most = max(counts.total() for counts in days.values())
+<svg viewBox="0 0 {{len(days)}} {{most}}" preserveAspectRatio="none" role="img"
 aria-label="Attempts a day, at most {{most}}; the figures are in the table below">
 % for x, (day, counts) in enumerate(days.items()):
-% y = 64
+% y = most
 % for outcome in filter(counts.get, OUTCOMES):
-% tall = max(2, 60 * counts[outcome] / most)
-% y -= tall
-<rect class="{{outcome}}" x="{{10 * x + 1}}" y="{{round(y, 1)}}" width="8" height="{{round(tall, 1)}}"><title>{{day}}: {{counts[outcome]}} {{outcome}}</title></rect>
+% y -= counts[outcome]
+<rect class="{{outcome}}" x="{{x}}" y="{{y}}" width="0.8" height="{{counts[outcome]}}"><title>{{day}}: {{counts[outcome]}} {{outcome}}</title></rect>
 % end
 % end
 </svg>
@@ -5050,66 +4978,62 @@ aria-label="Attempts a day, at most {{most}}; the figures are in the table below
 <table><thead><tr><th scope="col">Day (UTC)</th><th scope="col" class="number">Successes</th>
 <th scope="col" class="number">Failures</th><th scope="col" class="number">Errors</th></tr></thead><tbody>
 % for day, counts in reversed(days.items()):
-<tr><td>{{day}}</td><td class="number">{{counts["SUCCESS"]}}</td>
-<td class="number">{{counts["FAILURE"]}}</td><td class="number">{{counts["ERROR"]}}</td></tr>
+<tr><td>{{day}}</td><td class="number">{{counts[SUCCESS]}}</td>
+<td class="number">{{counts[FAILURE]}}</td><td class="number">{{counts[ERROR]}}</td></tr>
 % end
 </tbody></table></details>
-% end
 <dl>
-% for outcome in OUTCOMES:
-% last = webhook["statistics"].get("last" + outcome.capitalize())
+% for outcome in ("Success", "Failure", "Error"):
+% last = webhook["statistics"].get(f"last{outcome}")
 % if last:
-<dt>Last {{outcome.lower()}}</dt><dd>{{!time_element(last["start"])}}
+<dt>Last {{outcome.lower()}}</dt><dd>{{utc(last["start"])}}
 <a href="/deliveries/{{last["id"]}}">{{last["event"]}}</a>: {{last["result"]["description"]}}</dd>
 % end
 % end
 </dl>
+
 <h2 id="list">Deliveries</h2>
 <nav class="row" aria-label="Deliveries by state">
-% for name in ("", PENDING, SUCCEEDED, FAILED):
-<a href="{{path}}{{f"?state={name}" if name else ""}}#list"{{!' aria-current="page"' if name == shown_state else ""}}>{{name or "all"}}</a>
+% for state in ("", PENDING, SUCCEEDED, FAILED):
+<a href="{{path}}?state={{state}}#list" {{!'aria-current="page"' if state == shown_state else ""}}>{{state or "all"}}</a>
 % end
 </nav>
-% if deliveries:
 <table><thead><tr><th scope="col">Made (UTC)</th><th scope="col">Event</th>
 <th scope="col" class="number spare">Attempts</th><th scope="col">State</th></tr></thead><tbody>
 % for delivery in deliveries:
-<tr><td class="moment"><a href="/deliveries/{{delivery.id}}">{{!time_element(delivery.created)}}</a></td>
+<tr><td><a href="/deliveries/{{delivery.id}}">{{utc(delivery.created)}}</a></td>
 <td>{{delivery.event}}</td><td class="number spare">{{delivery.attempt_count}}</td>
-<td>{{!state_element(delivery.state)}} {{delivery.description or ""}}</td></tr>
+<td><span class="state {{delivery.state}}">{{delivery.state}}</span> {{delivery.description or ""}}</td></tr>
 % end
 </tbody></table>
-% else:
-<p>None.</p>
-% end
-% parts_beside()
+<p>{{"" if deliveries else "None."}}</p>
+% neighbours()
 """)
 
-DELIVERY_PAGE = PageTemplate("""\
-<p>{{!state_element(delivery.state)}} after {{len(attempts)}} attempt{{"s" * (len(attempts) != 1)}}
-% if delivery.next_attempt and webhook["health"]["state"] in ("healthy", "failing"):
-– the next is planned for {{!time_element(delivery.next_attempt)}} UTC
+DELIVERY_PAGE = page_template("""\
+% top(f"Delivery of {delivery.event}")
+% count, health = len(attempts), webhook["health"]
+<p><span class="state {{delivery.state}}">{{delivery.state}}</span> after {{count}} attempt{{"s" * (count != 1)}}
+% if delivery.next_attempt and health["state"] in ("healthy", "failing"):
+– the next is planned for {{utc(delivery.next_attempt)}} UTC
 % elif delivery.next_attempt:
-– the next waits while the webhook is {{webhook["health"]["state"]}}
+– the next waits while the webhook is {{health["state"]}}
 % end
 </p>
-% if changes:
-<div class="row">
+% if may_change:
 % button("Redeliver", f"/deliveries/{delivery.id}/redeliver")
-</div>
 % end
 <dl><dt>Webhook</dt><dd><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a>
-{{!state_element(webhook["health"]["state"])}}</dd>
+<span class="state {{health["state"]}}">{{health["state"]}}</span></dd>
 <dt>Event</dt><dd>{{delivery.event}}, number {{delivery.event_id}}</dd>
 <dt>Delivery</dt><dd>{{delivery.id}}</dd>
-<dt>Made</dt><dd>{{!time_element(delivery.created)}} UTC</dd></dl>
-% short = " open" if len(body) < 2000 else ""
-<details{{short}}><summary>Body, the same in every attempt</summary>
-<pre>{{body}}</pre></details>
+<dt>Made</dt><dd>{{utc(delivery.created)}} UTC</dd></dl>
+% short = "open" if len(body) < 2000 else ""
+<details {{short}}><summary>Body, the same in every attempt</summary><pre>{{body}}</pre></details>
 % for number, attempt in reversed(list(enumerate(attempts, 1))):
 <h2>Attempt {{number}}: <span class="{{attempt.outcome}}">{{attempt.outcome}}</span></h2>
-<p>{{attempt.description}}, {{attempt.duration}} ms, at {{!time_element(attempt.start)}} UTC</p>
-<details{{" open" if number == len(attempts) else ""}}><summary>Request and response {{number}}</summary>
+<p>{{attempt.description}}, {{attempt.duration}} ms, at {{utc(attempt.start)}} UTC</p>
+<details {{"open" if number == count else ""}}><summary>Request and response {{number}}</summary>
 <pre>{{http_text("POST " + attempt.url, attempt.request(""))}}</pre>
 % if attempt.status is not None:
 <pre>{{http_text(str(attempt.status), attempt.response())}}</pre>
@@ -5117,35 +5041,35 @@ DELIVERY_PAGE = PageTemplate("""\
 </details>
 % end
 % if attempts:
-<details{{short}}><summary>Send it again with curl</summary>
-<pre>{{curl_command(attempts[-1], body)}}</pre></details>
+<details {{short}}><summary>Send it again with curl</summary><pre>{{curl_command(attempts[-1], body)}}</pre></details>
 % end
 """)
 
-TEST_PAGE = PageTemplate("""\
+TEST_PAGE = page_template("""\
+% top(f"Test of {webhook.name}")
 % request, response = test["request"], test["response"]
 <p>To the webhook <a href="/webhooks/{{webhook.id}}">{{webhook.name}}</a>. A test is not counted or stored.</p>
 <h2>Sent</h2>
 <pre>{{http_text("POST " + request["url"], request)}}</pre>
 <h2>Answer</h2>
-% if response is None:
-<p class="fault">None: {{test["error"]}}</p>
-% else:
-<pre>{{http_text(str(response["status"]), response)}}</pre>
-% end
-<div class="row">
+<pre>{{http_text(str(response["status"]), response) if response else f"None: {test['error']}"}}</pre>
 % button("Test again", f"/webhooks/{webhook.id}/test")
-</div>
 """)
 
-DELETE_PAGE = PageTemplate("""\
-<p>Delete <strong>{{webhook.name}}</strong> and all of its deliveries, {{pending}} of them pending?</p>
+DELETE_PAGE = page_template("""\
+% top(f"Delete {webhook.name}?")
+<p>All of its deliveries go with it, {{pending}} of them pending.</p>
 <div class="row">
-% button("Delete", f"/webhooks/{webhook.id}/delete", look="fault")
+% button("Delete", f"/webhooks/{webhook.id}/delete")
 <a href="/webhooks/{{webhook.id}}">Keep it</a></div>
 """)
 
 # ---- the pages ----
+
+
+def form_token(user: User) -> str:
+    """What the forms of a user carry, and no other site can know."""
+    return hmac.digest(user.record.encode(), b"form", "sha256").hex()
 
 
 class Pages(Api):
@@ -5154,43 +5078,40 @@ class Pages(Api):
     def __init__(self, *parts):
         super().__init__(*parts)
         hook, delivery = "/webhooks/<id:id>", "/deliveries/<uuid>"
-        route = self.app.route
-        route("/", "GET", self.show_start, roles=ANYBODY)
-        route(hook, "GET", self.show_webhook, roles=READERS)
-        route(delivery, "GET", self.show_delivery, roles=READERS)
-        for path, show, submit in (
-            ("/webhooks/new", self.show_form, self.submit_form),
-            (hook + "/edit", self.show_form, self.submit_form),
-            (hook + "/delete", self.show_delete, self.submit_delete),
-            (hook + "/test", None, self.submit_test),
-            (hook + "/pause", None, functools.partial(self.submit_active, False)),
-            (hook + "/resume", None, functools.partial(self.submit_active, True)),
-            (hook + "/redeliver", None, self.submit_redeliver_failed),
-            (delivery + "/redeliver", None, self.submit_redeliver),
+        for method, path, handler, roles in (
+            ("GET", "/", self.show_start, ANYBODY),
+            ("GET", hook, self.show_webhook, READERS),
+            ("GET", delivery, self.show_delivery, READERS),
+            ("GET", "/webhooks/new", self.show_form, ADMINS),
+            ("POST", "/webhooks/new", self.submit_form, ADMINS),
+            ("GET", hook + "/edit", self.show_form, ADMINS),
+            ("POST", hook + "/edit", self.submit_form, ADMINS),
+            ("GET", hook + "/delete", self.show_delete, ADMINS),
+            ("POST", hook + "/delete", self.submit_delete, ADMINS),
+            ("POST", hook + "/test", self.submit_test, ADMINS),
+            ("POST", hook + "/pause", self.submit_pause, ADMINS),
+            ("POST", hook + "/resume", self.submit_resume, ADMINS),
+            ("POST", hook + "/redeliver", self.submit_redeliver_failed, ADMINS),
+            ("POST", delivery + "/redeliver", self.submit_redeliver, ADMINS),
         ):
-            if show:
-                route(path, "GET", show, roles=ADMINS)
-            route(path, "POST", self._submitted(submit), roles=ADMINS)
+            checks = [self._with_form] if method == "POST" else []
+            self.app.route(path, method, handler, apply=checks, roles=roles)
 
     # ---- what they share ----
 
-    def _page(self, title, template, status=200, **values):
-        user = bottle.request.environ.get("webhookd.user")
-        values |= {"title": title, "status": status, "user": user}
-        values["token"] = user and self._token(user)
-        values["changes"] = user is not None and user.role in ADMINS
+    @staticmethod
+    def _page(template, status=200, **values):
         bottle.response.status = status
-        bottle.response.content_type = HTML_TYPE
         bottle.response.headers.update(PAGE_HEADERS)
-        return template.render(values)
+        user = bottle.request.environ.get("webhookd.user")
+        return template.render(globals(), user=user, status=status, **values)
 
     def _error(self, status, faults):
         path = bottle.request.path
-        start = path == "/" and self._wants_html()
-        if not start and not re.match("/(webhooks|deliveries)(/|$)", path):
+        is_page = path.startswith(("/webhooks", "/deliveries")) or self._wants_html()
+        if path.startswith("/rest/") or not is_page:
             return super()._error(status, faults)
-        title = http.HTTPStatus(status).phrase
-        return self._page(title, ERROR_PAGE, status, faults=faults)
+        return self._page(ERROR_PAGE, status, faults=faults)
 
     def _wants_html(self):
         return "text/html" in (self._header("Accept") or "").lower()
@@ -5200,41 +5121,38 @@ class Pages(Api):
         bottle.response.status = 303
         bottle.response.headers["Location"] = path
 
-    @staticmethod
-    def _token(user):
-        """What the forms of a user carry, and no other site can know."""
-        return hmac.digest(user.record.encode(), b"form", "sha256").hex()
+    def _with_form(self, handler):
+        """A plugin: the handler, if the form that was sent is of one of our pages."""
+
+        def checked(**arguments):
+            environ = bottle.request.environ
+            form = environ["webhookd.form"] = self._form()
+            sent, token = form.get("token", ""), form_token(environ["webhookd.user"])
+            if not hmac.compare_digest(sent.encode(), token.encode()):
+                raise Forbidden("the form is out of date: go back and reload its page")
+            return handler(**arguments)
+
+        return checked
 
     def _form(self):
         if bottle.request.content_length <= 0:
             return {}
+        if not bottle.request.content_type.lower().startswith(FORM_TYPE):
+            raise WrongMediaType(f"a form must be sent as {FORM_TYPE}")
         body, _ = self._body(FORM_TYPE)
+        limits = {"errors": "strict", "max_num_fields": 100}
         try:
-            pairs = urllib.parse.parse_qsl(
-                body.decode(), True, errors="strict", max_num_fields=100
-            )
-            return dict(pairs)
+            return dict(urllib.parse.parse_qsl(body.decode(), **limits))
         except ValueError:
             raise Invalid("the form is malformed") from None
 
-    def _submitted(self, handler):
-        """The handler, called with the form that was sent, if one of our pages sent it."""
-
-        def checked(**arguments):
-            form, user = self._form(), bottle.request.environ["webhookd.user"]
-            sent = form.get("token", "").encode()
-            if not hmac.compare_digest(sent, self._token(user).encode()):
-                raise Forbidden("the form is out of date: go back and reload its page")
-            return handler(form, **arguments)
-
-        return checked
-
-    def _beside(self, page, total):
+    def _links(self, page, total):
         """The links to the parts of a list before and after this one."""
-        query = self._query()
+        query, starts = self._query(), page.neighbours(total)
         return {
-            name: f"?{urllib.parse.urlencode(query | {'start': start}, True)}"
-            for name, start in page.neighbours(total).items()
+            label: "?" + urllib.parse.urlencode(query | {"start": starts[name]}, True)
+            for name, label in (("prev", "Previous"), ("next", "Next"))
+            if name in starts
         }
 
     # ---- reading ----
@@ -5244,107 +5162,103 @@ class Pages(Api):
         if self._wants_html():
             self._log_in(READERS)
             return self.show_webhooks()
-        bottle.response.content_type = "text/plain; charset=utf-8"
         bottle.response.headers.update(PAGE_HEADERS)
-        test_url = self._link("/rest/api/webhooks/test", {"webhookId": 1})
-        url, test_url = shlex.quote(self._link("")), shlex.quote(test_url)
-        return CURL_PAGE.format(version=VERSION, url=url, test_url=test_url)
+        bottle.response.content_type = "text/plain; charset=utf-8"
+        return CURL_PAGE.format(version=VERSION, url=shlex.quote(self._link("")))
 
     def show_webhooks(self):
         [page] = self._asked(read_page)
-        webhooks = list(self._store.webhooks.by_id.values())
-        health = self._store.health
-        states = [health[w.id].state(w.active) for w in webhooks]
-        part = self._shown(webhooks[page.start : page.start + page.limit])
+        webhooks = self._shown(self._store.webhooks.by_id.values())
+        part = webhooks[page.start : page.start + page.limit]
         ids = tuple(webhook["id"] for webhook in part)
         return self._page(
-            "Webhooks",
             LIST_PAGE,
             webhooks=part,
-            states=collections.Counter(states),
+            states=collections.Counter(w["health"]["state"] for w in webhooks),
             counts=self._store.attempts_by("webhook_id", ids, self._now_ms()),
-            beside=self._beside(page, len(webhooks)),
+            links=self._links(page, len(webhooks)),
         )
 
     def show_webhook(self, id):
         page, wanted, redelivered = self._asked(
-            lambda query: read_page(query, DELIVERIES_PER_PAGE),
+            functools.partial(read_page, limit=DELIVERIES_PER_PAGE),
             read_filter,
             lambda query: read_parameter(query, "redelivered", None, whole_number, 0),
         )
-        now = self._now_ms()
         [webhook] = self._shown([self._store.webhook(id)], statistics=True)
         deliveries, total = self._store.deliveries(id, wanted, page)
         return self._page(
-            webhook["name"],
             WEBHOOK_PAGE,
             webhook=webhook,
-            words=state_words(webhook["health"], now),
             redelivered=redelivered,
-            days=daily_figures(self._store.attempts_by("day", (id,), now), now),
-            shown_state=wanted.states[0] if wanted.states else "",
+            days=self._daily_figures(id),
+            shown_state="".join(wanted.states),
             deliveries=deliveries,
-            beside=self._beside(page, total),
+            links=self._links(page, total),
         )
+
+    def _daily_figures(self, id):
+        """A webhook's attempts by outcome for each of the last days, oldest first."""
+        now = self._now_ms()
+        by_day, today = self._store.attempts_by("day", (id,), now), now // DAY_MS
+        days = range(today - STATISTICS_DAYS, today + 1)
+        return {utc(day * DAY_MS)[:10]: by_day[day] for day in days}
 
     def show_delivery(self, uuid):
         delivery, body, attempts = self._store.delivery(uuid.lower())
         [webhook] = self._shown([self._store.webhook(delivery.webhook_id)])
-        values = {"delivery": delivery, "webhook": webhook}
-        values |= {"body": body, "attempts": attempts}
-        return self._page(f"Delivery of {delivery.event}", DELIVERY_PAGE, **values)
+        values = {"delivery": delivery, "body": body, "attempts": attempts}
+        return self._page(DELIVERY_PAGE, webhook=webhook, **values)
 
     # ---- changing ----
 
     def _edited(self, id):
         return Webhook() if id is None else self._store.webhook(id)
 
-    def _form_page(self, old, form, faults=None):
-        title = f"Edit {old.name}" if old.id else "New webhook"
-        values = {"old": old, "form": form, "faults": faults or {}}
-        return self._page(title, FORM_PAGE, 400 if faults else 200, **values)
-
     def show_form(self, id=None):
         old = self._edited(id)
-        shown = old.shown() | {"events": "\n".join(old.events)}
-        return self._form_page(old, shown)
+        form = old.shown() | {"events": "\n".join(old.events)}
+        return self._page(FORM_PAGE, old=old, form=form, faults={})
 
-    def submit_form(self, form, id=None):
-        old = self._edited(id)
+    def submit_form(self, id=None):
+        old, form = self._edited(id), bottle.request.environ["webhookd.form"]
         fields = form_fields(form, old)
         try:
-            webhook = self.change(old.id, fields) if old.id else self.register(fields)
+            webhook = self.change(id, fields) if id else self.register(fields)
         except Invalid as error:
             faults = faults_by_field(error.faults, fields)
-            if form.get("secret"):
+            if form.pop("secret", None):
                 faults["secret"].append("is not shown again, so type it once more")
-            return self._form_page(old, form, faults)
+            return self._page(FORM_PAGE, 400, old=old, form=form, faults=faults)
         self._see(f"/webhooks/{webhook.id}")
 
     def show_delete(self, id):
         webhook, pending = self._store.webhook(id), self._store.pending[id]
-        title = f"Delete {webhook.name}?"
-        return self._page(title, DELETE_PAGE, webhook=webhook, pending=pending)
+        return self._page(DELETE_PAGE, webhook=webhook, pending=pending)
 
-    def submit_delete(self, form, id):
+    def submit_delete(self, id):
         self.delete(id)
         self._see("/")
 
-    def submit_test(self, form, id):
+    def submit_test(self, id):
         webhook = self._store.webhook(id)
-        test, title = self.test(webhook), f"Test of {webhook.name}"
-        return self._page(title, TEST_PAGE, webhook=webhook, test=test)
+        return self._page(TEST_PAGE, webhook=webhook, test=self.test(webhook))
 
-    def submit_active(self, active, form, id):
-        self.change(id, {"active": active})
+    def submit_pause(self, id):
+        self.change(id, {"active": False})
         self._see(f"/webhooks/{id}")
 
-    def submit_redeliver_failed(self, form, id):
+    def submit_resume(self, id):
+        self.change(id, {"active": True})
+        self._see(f"/webhooks/{id}")
+
+    def submit_redeliver_failed(self, id):
         _, redelivered = self.redeliver_all(id, Filter())
         self._see(f"/webhooks/{id}?redelivered={redelivered}")
 
-    def submit_redeliver(self, form, uuid):
-        self._see(f"/deliveries/{self.redeliver_one(uuid.lower()).id}")
+    def submit_redeliver(self, uuid):
+        self.redeliver_one(uuid.lower())
+        self._see(f"/deliveries/{uuid}")
 
 
 # ======================================================================================
