@@ -4670,8 +4670,6 @@ class Metrics:
 FORM_TYPE = "application/x-www-form-urlencoded"
 DELIVERIES_PER_PAGE = 50
 
-# ---- texts ----
-
 
 def utc(ms: int) -> str:
     """A moment as people read it, to the second."""
@@ -4758,7 +4756,7 @@ def form_fields(form: dict[str, str], old: Webhook) -> dict:
         "name": form.get("name", ""),
         "url": form.get("url", "").strip(),
         "events": re.findall(r"[^\s,]+", form.get("events", "")),
-        "rateLimit": _number(form.get("rateLimit", "")),
+        "rateLimit": _number(form.get("rateLimit", "").strip()),
     }
     if form.get("secret") or "removeSecret" in form:
         fields["configuration"] = {"secret": form.get("secret") or None}
@@ -4908,7 +4906,7 @@ FORM_PAGE = page_template("""\
 <p class="fault" role="alert">Nothing was saved. {{"; ".join(faults.get("", ()))}}</p>
 % end
 <form method="post"><input type="hidden" name="token" value="{{form_token(user)}}">
-% field("name", "Name", hint="Left empty, it is the URL.")
+% field("name", "Name")
 % field("url", "URL")
 % field("events", "Events", "textarea", "One per line or comma-separated; * is every event, page_* all that begin so.")
 <details><summary>Confluence's events</summary>
@@ -5135,6 +5133,7 @@ class Pages(Api):
         return checked
 
     def _form(self):
+        """The fields that were sent, without those that are empty."""
         if bottle.request.content_length <= 0:
             return {}
         if not bottle.request.content_type.lower().startswith(FORM_TYPE):
