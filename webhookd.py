@@ -97,6 +97,7 @@ VERSION = "0.1.0"
 USER_AGENT = f"webhookd/{VERSION}"
 
 MAX_REQUEST_BYTES = 32 << 20  # many events; one is bounded by MAX_EVENT_SIZE
+LARGE_REQUEST_BYTES = 1 << 20
 MAX_WEBHOOK_BYTES = 1 << 20  # the JSON of one webhook
 MAX_EVENTS_PER_REQUEST = 1000
 MAX_RESPONSE_BYTES = 64 << 10  # read from a receiver, headers and body together
@@ -486,13 +487,6 @@ class Webhook:
     def shown(self) -> dict:
         """The webhook as the API shows it."""
         login = self.credentials and {"username": self.credentials["username"]}
-        optional = {
-            "credentials": login,
-            "headers": dict.fromkeys(self.headers, MASK),
-            "filters": self.filters,
-            "ordered": self.ordered,
-            "rateLimit": self.rate_limit,
-        }
         return {
             "id": self.id,
             "name": self.name,
@@ -505,7 +499,12 @@ class Webhook:
             "scopeType": "global",
             "sslVerificationRequired": self.verify_tls,
             "secretSet": self.secret is not None,
-        } | {key: value for key, value in optional.items() if value}
+            "credentials": login,
+            "headers": dict.fromkeys(self.headers, MASK),
+            "filters": self.filters,
+            "ordered": self.ordered,
+            "rateLimit": self.rate_limit,
+        }
 
 
 class Health(typing.NamedTuple):
@@ -553,7 +552,6 @@ class NewEvent(typing.NamedTuple):
     name: str
     timestamp: int  # milliseconds
     body: bytes
-    fields: dict  # the parsed body, for filters; its numbers are JsonNumbers
 
 
 EVENT_KEYS = ("id", "event", "timestamp", "deliveries")
@@ -690,14 +688,18 @@ class JsonNumber(str):
     """A JSON number as it was written, so that it is delivered to the digit."""
 
     @property
-    def value(self) -> int | float:
-        digits = self.removeprefix(NUMBER_MARK)
-        # int() refuses thousands of digits, which are beyond any float
-        return json.loads(digits) if len(digits) < 1000 else float(digits)
+    def value(self) -> float:
+        return float(self.removeprefix(NUMBER_MARK))
 
 
 def _json_number(digits):
     return JsonNumber(NUMBER_MARK + digits)
+
+
+def _json_integer(digits):
+    # -0 would lose its sign, and int() refuses thousands of digits
+    is_plain = digits != "-0" and len(digits) < 1000
+    return int(digits) if is_plain else _json_number(digits)
 
 
 def _finite(digits):
@@ -711,10 +713,10 @@ def _refuse_constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
-_decode_event = json.JSONDecoder(
-    parse_float=_json_number, parse_int=_json_number, parse_constant=_refuse_constant
-).decode
-_decode = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant).decode
+_event_decoder = json.JSONDecoder(
+    parse_float=_json_number, parse_int=_json_integer, parse_constant=_refuse_constant
+)
+_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant)
 _marked_number = re.compile(f'"{NUMBER_MARK}([^"]*)"')
 
 
@@ -731,12 +733,18 @@ def require_all(*rules: tuple[str | None, object, str]) -> None:
         raise Invalid(*faults)
 
 
-def json_value(body: bytes, decode: collections.abc.Callable = _decode):
-    """The value of a JSON text; raises Invalid."""
+def decoded(body: bytes) -> str:
+    """The text that is UTF-8; raises Invalid."""
     try:
-        return decode(body.decode("utf-8-sig"))
+        return body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Invalid(f"the body is not UTF-8: {error.reason}") from None
+
+
+def json_value(text: str, decoder: json.JSONDecoder = _decoder):
+    """The value of a JSON text; raises Invalid."""
+    try:
+        return decoder.decode(text)
     except RecursionError:
         raise Invalid("the JSON is nested too deeply") from None
     except ValueError as error:
@@ -745,7 +753,7 @@ def json_value(body: bytes, decode: collections.abc.Callable = _decode):
 
 def json_object(body: bytes) -> dict:
     """The object of a JSON text, all of whose strings can be stored; raises Invalid."""
-    value = json_value(body)
+    value = json_value(decoded(body))
     require(isinstance(value, dict), "the body must be a JSON object")
     try:
         _encode(value).encode()
@@ -833,21 +841,21 @@ def event_name(value: object) -> str:
     raise Invalid("must be 1 to 64 characters out of A-Z a-z 0-9 _ . : -")
 
 
-def subscription(value: object) -> str:
+def _check_subscription(name):
     """The name of an event, or `*`, or a prefix and `*`."""
-    if isinstance(value, str) and value.endswith("*") and len(value) <= 64:
-        return value if value == "*" else event_name(value[:-1]) + "*"
-    return event_name(value)
+    prefix = name.removesuffix("*") if isinstance(name, str) else ""
+    is_name = name == "*" or EVENT_NAME.fullmatch(prefix) and len(name) <= 64
+    rule = "must be 1 to 64 characters out of A-Z a-z 0-9 _ . : -, or end in *"
+    require(is_name, f"{json.dumps(name)[:80]} {rule}")
 
 
 def subscriptions(value: object) -> tuple[str, ...]:
     """The set of names and wildcards that a webhook is subscribed to."""
     require(isinstance(value, list), "must be a list of event names")
     require(value, "at least one is needed")
-    items = enumerate(value)
-    names = read_all((f"[{index}]", subscription, item) for index, item in items)
-    at_most(100, set(names))
-    return tuple(dict.fromkeys(names))
+    read_all((None, _check_subscription, name) for name in value)
+    at_most(100, set(value))
+    return tuple(dict.fromkeys(value))
 
 
 def ascii_host(host: str) -> str:
@@ -893,8 +901,8 @@ def read_url(value: object, previous: str, check: collections.abc.Callable) -> s
             check(url)
     except UnicodeError:
         raise Invalid("has a host that is not a valid name") from None
-    except ValueError as error:  # urllib's
-        raise Invalid(str(error)) from None
+    except ValueError:  # urllib's, whose text may hold a part of a password
+        raise Invalid("has a host or a port that is not valid") from None
     return url
 
 
@@ -949,13 +957,15 @@ def _check_header(name, text, is_first):
         (None, is_free, "is set by webhookd or belongs to the connection"),
         (None, is_first, "is there twice"),
         (None, is_text, "must be a string of Latin-1 without control characters"),
+        (None, text != MASK, "has a masked value that stands for none"),
     )
 
 
 def read_headers(value: object, previous: dict) -> dict:
     """Extra request headers; a masked value keeps the previous one."""
+    kept = {name.lower(): text for name, text in previous.items()}
     headers = {
-        name: previous.get(name) if text == MASK else text
+        name: kept.get(name.lower(), MASK) if text == MASK else text
         for name, text in members(value).items()
     }
     first = {name.lower(): name for name in reversed(headers)}
@@ -988,7 +998,7 @@ def epoch_ms(text: str) -> int:
         return int(text)
     try:
         # in a query string an unencoded + of a time zone arrives as a space
-        iso = text.replace(" ", "+") if "T" in text else text
+        iso = text.upper().replace(" ", "+") if "T" in text.upper() else text
         moment = datetime.datetime.fromisoformat(iso)
     except ValueError:
         raise Invalid("must be epoch milliseconds or an ISO 8601 time") from None
@@ -1072,9 +1082,12 @@ def read_statistics_wish(query: dict) -> bool:
     return read_parameter(query, "statistics", False, boolean)
 
 
-def read_selection(body: bytes) -> tuple[Filter, bool]:
-    """Which deliveries or events an operation is for, and if it only counts them."""
-    given = read_given(json_object(body), SELECTION_READERS)
+def read_selection(fields: dict, query: dict) -> tuple[Filter, bool]:
+    """Which deliveries or events an operation is for, and if it only counts them.
+
+    Both are taken, for a dryRun that went unnoticed would do harm."""
+    asked = {name: v if len(v) > 1 else v[0] for name, v in query.items()}
+    given = read_given(asked | fields, SELECTION_READERS)
     dry_run = given.pop("dry_run", False)
     return Filter(**given), dry_run
 
@@ -1140,6 +1153,11 @@ def _field_at(fields, path):
     return fields.value if isinstance(fields, JsonNumber) else fields
 
 
+def event_fields(body: bytes) -> dict:
+    """The fields of an event's body, for filters."""
+    return json_value(body.decode(), _event_decoder)
+
+
 def wants(webhook: Webhook, fields: dict) -> bool:
     """Whether an event of these fields passes the webhook's filters."""
     return all(
@@ -1156,7 +1174,9 @@ def _event_body(fields):
         text = _encode(fields)
     except RecursionError:
         raise Invalid("the JSON is nested too deeply") from None
-    return _marked_number.sub(r"\1", text).encode("utf-8", "backslashreplace")
+    if NUMBER_MARK in text:
+        text = _marked_number.sub(r"\1", text)
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _name_of(fields):
@@ -1174,7 +1194,13 @@ def _event_time(value):
     return int(moment)
 
 
-def _read_event(value, sent_bytes, now_ms, max_bytes):
+def _check_size(size_bytes, max_bytes, place=None):
+    if size_bytes > max_bytes:
+        rule = f"an event may have at most {max_bytes} bytes (--max-event-size)"
+        raise TooLarge(Fault(place, rule))
+
+
+def _read_event(value, now_ms, max_bytes):
     if not isinstance(value, dict):
         raise Invalid("an event must be a JSON object")
     timestamp = value.get("timestamp", now_ms)
@@ -1182,15 +1208,50 @@ def _read_event(value, sent_bytes, now_ms, max_bytes):
     name, moment = read_all([name_reading, ("timestamp", _event_time, timestamp)])
     body = _event_body({"timestamp": timestamp, "event": name} | value)
     added = 0 if "timestamp" in value else len(f'"timestamp":{now_ms},')
-    if max(sent_bytes, len(body) - added) > max_bytes:
-        raise TooLarge(
-            f"an event may have at most {max_bytes} bytes (--max-event-size)"
-        )
-    return NewEvent(name, moment, body, value)
+    _check_size(len(body) - added, max_bytes)
+    return NewEvent(name, moment, body)
 
 
-def _read_line(line, now_ms, max_bytes):
-    return _read_event(json_value(line, _decode_event), len(line), now_ms, max_bytes)
+def _read_one(body, now_ms, max_bytes):
+    _check_size(len(body), max_bytes)
+    value = json_value(decoded(body), _event_decoder)
+    return _read_event(value, now_ms, max_bytes)
+
+
+_blank = re.compile(r"[ \t\r\n]*").match
+
+
+def _item(text, start, max_bytes, place):
+    """The JSON value at a position of a text, and where it ends."""
+    part = text[start : start + max_bytes + 1]
+    try:
+        item, length = _event_decoder.raw_decode(part)
+    except RecursionError:
+        raise Invalid("the JSON is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        is_at_end = error.pos > len(part) - 16 or "Unterminated" in error.msg
+        _check_size(len(part) if is_at_end else 0, max_bytes, place)  # it was cut off
+        where = f"char {start + error.pos}"
+        raise Invalid(f"the body is not valid JSON: {error.msg}: {where}") from None
+    except ValueError as error:
+        raise Invalid(f"the body is not valid JSON: {error}") from None
+    return item, start + length
+
+
+def _items(text, max_bytes):
+    """The items of a JSON array, one by one: all at once could fill the memory."""
+    at = _blank(text, 0).end()
+    for index in itertools.count():
+        at = _blank(text, at + 1).end()  # after the bracket or the comma
+        if not index and text.startswith("]", at):
+            break
+        item, at = _item(text, at, max_bytes, f"[{index}]")
+        yield item
+        at = _blank(text, at).end()
+        if not text.startswith(",", at):
+            break
+    is_end = text[at:].strip(" \t\r\n") == "]"
+    require(is_end, f"the body is not valid JSON: Expecting ',' or ']': char {at}")
 
 
 def read_events(
@@ -1200,19 +1261,20 @@ def read_events(
 
     Raises Invalid with the faults of all of them, TooLarge for one over max_bytes."""
     if lines:
-        parts = [(_read_line, line) for line in body.split(b"\n") if line.strip()]
+        found = re.finditer(rb"[^\n]+", body)
+        parts = ((_read_one, line[0]) for line in found if line[0].strip())
+    elif body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        parts = ((_read_event, item) for item in _items(decoded(body), max_bytes))
     else:
-        value = json_value(body, _decode_event)
-        if not isinstance(value, list):
-            return _read_event(value, len(body), now_ms, max_bytes)
-        parts = [(_read_event, item, 0) for item in value]
-    if not 1 <= len(parts) <= MAX_EVENTS_PER_REQUEST:
-        raise Invalid(
-            f"1 to {MAX_EVENTS_PER_REQUEST} events are allowed, not {len(parts)}"
-        )
-    return read_all(
+        return _read_one(body, now_ms, max_bytes)
+    parts = itertools.islice(parts, MAX_EVENTS_PER_REQUEST + 1)
+    events = read_all(
         (f"[{index}]", *part, now_ms, max_bytes) for index, part in enumerate(parts)
     )
+    require(events, "at least one event is needed")
+    is_few = len(events) <= MAX_EVENTS_PER_REQUEST
+    require(is_few, f"at most {MAX_EVENTS_PER_REQUEST} events are allowed")
+    return events
 
 
 # ======================================================================================
@@ -1255,7 +1317,8 @@ def standard_key(secret: str) -> bytes:
     """The key of a secret for Standard Webhooks: what `whsec_` encodes, else its UTF-8."""
     if secret.startswith("whsec_"):
         with contextlib.suppress(ValueError):
-            return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+            key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+            return key or secret.encode()  # no key at all would sign nothing
     return secret.encode()
 
 
@@ -1460,7 +1523,7 @@ REFUSED_NETWORKS = networks(  # a part stands before the whole, to be the one na
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 COMPATIBLE = ipaddress.ip_network("::/96")
 LOOPBACK = {4: ipaddress.ip_address("127.0.0.1"), 6: ipaddress.ip_address("::1")}
-MAX_LOOKUPS = 64  # names being looked up at one moment, a thread each
+MAX_LOOKUPS = 512  # names being looked up at one moment, a thread each
 LOOKUP_SECONDS_AT_REGISTRATION = 5
 
 
@@ -1468,13 +1531,15 @@ class AddressRefused(Invalid):
     """A delivery may not go to this address; the text says which, and what allows it."""
 
 
-def embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address inside an IPv6 one that leads to it, or None."""
+def judged_addresses(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> tuple:
+    """The IPv4 addresses inside an IPv6 one that leads to them, else the address."""
+    if address.version == 4:
+        return (address,)
     if address in NAT64 or address in COMPATIBLE and int(address) > 1:
-        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        return (ipaddress.IPv4Address(int(address) & 0xFFFFFFFF),)
     if address.teredo:
-        return address.teredo[1]
-    return address.ipv4_mapped or address.sixtofour
+        return address.teredo  # server and client
+    return (address.ipv4_mapped or address.sixtofour or address,)
 
 
 class Endpoint(typing.NamedTuple):
@@ -1537,18 +1602,17 @@ class Destinations:
         address = ipaddress.ip_address(text.partition("%")[0])
         if "%" in text:
             raise AddressRefused(f"{text} has a zone id")
-        inside = embedded_ipv4(address) if address.version == 6 else None
-        if self._is_own(inside or address, port):
-            raise AddressRefused(f"{text} port {port} is webhookd itself")
-        judged = inside or address
-        if any(judged in net for net in self._allowed):
-            return
-        refused = next((net for net in REFUSED_NETWORKS if judged in net), None)
-        if refused:
-            raise AddressRefused(
-                f"{text} is not a public address; to deliver there start with"
-                f" --allow-networks {refused}"
-            )
+        for judged in judged_addresses(address):
+            if self._is_own(judged, port):
+                raise AddressRefused(f"{text} port {port} is webhookd itself")
+            if any(judged in net for net in self._allowed):
+                continue
+            refused = next((net for net in REFUSED_NETWORKS if judged in net), None)
+            if refused:
+                raise AddressRefused(
+                    f"{text} is not a public address; to deliver there start with"
+                    f" --allow-networks {refused}"
+                )
 
     def _is_own(self, address, port):
         if not self._own or port != self._own[1]:
@@ -1616,6 +1680,7 @@ def request_bytes(place: Endpoint, headers: str, body: bytes) -> bytes:
 
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9]\d\d)(?: [^\r\n\0]*)?", re.ASCII)
 HEADER_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*")
+HEAD_END = re.compile(rb"\r?\n\r?\n")  # RFC 9112, 2.2: a line may end in LF alone
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\0]*)?")
 LENGTH = re.compile(r"(\d{1,18})(?:[ \t]*,[ \t]*\1)*", re.ASCII)
 
@@ -1636,7 +1701,8 @@ class Head(typing.NamedTuple):
 @functools.lru_cache(64)  # a receiver's heads are alike, but for the second in Date
 def parse_head(head: bytes) -> Head:
     """The head of a response, strictly read (RFC 9112); raises ProtocolError."""
-    first, _, lines = head.decode("latin-1").partition("\r\n")
+    text = head.decode("latin-1").replace("\r\n", "\n").replace("\n", "\r\n")
+    first, _, lines = text.partition("\r\n")
     match = STATUS_LINE.fullmatch(first)
     if not match:
         raise ProtocolError("the answer is not HTTP/1.1")
@@ -1698,11 +1764,11 @@ class Response:
         return line
 
     def _read_head(self):
-        end = self._unread.find(b"\r\n\r\n")
-        if end < 0:
+        end = HEAD_END.search(self._unread)
+        if not end:
             return False
-        head = parse_head(bytes(self._unread[:end]))
-        del self._unread[: end + 4]
+        head = parse_head(bytes(self._unread[: end.start()]))
+        del self._unread[: end.end()]
         if head.status >= 200:  # the others announce a final answer
             self.head, self.reusable = head, head.keeps_alive
             self._choose_framing(head)
@@ -1814,6 +1880,12 @@ class Connection(asyncio.Protocol):
         else:  # nobody asked: it must not become somebody's answer
             self.transport.abort()
 
+    def acknowledge(self) -> None:
+        """Acknowledge what came at once, and not after tcp(7)'s 40 ms: a receiver that
+        writes its answer in pieces may wait for it (Nagle's algorithm)."""
+        connected = self.transport.get_extra_info("socket")
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
     def eof_received(self):
         self.connection_lost(None)
 
@@ -1856,6 +1928,8 @@ class Exchange:
         try:
             if self._response.feed(data):
                 self._end(self._response)
+            else:
+                self._connection.acknowledge()
         except ProtocolError as error:
             self._end(error)
 
@@ -2045,9 +2119,9 @@ class Client:
 
 def _answered(response, masked):
     head, description = response.head, str(response.head.status)
-    if 300 <= head.status < 400:
-        target = masked(head.header("location") or "nowhere")
-        description += f", a redirect to {target}, which is not followed"
+    target = head.header("location")
+    if 300 <= head.status < 400 and target:
+        description += f", a redirect to {masked(target)}, which is not followed"
     body = kept_text(response.body, head.header("content-type"), masked)
     judged = outcome_of(head.status), description, head.status
     return *judged, masked(head.lines), body, head.header("retry-after")
@@ -2190,6 +2264,7 @@ BUSY_SECONDS = 10  # wait so long for another process that writes, as `user add`
 SETTLE_SECONDS = 0.01  # settlements wait so long for a publication to share its commit
 RETRY_SECONDS = 1  # after a commit failed
 FULL_DISK_BYTES = 64 << 10
+MAX_IDLE_LOG_BYTES = 4 << 20  # SQLite's log is cut to this size before it is used again
 FULL = "the database is full (--max-database-size)"
 ROWS_PER_STATEMENT = 500
 ROWS_PER_STEP = 500  # of what takes several steps, so that nobody waits long
@@ -2226,6 +2301,7 @@ class Database(sqlite3.Connection):
 
 def connect(path: str) -> Database:
     """A connection in autocommit mode, for any thread."""
+    path = os.path.abspath(path)  # SQLite would take some names for more than a name
     options = {"isolation_level": None, "check_same_thread": False}
     return sqlite3.connect(path, timeout=BUSY_SECONDS, factory=Database, **options)
 
@@ -2233,8 +2309,10 @@ def connect(path: str) -> Database:
 def open_database(path: str) -> Database:
     """A connection for writing; the file is made if it is not there."""
     connection = connect(path)
-    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # for a new file only
+    if not connection.row("PRAGMA page_count")[0]:  # later it would only be a write
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute(f"PRAGMA journal_size_limit = {MAX_IDLE_LOG_BYTES}")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
     return connection
@@ -2253,12 +2331,19 @@ def transaction(connection, begin="BEGIN IMMEDIATE", end="COMMIT", undo="ROLLBAC
         raise
 
 
-def schema_version(connection: sqlite3.Connection) -> int:
+def schema_version(connection: Database) -> int:
     """How many of the migrations the database has been through."""
-    return connection.execute("PRAGMA user_version").fetchone()[0]
+    return connection.row("PRAGMA user_version")[0]
 
 
-def migrate(connection: sqlite3.Connection) -> None:
+def size_in_use(connection: Database) -> int:
+    """Bytes of the database file, without what is free in it."""
+    pragmas = ("page_count", "freelist_count", "page_size")
+    pages, free, page_size = (connection.row(f"PRAGMA {name}")[0] for name in pragmas)
+    return (pages - free) * page_size
+
+
+def migrate(connection: Database) -> None:
     """Bring the database to this version, all or nothing; raises DatabaseError."""
     version = schema_version(connection)
     if version > len(MIGRATIONS):
@@ -2266,7 +2351,7 @@ def migrate(connection: sqlite3.Connection) -> None:
             f"the database has version {version}, written by a newer webhookd;"
             f" this one knows {len(MIGRATIONS)}"
         )
-    if not version and connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
+    if not version and connection.row("SELECT 1 FROM sqlite_schema LIMIT 1"):
         raise DatabaseError("the database is another program's")
     if version < len(MIGRATIONS):
         with transaction(connection):
@@ -2381,7 +2466,8 @@ class Webhooks:
         """The ids of the active webhooks that want the event."""
         named = self._exact.get(event.name, [])
         named = named + [w for w in self._wildcard if w.subscribed(event.name)]
-        return sorted({w.id for w in named if wants(w, event.fields)})
+        fields = event_fields(event.body) if any(w.filters for w in named) else {}
+        return sorted({w.id for w in named if wants(w, fields)})
 
 
 def load_webhooks(connection: Database) -> Webhooks:
@@ -2634,25 +2720,29 @@ class Batch:
         shown = {"id": webhook.id, "name": webhook.name, "url": webhook.masked_url}
         fields = {"timestamp": now_ms, "event": "webhook_disabled"}
         fields |= {"webhook": shown, "reason": reason}
-        event = NewEvent(fields["event"], now_ms, json_bytes(fields), fields)
+        event = NewEvent(fields["event"], now_ms, json_bytes(fields))
         self._add(event, now_ms)  # not for the webhook itself, which is inactive now
 
     # ---- schedules ----
 
     def redeliver(self, webhook_id: int, numbers: list[int], now_ms: int) -> int:
-        """Have deliveries attempted at once, on a fresh schedule; how many there are."""
+        """Have deliveries attempted at once, on a fresh schedule; how many there are.
+
+        If their webhook is paused, its probe is due."""
         chosen = f"WHERE webhook_id = ? AND id IN {marks(numbers)}"
         sql = f"SELECT count(*) FROM deliveries {chosen} AND state = 'pending'"
         waiting = self.connection.row(sql, webhook_id, *numbers)[0]
         sql = "UPDATE deliveries SET state = 'pending', step = 0, next_attempt = ? "
         changed = self.connection.change(sql + chosen, now_ms, webhook_id, *numbers)
         self.pending_change[webhook_id] += changed - waiting
+        health = self._health_of(webhook_id)
+        if changed and health.paused_until:
+            until = min(health.paused_until, now_ms)
+            self.changed_health[webhook_id] = health._replace(paused_until=until)
         return changed
 
     def redeliver_first(self, uuid: str, now_ms: int) -> int:
-        """Have a delivery attempted before the others, and at once if they are paused.
-
-        Returns its webhook's id; raises NotFound."""
+        """Have a delivery attempted before the others; its webhook's id. Raises NotFound."""
         sql = "SELECT id, webhook_id FROM deliveries WHERE uuid = ?"
         row, name = self.connection.row(sql, uuid), f"delivery {uuid}"
         number, webhook_id = found(row, name)
@@ -2661,10 +2751,6 @@ class Batch:
         sql = f"SELECT min(next_attempt) - 1 FROM deliveries WHERE {waiting}"
         [first] = self.connection.row(sql, webhook_id)
         self.redeliver(webhook_id, [number], min(now_ms, first or now_ms))
-        health = self._health_of(webhook_id)
-        if health.paused_until:
-            until = min(health.paused_until, now_ms)
-            self.changed_health[webhook_id] = health._replace(paused_until=until)
         return webhook_id
 
     def shift_schedule(self, after_ms: int, by_ms: int) -> None:
@@ -2849,12 +2935,14 @@ class Store:
         self._closing = False
         self._cleanup = contextlib.ExitStack()  # closes the connections; see reader
         self._local = threading.local()  # each thread's own reader
-        self._committed = lambda due: None  # see on_commit
+        self._listeners: list[collections.abc.Callable] = []  # see on_commit
         # changed by the writer only, as committed: the file is ahead for a moment
         self._ids = {}  # the next ones of each table
         self.webhooks = Webhooks({})
         self.health = HealthById()
         self.pending = collections.Counter()  # deliveries that wait, by webhook
+        self._deleted: list[int] = []  # webhooks that may have left something
+        self.size_bytes = 0  # of the file, in use
         self.settled_count = 0  # of settlements
         self.published_count = 0  # of events, since the start
         self.problem: str | None = None  # why the last commit failed
@@ -2868,12 +2956,12 @@ class Store:
                 self._connection = open_database(self._path)
                 cleanup.callback(self._connection.close)
                 migrate(self._connection)
+                self._load(self._connection)
             except sqlite3.Error as error:
                 full = isinstance(stored_error(error, self._path), StorageFull)
                 kind = DatabaseError if full else SettingError
                 name = "--database (WEBHOOKD_DATABASE)"
                 raise kind(f"{name}: {self._path}: {error}") from error
-            self._load(self._connection)
             self._writer = threading.Thread(target=self._run_writer, name="writer")
             self._writer.start()
             self._cleanup = cleanup.pop_all()
@@ -2890,11 +2978,17 @@ class Store:
         used = dict(connection.rows("SELECT name, seq FROM sqlite_sequence"))
         for table in ("events", "deliveries", "attempts"):
             self._ids[table] = itertools.count(used.get(table, 0) + 1)
+        self.size_bytes = size_in_use(connection)
         self.webhooks = load_webhooks(connection)
         self.health = load_health(connection)
         counts = "webhook_id, count(*) FROM deliveries WHERE state = 'pending'"
         rows = connection.rows(f"SELECT {counts} GROUP BY webhook_id")
         self.pending.update(dict(rows))
+        ids = "UNION SELECT (SELECT min(webhook_id) FROM deliveries WHERE webhook_id > id)"
+        ids = f"SELECT min(webhook_id) AS id FROM deliveries {ids} FROM ids WHERE id"
+        gone = "id NOT IN (SELECT id FROM webhooks)"  # NULL, the last, is none of them
+        sql = f"WITH RECURSIVE ids AS ({ids}) SELECT id FROM ids WHERE {gone}"
+        self._deleted = connection.column(sql)
 
     # ---- the writer's thread ----
 
@@ -2913,7 +3007,8 @@ class Store:
             else:
                 self._take_over(batch)
                 self.settled_count += len(settlements)  # after what they changed
-                self._committed(batch.due)
+                for listener in self._listeners:
+                    listener(batch.due)
                 for write in writes:
                     write.finish()
             self._committing_since = None
@@ -2940,6 +3035,7 @@ class Store:
             for write in writes:
                 write.run(batch)
             batch.finish()
+            self.size_bytes = size_in_use(connection)
         return batch
 
     def _take_over(self, batch):
@@ -2949,6 +3045,7 @@ class Store:
         for id in batch.deleted:
             self.health.pop(id, None)
             self.pending.pop(id, None)
+            self._deleted.append(id)
         self.published_count += batch.published_count
         if self.problem:
             fact("the database can be written again")
@@ -2967,7 +3064,7 @@ class Store:
 
     def on_commit(self, listener: collections.abc.Callable) -> None:
         """Have the writer tell, after each commit, what deliveries it has made."""
-        self._committed = listener
+        self._listeners.append(listener)
 
     def stands_still(self) -> bool:
         """Whether the writer is not getting on with its work."""
@@ -3050,19 +3147,12 @@ class Store:
 
     # ---- upkeep, in steps, so that nobody waits long for the writer ----
 
-    def size_bytes(self) -> int:
-        """How much of the database file is in use."""
-        pragmas = ("page_count", "freelist_count", "page_size")
-        pages, free, page_size = (self._row(f"PRAGMA {name}")[0] for name in pragmas)
-        return (pages - free) * page_size
-
     def delete_leftovers(self) -> Steps:
         """Delete what deleted webhooks have left."""
-        sql, id = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?", 0
-        while (id := self._row(sql, id)[0]) is not None:
-            if id not in self.webhooks.by_id:
-                while self.write(Batch.delete_deliveries_of, id):
-                    yield
+        while self._deleted:
+            while self.write(Batch.delete_deliveries_of, self._deleted[0]):
+                yield
+            del self._deleted[0]
 
     def prune(self, before_ms: int) -> Steps:
         """Delete the finished deliveries, and the events without deliveries, that were
@@ -3071,14 +3161,17 @@ class Store:
         yield from self._prune("events", BARE, before_ms, Batch.delete_events)
 
     def _prune(self, table, condition, before_ms, delete):
-        for rows in self._steps(f"id, created, {condition}", table, {}):
-            old = [row for row in rows if row[1] < before_ms]
-            ids = [id for id, _, may_go in old if may_go]
+        # what may go, and what is too young: enough of these are the end
+        wanted = f"id > ? AND (created >= ? OR {condition})"
+        order = f"ORDER BY id LIMIT {ROWS_PER_STEP}"
+        sql = f"SELECT id, created < ? FROM {table} WHERE {wanted} {order}"
+        last, ids = 0, [0]
+        while ids:
+            rows = self._rows(sql, before_ms, last, before_ms)
+            ids = [last := id for id, is_old in rows if is_old]
             if ids:  # looked at again: one may have been redelivered meanwhile
                 self.write(delete, ids, condition)
             yield
-            if not old:
-                return
 
     def prune_rest(self, before_ms: int, now_ms: int) -> None:
         """Delete the answers to old keys, and statistics beyond their window."""
@@ -3094,14 +3187,18 @@ class Store:
             )
 
     def give_back(self) -> Steps:
-        """Return free pages to the file system."""
+        """Return free pages to the file system, and with them the log's."""
 
         def work(batch):
             for _ in range(PAGES_PER_STEP):  # sqlite3 makes one step of it, one page
                 batch.connection.execute("PRAGMA incremental_vacuum")
 
+        given_back = False
         while self._row("PRAGMA freelist_count")[0] >= PAGES_PER_STEP:
             yield self.write(work)
+            given_back = True
+        if given_back:
+            self.empty_log()  # only then is the file shorter
 
     # ---- reading: called by any thread ----
 
@@ -3207,7 +3304,7 @@ class Store:
     def _passes(self, webhook, event_id):
         """Whether an event, read by itself because it may be large, passes the filters."""
         body = self._row("SELECT body FROM payloads WHERE event_id = ?", event_id)
-        return body and wants(webhook, json_value(body[0], _decode_event))
+        return body and wants(webhook, event_fields(body[0]))
 
     # ---- reading statistics ----
 
@@ -3834,8 +3931,10 @@ class Upkeep:
         self._clock, self._steady_clock = clock, steady_clock
         self._clock_offset = clock() - steady_clock()
         self._stop = threading.Event()
+        self._wakeup = threading.Event()  # set by any thread
         self._next_pruning = 0.0  # by the steady clock
         self._too_large = False  # the database
+        store.on_commit(self._watch_size)
 
     def __enter__(self):
         self._thread = threading.Thread(target=self._run, name="upkeep")
@@ -3844,10 +3943,20 @@ class Upkeep:
 
     def __exit__(self, *exc_info):
         self._stop.set()
+        self._wakeup.set()
         self._thread.join()
 
+    def _watch_size(self, due):
+        if not self._store.full and self._is_too_large():
+            self._wakeup.set()
+
+    def _is_too_large(self):
+        return self._store.size_bytes > self._settings.max_database_size
+
     def _run(self):
-        while not self._stop.wait(UPKEEP_SECONDS):
+        while not self._stop.is_set():
+            self._wakeup.wait(UPKEEP_SECONDS)
+            self._wakeup.clear()
             try:
                 self.run_once()
             except WebhookdError as error:  # it says so itself, and this comes again
@@ -3869,8 +3978,7 @@ class Upkeep:
 
     def _look_around(self):
         self._follow_clock()
-        limit = self._settings.max_database_size
-        self._too_large = self._store.size_bytes() > limit
+        self._too_large = self._is_too_large()
         if self._store.full and not self._too_large:
             self._store.full = False
             fact("database has room again", level=logging.WARNING)
@@ -3888,6 +3996,7 @@ class Upkeep:
         self._clock_offset = offset
 
     def _steps(self):
+        yield from self._store.delete_leftovers()
         if self._steady_clock() >= self._next_pruning:
             yield from self._prune()
             every = min(PRUNING_SECONDS, self._settings.retention / 10)
@@ -3899,7 +4008,6 @@ class Upkeep:
     def _prune(self):
         now_ms = int(self._clock() * 1000)
         before_ms = now_ms - int(self._settings.retention * 1000)
-        yield from self._store.delete_leftovers()
         yield from self._store.prune(before_ms)
         self._store.prune_rest(before_ms, now_ms)
 
@@ -4116,10 +4224,11 @@ class Api:
         self._destinations, self._clock = destinations, clock
         self._logins = Logins(store, clock)
         self._tests = threading.Semaphore(MAX_TESTS)
+        self._large = threading.Lock()  # one large request at a time is in memory
         self.app = bottle.Bottle()
         self.app.default_error_handler = self._render_bottle_error
-        self.app.router.add_filter("id", lambda _: (r"\d{1,15}", int, str))
-        self.app.add_hook("before_request", self._ignore_trailing_slash)
+        self.app.router.add_filter("id", lambda _: ("[0-9]{1,15}", int, str))
+        self.app.add_hook("before_request", self._read_path)
         self.app.install(self._guarded)
         hooks, hook = "/rest/api/webhooks", "/rest/api/webhooks/<id:id>"
         events, deliveries = "/rest/api/events", "/rest/api/deliveries"
@@ -4195,15 +4304,23 @@ class Api:
     def _render_bottle_error(self, error):
         is_missing = error.status_code == 404
         message = "there is no such resource" if is_missing else str(error.body)
+        allowed = error.headers.get("Allow", "")
+        if "GET" in allowed:
+            bottle.response.headers["Allow"] = allowed.replace("GET", "GET,HEAD")
         return self._error(error.status_code, [Fault(None, message)])
 
     def _error(self, status, faults):
         return self._json(error_document(status, faults), status)
 
     @staticmethod
-    def _ignore_trailing_slash():
-        path = bottle.request.environ["PATH_INFO"]
-        bottle.request.environ["PATH_INFO"] = path.rstrip("/") or "/"
+    def _read_path():
+        """Refuse what is not UTF-8, which bottle leaves out, and ignore a trailing slash."""
+        environ = bottle.request.environ
+        try:
+            path = environ["bottle.raw_path"].encode("latin-1").decode()
+        except UnicodeError:
+            raise bottle.HTTPError(400, "the path is not UTF-8") from None
+        environ["PATH_INFO"] = path.rstrip("/") or "/"
 
     # ---- what the handlers share ----
 
@@ -4412,6 +4529,11 @@ class Api:
     # ---- events and deliveries ----
 
     def publish_events(self):
+        is_large = bottle.request.content_length > LARGE_REQUEST_BYTES
+        with self._large if is_large else contextlib.nullcontext():
+            return self._publish_events()
+
+    def _publish_events(self):
         limit = max(MAX_REQUEST_BYTES, self._settings.max_event_size)
         body, lines = self._body(JSON_TYPE, NDJSON_TYPE, limit=limit)
         now = self._now_ms()
@@ -4510,10 +4632,8 @@ class Api:
 
     def _selection(self):
         """What the body of an operation on many selects, and if it only counts."""
-        body = b"{}"
-        if bottle.request.content_length > 0:
-            body, _ = self._body(JSON_TYPE)
-        return read_selection(body)
+        fields = self._object() if bottle.request.content_length > 0 else {}
+        return read_selection(fields, self._query())
 
     def delete_event(self, id):
         for webhook_id in self._store.delete_event(id):
@@ -4612,7 +4732,7 @@ class Metrics:
         return ("\n".join(lines) + "\n").encode()
 
     def _of_process(self):
-        loop, size = self._dispatcher, self._store.size_bytes()
+        loop, size = self._dispatcher, self._store.size_bytes
         limit, memory = self._settings.max_database_size, resident_memory_bytes()
         yield "webhookd_events_total", "Events published.", self._store.published_count
         name, text = "webhookd_attempt_duration_seconds", "How long attempts took."
@@ -4745,7 +4865,7 @@ FORM_BOXES = {
 def _number(text):
     """The number that a text is, else the text for the reader to refuse."""
     try:
-        return json_value(text.encode() or b"null")
+        return json_value(text or "null")
     except Invalid:
         return text
 
@@ -4760,18 +4880,16 @@ def form_fields(form: dict[str, str], old: Webhook) -> dict:
     }
     if form.get("secret") or "removeSecret" in form:
         fields["configuration"] = {"secret": form.get("secret") or None}
-    before = {"ordered": False} | old.shown()
+    before = old.shown()
     return {k: v for k, v in fields.items() if v != before.get(k)}
 
 
-def faults_by_field(faults: list[Fault], fields: dict) -> dict[str, list[str]]:
+def faults_by_field(faults: list[Fault]) -> dict[str, list[str]]:
     """What is wrong with each field of the form; "" has what is with none."""
     by_field = collections.defaultdict(list)
     for fault in faults:
         field = (fault.context or "").removeprefix("configuration.")
-        name, _, index = field.partition("[")
-        item = f"{fields[name][int(index[:-1])]}: " if index else ""
-        by_field[name].append(item + fault.message)
+        by_field[field].append(fault.message)
     return by_field
 
 
@@ -4873,7 +4991,7 @@ LIST_PAGE = page_template("""\
 % end
 </p>
 <table><thead><tr><th scope="col">Webhook</th><th scope="col">State</th>
-<th scope="col" class="number">Success 30 d</th><th scope="col" class="number">Pending</th></tr></thead><tbody>
+<th scope="col" class="number">Success 30&nbsp;d</th><th scope="col" class="number">Pending</th></tr></thead><tbody>
 % for webhook in webhooks:
 % name, url, health = webhook["name"], webhook["url"], webhook["health"]
 <tr><td><div class="clamped"><a href="/webhooks/{{webhook["id"]}}">{{name}}</a>
@@ -5225,7 +5343,7 @@ class Pages(Api):
         try:
             webhook = self.change(id, fields) if id else self.register(fields)
         except Invalid as error:
-            faults = faults_by_field(error.faults, fields)
+            faults = faults_by_field(error.faults)
             if form.pop("secret", None):
                 faults["secret"].append("is not shown again, so type it once more")
             return self._page(FORM_PAGE, 400, old=old, form=form, faults=faults)
@@ -5423,6 +5541,7 @@ class Sink(http.server.ThreadingHTTPServer):
 
 SERVER_THREADS = 16  # so many publications can share one commit
 MAX_CONNECTIONS = 1000
+REQUEST_SECONDS = 60  # a request has to be there after this time
 M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # of malloc.h
 PAGES_PER_COPY_STEP = 256  # 1 MB: a publication waits for one step at most
 
@@ -5455,7 +5574,15 @@ class RequestParser(waitress.parser.HTTPRequestParser):
 
 
 class Channel(waitress.channel.HTTPChannel):
+    """Waitress's connection, which a client that sends slowly could hold for ever."""
+
     parser_class = RequestParser
+
+    def handle_read(self) -> None:
+        is_within, activity = self.request is not None, self.last_activity
+        super().handle_read()
+        if is_within:  # the time runs from the first byte of a request
+            self.last_activity = activity
 
 
 def make_server(app, listener: socket.socket, settings: Settings):
@@ -5473,7 +5600,9 @@ def make_server(app, listener: socket.socket, settings: Settings):
         sockets=[listener],
         threads=SERVER_THREADS,
         ident="webhookd",
+        server_name=settings.listen[0],
         connection_limit=MAX_CONNECTIONS,
+        channel_timeout=REQUEST_SECONDS,
         max_request_body_size=max(MAX_REQUEST_BYTES, settings.max_event_size),
         asyncore_use_poll=True,  # select() knows file numbers below 1024 only
         # a whole answer at once, by the thread that has the sockets
@@ -5492,13 +5621,16 @@ def take_requests(server) -> None:
 
 
 def finish_requests(server) -> None:
-    """Answer the requests in hand, whose answers the server's loop no longer sends."""
+    """Answer the requests in hand, which the server's loop no longer does; new ones are
+    refused."""
+    server.socket.close()
     limit = time.monotonic() + STOP_SECONDS
-    tasks = server.task_dispatcher
-    while (tasks.queue or tasks.active_count) and time.monotonic() < limit:
+    while server.active_channels and time.monotonic() < limit:
+        for channel in list(server.active_channels.values()):
+            channel.handle_write()
+            if not channel.requests and not channel.total_outbufs_len:
+                channel.handle_close()
         time.sleep(0.01)
-    for channel in list(server.active_channels.values()):
-        channel.handle_write()
 
 
 def spare_memory() -> None:
@@ -5659,7 +5791,9 @@ def _check_backup(path, target):
         raise DatabaseError(f"{path} does not exist")
     if os.path.exists(target) and not os.path.isfile(target):
         raise CommandError(f"{target} is not a file")
-    if os.path.exists(target) and os.path.samefile(path, target):
+    own = [os.path.realpath(path) + end for end in ("", "-wal", "-shm", "-journal")]
+    is_it = os.path.exists(target) and os.path.samefile(path, target)
+    if is_it or target in own:
         raise CommandError(f"{target} is the database itself")
     for beside in (f"{target}-wal", f"{target}-journal"):
         if os.path.exists(beside):  # SQLite would take it for a part of the copy
@@ -5747,10 +5881,9 @@ def run_sink(given: argparse.Namespace) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")
     where = given.listen or SINK_LISTEN
     try:
-        secret = password(given.secret) if given.secret else None
-        sink = Sink(listen_address(where), secret, given.answer)
+        sink = Sink(listen_address(where), given.secret, given.answer)
     except ValueError as error:
-        raise SettingError(f"--listen or --secret: {error}") from None
+        raise SettingError(f"--listen: {error}") from None
     except OSError as error:
         raise SettingError(f"--listen: {where}: {error.strerror}") from None
     with sink:
@@ -5771,8 +5904,20 @@ class OneLineParser(argparse.ArgumentParser):
 
 def _status(text):
     if not re.fullmatch("[2-5][0-9][0-9]", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a status from 200 to 599")
+        raise ValueError(f"{text!r} is not a status from 200 to 599")
     return int(text)
+
+
+def _argument(parse):
+    """A type of argparse, which tells what a ValueError says."""
+
+    def parsed(text):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
 
 
 def _add_database_commands(commands):
@@ -5780,7 +5925,7 @@ def _add_database_commands(commands):
     users = user.add_subparsers(required=True, metavar="add|list|remove")
     help = "add a user, and print the secret made for it"
     add = users.add_parser("add", help=help)
-    add.add_argument("name", type=user_name)
+    add.add_argument("name", type=_argument(user_name))
     add.add_argument("--role", choices=ROLES, required=True)
     add.add_argument("--password", action="store_true", help="read a password instead")
     show = users.add_parser("list", help="print names and roles")
@@ -5801,10 +5946,11 @@ def _add_sink_command(commands):
     help = f"default {SINK_LISTEN}, port 0 picks one"
     absent = argparse.SUPPRESS  # so that the flag before the subcommand counts too
     sink.add_argument("--listen", default=absent, metavar="HOST:PORT", help=help)
-    sink.add_argument("--secret", help="of the webhook, to verify signatures")
+    help = "of the webhook, to verify signatures"
+    sink.add_argument("--secret", type=_argument(password), help=help)
     help = "default 200"
     sink.add_argument(
-        "--answer", type=_status, default=200, metavar="STATUS", help=help
+        "--answer", type=_argument(_status), default=200, metavar="STATUS", help=help
     )
     sink.set_defaults(run=run_sink)
 
