@@ -223,7 +223,6 @@ def wsgi(store, dispatcher, destinations, settings, clock):
         user = webhookd.User(role, role, webhookd.secret_record(SECRETS[role]))
         store.write(lambda batch, user=user: webhookd.save_user(batch.connection, user))
     app = webhookd.Pages(store, dispatcher, destinations, settings, clock).app
-    webhookd.Metrics(store, dispatcher, settings, clock).add_to(app)
     return app
 
 
@@ -3189,7 +3188,7 @@ def test_a_watchdog_that_is_told_of_progress_only(store, destinations, settings,
         wait_until(lambda: beats)
 
     assert not store.stands_still()
-    store._committing_since = time.monotonic() - webhookd.STANDSTILL_SECONDS - 1
+    store._progressed = time.monotonic() - webhookd.STANDSTILL_SECONDS - 1
     assert store.stands_still()
 
 
@@ -3330,6 +3329,182 @@ def test_the_admin_is_an_admin_whatever_it_was_before(store):
 def test_names_that_cannot_log_in_are_refused(name):
     with pytest.raises(ValueError):
         webhookd.user_name(name)
+
+
+# ======================================================================================
+# Metrics
+# ======================================================================================
+
+
+def scrape(api):
+    """What /metrics says: values by name and labels."""
+    answer = api.get("/metrics")
+    assert answer.headers["Content-Type"] == webhookd.METRICS_TYPE
+    lines = [line for line in answer.text.splitlines() if line[0] != "#"]
+    return {name: float(value) for name, _, value in (s.rpartition(" ") for s in lines)}
+
+
+def of_webhook(samples, name, outcomes=("success", "failure", "error")):
+    """The values of a counter of webhook 1, by outcome."""
+    labels = [f'{{webhook="1",outcome="{outcome}"}}' for outcome in outcomes]
+    return [samples[f"webhookd_{name}_total{label}"] for label in labels]
+
+
+def test_metrics_count_events_attempts_and_deliveries(api, receiver, dispatcher, clock):
+    api.create(receiver.url)
+    receiver.answers(500, times=1)
+    api.publish()
+    api.post_json(EVENTS, [{"event": "e"}, {"event": "nobody_wants_it"}])
+    dispatcher.run_until_idle()
+    clock.advance(11)
+    dispatcher.run_until_idle()
+    receiver.answers(500)
+    api.publish()
+    for seconds in (0, 11, 111):
+        clock.advance(seconds)
+        dispatcher.run_until_idle()
+
+    samples = scrape(api)
+
+    assert samples["webhookd_events_total"] == 4
+    assert of_webhook(samples, "attempts") == [2, 4, 0]
+    assert of_webhook(samples, "deliveries") == [2, 1, 0]
+    assert samples["webhookd_attempt_duration_seconds_count"] == 6
+    assert samples['webhookd_attempt_duration_seconds_bucket{le="+Inf"}'] == 6
+
+
+def test_a_repeated_publication_is_counted_once(api):
+    for _ in range(2):
+        api.post_json(EVENTS, {"event": "e"}, headers={"Idempotency-Key": "k"})
+
+    assert scrape(api)["webhookd_events_total"] == 1
+
+
+def test_counters_do_not_go_down_when_rows_go(api, receiver, dispatcher, store, clock):
+    api.create(receiver.url)
+    api.create(receiver.url)
+    api.publish()
+    api.publish()
+    dispatcher.run_until_idle()
+    before = scrape(api)
+
+    list(store.prune(clock.ms + 1))
+    api.delete(f"{EVENTS}/1")
+    api.delete(f"{WEBHOOKS}/2")
+    dispatcher.run_until_idle()
+    after = scrape(api)
+
+    totals = {name for name in before if "_total" in name and "process" not in name}
+    assert {name for name in totals if name not in after} == {
+        name for name in totals if 'webhook="2"' in name
+    }
+    assert all(after[name] == before[name] for name in totals & after.keys())
+
+
+def test_metrics_show_what_waits_and_for_how_long(api, dispatcher, clock, closed_url):
+    api.create(closed_url)
+    api.create(closed_url, "other")
+    api.publish()
+    clock.advance(60)
+    api.publish()
+    dispatcher.run_until_idle()
+    clock.advance(30)
+
+    samples = scrape(api)
+
+    assert samples['webhookd_pending_deliveries{webhook="1"}'] == 2
+    assert samples['webhookd_pending_deliveries{webhook="2"}'] == 0
+    assert samples['webhookd_oldest_pending_age_seconds{webhook="1"}'] == 90
+    assert samples['webhookd_oldest_pending_age_seconds{webhook="2"}'] == 0
+    assert samples['webhookd_webhook_consecutive_failures{webhook="1"}'] == 2
+
+
+def test_metrics_show_who_is_paused_or_disabled(api, receiver, dispatcher):
+    receiver.answers(500)
+    api.create(receiver.url)
+    for _ in range(5):
+        api.publish()
+    dispatcher.run_until_idle()
+    assert scrape(api)['webhookd_webhook_paused{webhook="1"}'] == 1
+
+    receiver.answers(410)
+    api.create(receiver.url, "gone")
+    api.publish("gone")
+    dispatcher.run_until_idle()
+    samples = scrape(api)
+
+    assert samples['webhookd_webhook_disabled{webhook="1"}'] == 0
+    assert samples['webhookd_webhook_disabled{webhook="2"}'] == 1
+    assert samples['webhookd_webhook_paused{webhook="2"}'] == 0
+
+
+def test_metrics_show_what_the_process_needs(api, store):
+    samples = scrape(api)
+
+    assert samples["process_resident_memory_bytes"] > 1 << 20
+    assert samples["webhookd_database_size_bytes"] == store.size_bytes
+    assert samples["webhookd_database_size_limit_bytes"] == 2 << 30
+
+
+def test_a_duration_falls_into_the_bucket_that_still_holds_it():
+    samples = dict(webhookd.histogram((5, 10), [1, 2, 3], 1500))
+
+    assert samples == {
+        '_bucket{le="0.005"}': 1,
+        '_bucket{le="0.01"}': 3,
+        '_bucket{le="+Inf"}': 6,
+        "_sum": 1.5,
+        "_count": 6,
+    }
+
+
+def test_names_are_escaped(api):
+    api.create("http://127.0.0.1:1/", name='\\ " \n é')
+
+    assert r'{webhook="1",name="\\ \" \n é"} 1' in api.get("/metrics").text
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
+def test_promtool_has_nothing_to_say_about_the_metrics(api, receiver, dispatcher):
+    api.create(receiver.url, name='a "name"\n with \\')
+    api.publish()
+    dispatcher.run_until_idle()
+
+    text = api.get("/metrics").body
+    result = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True
+    )
+
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
+def test_promtool_takes_the_alert_rules_of_readme(tmp_path, api):
+    readme = (HERE / "README.md").read_text()
+    rules = re.search(r"```yaml\n(groups:.*?)```", readme, re.DOTALL)[1]
+    (tmp_path / "rules.yml").write_text(rules)
+
+    result = subprocess.run(
+        ["promtool", "check", "rules", tmp_path / "rules.yml"], capture_output=True
+    )
+
+    assert result.returncode == 0, result.stderr
+    api.create("http://127.0.0.1:1/")
+    families = set(re.findall(r"^# TYPE (\w+)", api.get("/metrics").text, re.MULTILINE))
+    assert set(re.findall(r"(webhookd_\w+)[\[{ ]", rules)) <= families
+
+
+def test_the_oldest_that_waits_is_found_by_an_index(store):
+    plans = []
+    store.reader().set_trace_callback(plans.append)
+    store.oldest_pending()
+    store.reader().set_trace_callback(None)
+
+    plan = store.reader().execute(f"EXPLAIN QUERY PLAN {plans[0]}").fetchall()
+
+    searches = [row[3] for row in plan if "deliveries" in row[3]]
+    index = "INDEX deliveries_in_order (webhook_id=?)"
+    assert searches == [f"SEARCH deliveries USING {index}"]
 
 
 # ======================================================================================
@@ -4424,180 +4599,6 @@ def files_of(store):
 
 
 # ======================================================================================
-# Metrics
-# ======================================================================================
-
-
-def scrape(api):
-    """What /metrics says: values by name and labels."""
-    answer = api.get("/metrics")
-    assert answer.headers["Content-Type"] == webhookd.METRICS_TYPE
-    lines = [line for line in answer.text.splitlines() if line[0] != "#"]
-    return {name: float(value) for name, _, value in (s.rpartition(" ") for s in lines)}
-
-
-def of_webhook(samples, name, outcomes=("success", "failure", "error")):
-    """The values of a counter of webhook 1, by outcome."""
-    labels = [f'{{webhook="1",outcome="{outcome}"}}' for outcome in outcomes]
-    return [samples[f"webhookd_{name}_total{label}"] for label in labels]
-
-
-def test_metrics_count_events_attempts_and_deliveries(api, receiver, dispatcher, clock):
-    api.create(receiver.url)
-    receiver.answers(500, times=1)
-    api.publish()
-    api.post_json(EVENTS, [{"event": "e"}, {"event": "nobody_wants_it"}])
-    dispatcher.run_until_idle()
-    clock.advance(11)
-    dispatcher.run_until_idle()
-    receiver.answers(500)
-    api.publish()
-    for seconds in (0, 11, 111):
-        clock.advance(seconds)
-        dispatcher.run_until_idle()
-
-    samples = scrape(api)
-
-    assert samples["webhookd_events_total"] == 4
-    assert of_webhook(samples, "attempts") == [2, 4, 0]
-    assert of_webhook(samples, "deliveries") == [2, 1, 0]
-    assert samples["webhookd_attempt_duration_seconds_count"] == 6
-    assert samples['webhookd_attempt_duration_seconds_bucket{le="+Inf"}'] == 6
-
-
-def test_a_repeated_publication_is_counted_once(api):
-    for _ in range(2):
-        api.post_json(EVENTS, {"event": "e"}, headers={"Idempotency-Key": "k"})
-
-    assert scrape(api)["webhookd_events_total"] == 1
-
-
-def test_counters_do_not_go_down_when_rows_go(api, receiver, dispatcher, store, clock):
-    api.create(receiver.url)
-    api.create(receiver.url)
-    api.publish()
-    api.publish()
-    dispatcher.run_until_idle()
-    before = scrape(api)
-
-    list(store.prune(clock.ms + 1))
-    api.delete(f"{EVENTS}/1")
-    api.delete(f"{WEBHOOKS}/2")
-    dispatcher.run_until_idle()
-    after = scrape(api)
-
-    totals = {name for name in before if "_total" in name and "process" not in name}
-    assert {name for name in totals if name not in after} == {
-        name for name in totals if 'webhook="2"' in name
-    }
-    assert all(after[name] == before[name] for name in totals & after.keys())
-
-
-def test_metrics_show_what_waits_and_for_how_long(api, dispatcher, clock, closed_url):
-    api.create(closed_url)
-    api.create(closed_url, "other")
-    api.publish()
-    clock.advance(60)
-    api.publish()
-    dispatcher.run_until_idle()
-    clock.advance(30)
-
-    samples = scrape(api)
-
-    assert samples['webhookd_pending_deliveries{webhook="1"}'] == 2
-    assert samples['webhookd_pending_deliveries{webhook="2"}'] == 0
-    assert samples['webhookd_oldest_pending_age_seconds{webhook="1"}'] == 90
-    assert samples['webhookd_oldest_pending_age_seconds{webhook="2"}'] == 0
-    assert samples['webhookd_webhook_consecutive_failures{webhook="1"}'] == 2
-
-
-def test_metrics_show_who_is_paused_or_disabled(api, receiver, dispatcher):
-    receiver.answers(500)
-    api.create(receiver.url)
-    for _ in range(5):
-        api.publish()
-    dispatcher.run_until_idle()
-    assert scrape(api)['webhookd_webhook_paused{webhook="1"}'] == 1
-
-    receiver.answers(410)
-    api.create(receiver.url, "gone")
-    api.publish("gone")
-    dispatcher.run_until_idle()
-    samples = scrape(api)
-
-    assert samples['webhookd_webhook_disabled{webhook="1"}'] == 0
-    assert samples['webhookd_webhook_disabled{webhook="2"}'] == 1
-    assert samples['webhookd_webhook_paused{webhook="2"}'] == 0
-
-
-def test_metrics_show_what_the_process_needs(api, store):
-    samples = scrape(api)
-
-    assert samples["process_resident_memory_bytes"] > 1 << 20
-    assert samples["webhookd_database_size_bytes"] == store.size_bytes
-    assert samples["webhookd_database_size_limit_bytes"] == 2 << 30
-
-
-def test_a_duration_falls_into_the_bucket_that_still_holds_it():
-    samples = dict(webhookd.histogram((5, 10), [1, 2, 3], 1500))
-
-    assert samples == {
-        '_bucket{le="0.005"}': 1,
-        '_bucket{le="0.01"}': 3,
-        '_bucket{le="+Inf"}': 6,
-        "_sum": 1.5,
-        "_count": 6,
-    }
-
-
-def test_labels_are_escaped():
-    assert webhookd.labels(a=1, b='\\ " \n é') == r'{a="1",b="\\ \" \n é"}'
-
-
-@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
-def test_promtool_has_nothing_to_say_about_the_metrics(api, receiver, dispatcher):
-    api.create(receiver.url, name='a "name"\n with \\')
-    api.publish()
-    dispatcher.run_until_idle()
-
-    text = api.get("/metrics").body
-    result = subprocess.run(
-        ["promtool", "check", "metrics"], input=text, capture_output=True
-    )
-
-    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
-
-
-@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
-def test_promtool_takes_the_alert_rules_of_readme(tmp_path, api):
-    readme = (HERE / "README.md").read_text()
-    rules = re.search(r"```yaml\n(groups:.*?)```", readme, re.DOTALL)[1]
-    (tmp_path / "rules.yml").write_text(rules)
-
-    result = subprocess.run(
-        ["promtool", "check", "rules", tmp_path / "rules.yml"], capture_output=True
-    )
-
-    assert result.returncode == 0, result.stderr
-    api.create("http://127.0.0.1:1/")
-    families = set(re.findall(r"^# TYPE (\w+)", api.get("/metrics").text, re.MULTILINE))
-    assert set(re.findall(r"(webhookd_\w+)[\[{ ]", rules)) <= families
-
-
-def test_the_oldest_that_waits_is_found_by_an_index(store):
-    plans = []
-    store.reader().set_trace_callback(plans.append)
-    store.oldest_pending()
-    store.reader().set_trace_callback(None)
-
-    plan = store.reader().execute(f"EXPLAIN QUERY PLAN {plans[0]}").fetchall()
-
-    searches = [row[3] for row in plan if "deliveries" in row[3]]
-    index = "INDEX deliveries_in_order (webhook_id=?)"
-    assert searches == [f"SEARCH deliveries USING {index}"]
-
-
-# ======================================================================================
 # Pages
 # ======================================================================================
 
@@ -5506,7 +5507,8 @@ def test_while_attempts_end_no_requests_are_taken(daemon, receiver):
 def test_a_request_that_comes_slowly_gets_no_more_time():
     """Waitress counts from the last byte that came, we from the first of a request."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = webhookd.make_server(None, listener, webhookd.Settings())
+    app = bottle.Bottle()
+    server = webhookd.make_server(app, listener, webhookd.Settings())
     client = socket.create_connection(listener.getsockname())
     thread = threading.Thread(target=webhookd.take_requests, args=(server,))
     with contextlib.closing(client), contextlib.closing(listener):
@@ -5517,7 +5519,6 @@ def test_a_request_that_comes_slowly_gets_no_more_time():
         channel.last_activity = 7.0
         client.sendall(b"Content-Length: 5\r\n\r\n12")
         wait_until(lambda: channel.request.headers_finished)
-        server.asyncore.loop = None
         server.close()
 
     assert channel.last_activity == 7.0

@@ -34,7 +34,7 @@ and one for each name that is being looked up. The sections, in the order in whi
 builds on itself (`grep '^# ==='` finds them):
 
     constants and logging   settings   errors   model   reading input   signatures
-    policy   outbound HTTP   store   dispatcher   users   REST API   metrics
+    policy   outbound HTTP   store   dispatcher   users   metrics   REST API
     pages   systemd   sink   command line
 """
 
@@ -629,6 +629,11 @@ class Attempt(typing.NamedTuple):
     response_body: str | None = None
     retry_after: str | None = None  # the receiver's Retry-After, as it came
 
+    @property
+    def finish(self) -> int:
+        """When it ended, milliseconds."""
+        return self.start + self.duration
+
     def request(self, body: str) -> dict:
         """What was sent, as the API shows it."""
         headers = dict(header_fields(self.request_headers).values())
@@ -642,7 +647,7 @@ class Attempt(typing.NamedTuple):
     def shown(self, delivery_id: str, event: str, body: str | None) -> dict:
         """The invocation as the API shows it; body None: without headers and bodies."""
         sent = {"id": delivery_id, "event": event, "duration": self.duration}
-        sent |= {"start": self.start, "finish": self.start + self.duration}
+        sent |= {"start": self.start, "finish": self.finish}
         request = {"method": "POST", "url": self.url}
         result = {"description": self.description, "outcome": self.outcome}
         result |= {"statusCode": self.status}
@@ -726,13 +731,6 @@ def require(condition: object, message: str) -> None:
         raise Invalid(message)
 
 
-def require_all(*rules: tuple[str | None, object, str]) -> None:
-    """Raise Invalid with each (place, condition, message) whose condition fails."""
-    faults = [Fault(place, message) for place, holds, message in rules if not holds]
-    if faults:
-        raise Invalid(*faults)
-
-
 def decoded(body: bytes) -> str:
     """The text that is UTF-8; raises Invalid."""
     try:
@@ -762,34 +760,38 @@ def json_object(body: bytes) -> dict:
     return value
 
 
-def read_all(readings: collections.abc.Iterable[tuple]) -> list:
-    """What parse(*arguments) makes of each (place, parse, *arguments).
+class Reader:
+    """Reads the parts of a whole; at its end `with` raises all that is wrong with them."""
 
-    Raises Invalid with the faults of all of them, TooLarge with the first one's."""
-    values, faults = [], []
-    for place, parse, *arguments in readings:
+    def __init__(self, fields: dict | None = None):
+        self._fields, self._faults = fields or {}, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if self._faults and kind is None:
+            raise Invalid(*self._faults)
+
+    def check(self, place: str | None, condition: object, message: str) -> None:
+        """A fault unless the condition holds."""
+        if not condition:
+            self._faults.append(Fault(place, message))
+
+    def read(self, place: str | None, parse: collections.abc.Callable, *arguments):
+        """What parse makes of the arguments; None and a fault if it raises Invalid."""
         try:
-            values.append(parse(*arguments))
-        except (Invalid, TooLarge) as error:
-            found = [fault.within(place) for fault in error.faults]
-            if isinstance(error, TooLarge):
-                raise TooLarge(*found) from None
-            faults += found
-    if faults:
-        raise Invalid(*faults)
-    return values
+            return parse(*arguments)
+        except Invalid as error:
+            self._faults += [fault.within(place) for fault in error.faults]
+        except TooLarge as error:
+            raise TooLarge(*[fault.within(place) for fault in error.faults]) from None
 
-
-def read_given(fields: dict, readers: dict, nullable: tuple[str, ...] = ()) -> dict:
-    """By attribute what its (name, parse, *arguments) makes of the field of that name.
-
-    A field that is left out, or null and not nullable, is left out here, too."""
-    there = {name for name in fields if fields[name] is not None or name in nullable}
-    given = {attribute: r for attribute, r in readers.items() if r[0] in there}
-    values = read_all(
-        (name, parse, fields[name], *more) for name, parse, *more in given.values()
-    )
-    return dict(zip(given, values))
+    def field(self, name: str, default, parse: collections.abc.Callable, *arguments):
+        """What parse makes of a field; the default if it is left out or null."""
+        if self._fields.get(name) is None:
+            return default
+        return self.read(name, parse, self._fields[name], *arguments)
 
 
 # ---- fields: their readers raise Invalid, with no name or with one inside the field ----
@@ -853,7 +855,9 @@ def subscriptions(value: object) -> tuple[str, ...]:
     """The set of names and wildcards that a webhook is subscribed to."""
     require(isinstance(value, list), "must be a list of event names")
     require(value, "at least one is needed")
-    read_all((None, _check_subscription, name) for name in value)
+    with Reader() as reader:
+        for name in value:
+            reader.read(None, _check_subscription, name)
     at_most(100, set(value))
     return tuple(dict.fromkeys(value))
 
@@ -906,19 +910,15 @@ def read_url(value: object, previous: str, check: collections.abc.Callable) -> s
     return url
 
 
-def _check_configured(key, text):
-    is_text = text is None or isinstance(text, str)
-    is_short = key != "secret" or len(str(text)) <= 255
-    require_all(
-        (None, is_text, "must be a string or null"),
-        (None, is_short, "at most 255 characters are allowed"),
-    )
-
-
 def read_configuration(value: object, previous: dict) -> dict:
     """The configuration, merged into the previous one; null removes a key."""
     require(isinstance(value, dict), "must be an object of strings")
-    read_all((key, _check_configured, key, text) for key, text in value.items())
+    with Reader() as reader:
+        for key, text in value.items():
+            is_text = text is None or isinstance(text, str)
+            reader.check(key, is_text, "must be a string or null")
+            is_short = key != "secret" or len(str(text)) <= 255
+            reader.check(key, is_short, "at most 255 characters are allowed")
     given = {k: v for k, v in value.items() if (k, v) != ("secret", MASK)}
     merged = previous | given
     return {key: text for key, text in merged.items() if text is not None}
@@ -933,10 +933,9 @@ def read_credentials(value: object, previous: dict | None) -> dict | None:
     if password in (None, MASK):
         password = previous and previous["password"]
     is_name = isinstance(username, str) and username and ":" not in username
-    require_all(
-        ("username", is_name, "must be a string without a colon"),
-        ("password", isinstance(password, str), "must be a string"),
-    )
+    with Reader() as reader:
+        reader.check("username", is_name, "must be a string without a colon")
+        reader.check("password", isinstance(password, str), "must be a string")
     return {"username": username, "password": password}
 
 
@@ -948,17 +947,8 @@ HEADERS_NOT_TO_SET = frozenset(
 )
 
 
-def _check_header(name, text, is_first):
-    is_name = re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name)
-    is_free = name.lower() not in HEADERS_NOT_TO_SET
-    is_text = isinstance(text, str) and re.fullmatch(r"[\x20-\x7e\xa0-\xff\t]*", text)
-    require_all(
-        (None, is_name, "is not a header name"),
-        (None, is_free, "is set by webhookd or belongs to the connection"),
-        (None, is_first, "is there twice"),
-        (None, is_text, "must be a string of Latin-1 without control characters"),
-        (None, text != MASK, "has a masked value that stands for none"),
-    )
+HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
+HEADER_VALUE = re.compile(r"[\x20-\x7e\xa0-\xff\t]*")
 
 
 def read_headers(value: object, previous: dict) -> dict:
@@ -969,26 +959,31 @@ def read_headers(value: object, previous: dict) -> dict:
         for name, text in members(value).items()
     }
     first = {name.lower(): name for name in reversed(headers)}
-    read_all(
-        (name, _check_header, name, text, first[name.lower()] == name)
-        for name, text in headers.items()
-    )
+    with Reader() as reader:
+        for name, text in headers.items():
+            key = name.lower()
+            reader.check(name, HEADER_NAME.fullmatch(name), "is not a header name")
+            rule = "is set by webhookd or belongs to the connection"
+            reader.check(name, key not in HEADERS_NOT_TO_SET, rule)
+            reader.check(name, first[key] == name, "is there twice")
+            is_text = isinstance(text, str) and HEADER_VALUE.fullmatch(text)
+            rule = "must be a string of Latin-1 without control characters"
+            reader.check(name, is_text, rule)
+            reader.check(name, text != MASK, "has a masked value that stands for none")
     return headers
-
-
-def _check_filter(path, accepted):
-    accepted = accepted if isinstance(accepted, list) else [accepted]
-    is_plain = accepted and not any(isinstance(i, (list, dict)) for i in accepted)
-    require_all(
-        (None, 0 < len(path) <= 255, "must be a path of 1 to 255 characters"),
-        (None, is_plain, "must be a plain value or a list of plain values"),
-    )
 
 
 def read_filters(value: object) -> dict:
     """Dotted paths and the value, or list of values, that the event must have there."""
     filters = members(value)
-    read_all((path, _check_filter, path, item) for path, item in filters.items())
+    with Reader() as reader:
+        for path, accepted in filters.items():
+            is_path = 0 < len(path) <= 255
+            reader.check(path, is_path, "must be a path of 1 to 255 characters")
+            several = accepted if isinstance(accepted, list) else [accepted]
+            is_plain = not any(isinstance(item, (list, dict)) for item in several)
+            rule = "must be a plain value or a list of plain values"
+            reader.check(path, several and is_plain, rule)
     return filters
 
 
@@ -1007,7 +1002,7 @@ def epoch_ms(text: str) -> int:
     return round(moment.timestamp() * 1000)
 
 
-def json_moment(value: object) -> int:
+def moment_ms(value: object) -> int:
     """Epoch milliseconds of a JSON number or string, see `epoch_ms`."""
     # true is no number, and what epoch_ms() says of it is right
     return epoch_ms(str(value) if isinstance(value, (int, str)) else "")
@@ -1031,89 +1026,57 @@ def strings(value: object, allowed: tuple[str, ...] = ()) -> tuple[str, ...]:
     return tuple(several)
 
 
-# ---- queries: dicts as of parse_qs(), which leaves out what is blank ----
+# ---- queries ----
 
 
-def last(values: list[str], parse: collections.abc.Callable, *arguments) -> object:
-    """What parse makes of the last value of a parameter."""
-    return parse(values[-1], *arguments)
+def query_fields(text: str) -> dict[str, str | list[str]]:
+    """What a query string asks for: all values of what may be repeated, else the last."""
+    query = urllib.parse.parse_qs(text)  # which leaves out what is blank
+    repeatable = ("event", "outcome", "state")
+    return {name: v if name in repeatable else v[-1] for name, v in query.items()}
 
 
-PAGE_READERS = {
-    "start": ("start", last, whole_number, 0),
-    "limit": ("limit", last, whole_number, 1, MAX_PAGE),
-}
-SELECTION_READERS = {  # of a JSON object
-    "events": ("event", strings),
-    "outcomes": ("outcome", strings, OUTCOMES),
-    "since": ("since", json_moment),
-    "until": ("until", json_moment),
-    "dry_run": ("dryRun", boolean),
-}
-FILTER_READERS = {
-    "events": ("event", strings),
-    "outcomes": ("outcome", strings, OUTCOMES),
-    "states": ("state", strings, (PENDING, SUCCEEDED, FAILED)),
-    "since": ("since", last, epoch_ms),
-    "until": ("until", last, epoch_ms),
-}
-
-
-def read_parameter(
-    query: dict, name: str, default, parse: collections.abc.Callable, *arguments
-):
-    """What parse makes of the parameter; without it the default."""
-    given = read_given(query, {name: (name, last, parse, *arguments)})
-    return given.get(name, default)
-
-
-def read_page(query: dict, limit: int = DEFAULT_PAGE) -> Page:
+def read_page(reader: Reader, limit: int = DEFAULT_PAGE) -> Page:
     """The page that start and limit ask for."""
-    return Page(**{"limit": limit} | read_given(query, PAGE_READERS))
+    start = reader.field("start", 0, whole_number, 0)
+    return Page(start, reader.field("limit", limit, whole_number, 1, MAX_PAGE))
 
 
-def read_filter(query: dict) -> Filter:
+def read_filter(reader: Reader) -> Filter:
     """What event, outcome, state, since and until ask for."""
-    return Filter(**read_given(query, FILTER_READERS))
-
-
-def read_statistics_wish(query: dict) -> bool:
-    """Whether statistics are asked for."""
-    return read_parameter(query, "statistics", False, boolean)
-
-
-def read_selection(fields: dict, query: dict) -> tuple[Filter, bool]:
-    """Which deliveries or events an operation is for, and if it only counts them.
-
-    Both are taken, for a dryRun that went unnoticed would do harm."""
-    asked = {name: v if len(v) > 1 else v[0] for name, v in query.items()}
-    given = read_given(asked | fields, SELECTION_READERS)
-    dry_run = given.pop("dry_run", False)
-    return Filter(**given), dry_run
+    return Filter(
+        events=reader.field("event", (), strings),
+        outcomes=reader.field("outcome", (), strings, OUTCOMES),
+        states=reader.field("state", (), strings, (PENDING, SUCCEEDED, FAILED)),
+        since=reader.field("since", None, moment_ms),
+        until=reader.field("until", None, moment_ms),
+    )
 
 
 # ---- webhooks ----
 
 
-def _webhook_readers(old, check_url):
+NULLABLE = ("credentials", "headers", "filters", "rateLimit")
+
+
+def _read_fields(reader, fields, old, check_url):
     secret = {"secret": old.secret} if old.secret else {}
     configuration = old.configuration | secret
-    return {
-        "configuration": ("configuration", read_configuration, configuration),
-        "name": ("name", webhook_name),
-        "url": ("url", read_url, old.url, check_url),
-        "events": ("events", subscriptions),
-        "active": ("active", boolean),
-        "verify_tls": ("sslVerificationRequired", boolean),
-        "credentials": ("credentials", read_credentials, old.credentials),
-        "headers": ("headers", read_headers, old.headers),
-        "filters": ("filters", read_filters),
-        "ordered": ("ordered", boolean),
-        "rate_limit": ("rateLimit", rate),
-    }
-
-
-NULLABLE = ("credentials", "headers", "filters", "rateLimit")
+    for attribute, name, parse, *arguments in (
+        ("configuration", "configuration", read_configuration, configuration),
+        ("name", "name", webhook_name),
+        ("url", "url", read_url, old.url, check_url),
+        ("events", "events", subscriptions),
+        ("active", "active", boolean),
+        ("verify_tls", "sslVerificationRequired", boolean),
+        ("credentials", "credentials", read_credentials, old.credentials),
+        ("headers", "headers", read_headers, old.headers),
+        ("filters", "filters", read_filters),
+        ("ordered", "ordered", boolean),
+        ("rate_limit", "rateLimit", rate),
+    ):
+        if fields.get(name) is not None or name in fields and name in NULLABLE:
+            yield attribute, reader.read(name, parse, fields[name], *arguments)
 
 
 def read_webhook(
@@ -1122,13 +1085,11 @@ def read_webhook(
     """The webhook that the fields ask for, those left out as in the old one.
 
     check_url raises Invalid. Raises Invalid with every field at fault."""
-    has_url = old.url or fields.get("url") is not None
-    has_events = old.events or fields.get("events") is not None
-    needs = ("url", has_url, "is needed"), ("events", has_events, "is needed")
-    readers = _webhook_readers(old, check_url)
-    _, given = read_all(
-        [(None, require_all, *needs), (None, read_given, fields, readers, NULLABLE)]
-    )
+    with Reader() as reader:
+        for name in ("url", "events"):
+            is_there = getattr(old, name) or fields.get(name) is not None
+            reader.check(name, is_there, "is needed")
+        given = dict(_read_fields(reader, fields, old, check_url))
     if "configuration" in given:
         given["secret"] = given["configuration"].pop("secret", None) or None
     if not old.name and "name" not in given:
@@ -1204,8 +1165,9 @@ def _read_event(value, now_ms, max_bytes):
     if not isinstance(value, dict):
         raise Invalid("an event must be a JSON object")
     timestamp = value.get("timestamp", now_ms)
-    name_reading = "event", _name_of, value
-    name, moment = read_all([name_reading, ("timestamp", _event_time, timestamp)])
+    with Reader() as reader:
+        name = reader.read("event", _name_of, value)
+        moment = reader.read("timestamp", _event_time, timestamp)
     body = _event_body({"timestamp": timestamp, "event": name} | value)
     added = 0 if "timestamp" in value else len(f'"timestamp":{now_ms},')
     _check_size(len(body) - added, max_bytes)
@@ -1268,9 +1230,11 @@ def read_events(
     else:
         return _read_one(body, now_ms, max_bytes)
     parts = itertools.islice(parts, MAX_EVENTS_PER_REQUEST + 1)
-    events = read_all(
-        (f"[{index}]", *part, now_ms, max_bytes) for index, part in enumerate(parts)
-    )
+    with Reader() as reader:
+        events = [
+            reader.read(f"[{index}]", *part, now_ms, max_bytes)
+            for index, part in enumerate(parts)
+        ]
     require(events, "at least one event is needed")
     is_few = len(events) <= MAX_EVENTS_PER_REQUEST
     require(is_few, f"at most {MAX_EVENTS_PER_REQUEST} events are allowed")
@@ -1456,7 +1420,7 @@ def reason_to_disable(
     """Why a webhook is given up after this attempt, or None."""
     if attempt.status == http.HTTPStatus.GONE:
         return "the receiver answered 410 Gone"
-    if attempt.start + attempt.duration - failing_since >= disable_after * 1000:
+    if attempt.finish - failing_since >= disable_after * 1000:
         days = disable_after / DAY_SECONDS
         how_long = f"{days:g} days" if days >= 1 else f"{disable_after:g} s"
         return f"no success for {how_long}: {attempt.description}"
@@ -1476,7 +1440,7 @@ def health_after(
     if gone:
         return Health(failures, since, None, gone, disabled=True)
     pause = pause_seconds(failures, settings.pause_initial, settings.pause_max)
-    until = pause and attempt.start + attempt.duration + round(pause * jitter * 1000)
+    until = pause and attempt.finish + round(pause * jitter * 1000)
     return Health(failures, since, until, attempt.description)
 
 
@@ -1492,18 +1456,17 @@ def settlement(
     if attempt.outcome == SUCCESS:
         settled = due, attempt, SUCCEEDED, None, due.step, after, health
         return Settlement(*settled, recovered=bool(health.paused_until))
-    finish = attempt.start + attempt.duration
     asked = attempt.retry_after if attempt.status in (429, 503) else None
-    retry_after = retry_after_seconds(asked, finish)
+    retry_after = retry_after_seconds(asked, attempt.finish)
     if attempt.start < due.next_attempt:  # a probe does not use the schedule up
-        step, wait = due.step, (due.next_attempt - finish) / 1000
+        step, wait = due.step, (due.next_attempt - attempt.finish) / 1000
         wait = max(wait, min(retry_after, MAX_RETRY_AFTER_SECONDS))
     else:
         step = due.step + 1
         wait = next_wait(step, settings.retry_schedule, retry_after, jitter)
     if wait is None or after.disabled and not health.disabled:
         return Settlement(due, attempt, FAILED, None, step, after, health)
-    next_attempt = finish + round(wait * 1000)
+    next_attempt = attempt.finish + round(wait * 1000)
     return Settlement(due, attempt, PENDING, next_attempt, step, after, health)
 
 
@@ -2121,7 +2084,8 @@ def _answered(response, masked):
     head, description = response.head, str(response.head.status)
     target = head.header("location")
     if 300 <= head.status < 400 and target:
-        description += f", a redirect to {masked(target)}, which is not followed"
+        target = masked(target)[:200]
+        description += f", a redirect to {target}, which is not followed"
     body = kept_text(response.body, head.header("content-type"), masked)
     judged = outcome_of(head.status), description, head.status
     return *judged, masked(head.lines), body, head.header("retry-after")
@@ -2267,10 +2231,12 @@ FULL_DISK_BYTES = 64 << 10
 MAX_IDLE_LOG_BYTES = 4 << 20  # SQLite's log is cut to this size before it is used again
 FULL = "the database is full (--max-database-size)"
 ROWS_PER_STATEMENT = 500
+ROWS_IN_MEMORY = 5000  # new deliveries that wait for the end of their transaction
 ROWS_PER_STEP = 500  # of what takes several steps, so that nobody waits long
 PAGES_PER_STEP = 100
-STANDSTILL_SECONDS = 15  # in one commit, or without a tick of the loop: it hangs
-WINDOW_BYTES = 32 << 20  # of bodies, read ahead for all webhooks together
+STANDSTILL_SECONDS = 15  # without progress in a commit, or a tick of the loop: it hangs
+WINDOW = 100  # due deliveries of one webhook that are held in memory
+WINDOW_BYTES = 32 << 20  # of their bodies, for all webhooks together
 
 # ---- the file ----
 
@@ -2520,14 +2486,16 @@ class Batch:
         webhooks: Webhooks,
         health: HealthById,
         ids: dict[str, collections.abc.Iterator[int]],
+        note_progress: collections.abc.Callable[[], None],
     ):
         self.connection, self.webhooks = connection, webhooks
-        self._ids = ids  # the next ones of each table
+        self._ids, self._note_progress = ids, note_progress  # ids: each table's next
         self._health = health  # as committed
         self.changed_health: dict[int, Health] = {}
         self.deleted: set[int] = set()  # webhooks
         self.pending_change = collections.Counter()  # by webhook
-        self.due: list[DueDelivery] = []
+        self.due: list[DueDelivery] = []  # new ones, as many as a lane wants to know
+        self._due_count = collections.Counter()  # by webhook
         self.published_count = 0
         self._new = {"events": [], "payloads": [], "deliveries": [], "answers": []}
         self._answers = {}  # to keys that were used in this batch
@@ -2537,6 +2505,7 @@ class Batch:
         for table, rows in self._new.items():
             insert(self.connection, table, rows)
             rows.clear()
+        self._note_progress()
 
     def finish(self) -> None:
         """Write the rest."""
@@ -2617,13 +2586,13 @@ class Batch:
         if after != before:
             self.changed_health[webhook.id] = after
         if after.disabled and not before.disabled:
-            finish_ms = settled.attempt.start + settled.attempt.duration
-            self._disable(webhook, after.reason, finish_ms)
+            self._disable(webhook, after.reason, settled.attempt.finish)
 
     def _end_waits(self, webhook_id):
         self.connection.change(  # oldest first; and at no cost of their schedule
             "UPDATE deliveries SET next_attempt = created, step = max(step - 1, 0)"
-            " WHERE state = 'pending' AND webhook_id = ? AND next_attempt > created",
+            " WHERE state = 'pending' AND webhook_id = ? AND next_attempt > created"
+            " AND step > 0",  # else it was redelivered, and is due
             webhook_id,
         )
 
@@ -2655,8 +2624,12 @@ class Batch:
         self._new["payloads"].append((event_id, event.body))
         for webhook_id in webhook_ids:
             number, uuid = self._add_delivery(webhook_id, event_id, event.name, now_ms)
-            due = (number, uuid, webhook_id, event.name, event.body, 0, 0, now_ms)
-            self.due.append(DueDelivery(*due))
+            self._due_count[webhook_id] += 1
+            if self._due_count[webhook_id] <= WINDOW + 1:  # the last: there are more
+                due = (number, uuid, webhook_id, event.name, event.body, 0, 0, now_ms)
+                self.due.append(DueDelivery(*due))
+        if len(self._new["deliveries"]) >= ROWS_IN_MEMORY:
+            self.flush()
         return Event(event_id, event.name, event.timestamp, len(webhook_ids))
 
     def _add_delivery(self, webhook_id, event_id, event, now_ms):
@@ -2782,7 +2755,7 @@ class Batch:
     def delete_webhook(self, id: int) -> None:
         """Delete a webhook; raises NotFound. Of its deliveries a step is deleted at
         once, and `delete_leftovers` does the rest; nobody sees them meanwhile."""
-        found(self._delete("webhooks WHERE id", [id]), f"webhook {id}")
+        found(self._delete("webhooks", "id", [id]), f"webhook {id}")
         self.flush()  # what was published beside it
         self.connection.change("DELETE FROM statistics WHERE webhook_id = ?", id)
         self.webhooks = self.webhooks.without(id)
@@ -2790,26 +2763,25 @@ class Batch:
         self.changed_health.pop(id, None)
         self.delete_deliveries_of(id)
 
-    def _delete(self, rows, ids, condition="1"):
-        """Delete `table WHERE column` IN the ids, on a condition; whom it met, by id."""
+    def _delete(self, table, column, ids, condition="1"):
+        """Delete the rows of these ids that meet a condition; the rows' own ids."""
         gone = []
         for chunk in chunks(ids):
-            sql = (
-                f"DELETE FROM {rows} IN {marks(chunk)} AND {condition} RETURNING rowid"
-            )
+            chosen = f"{column} IN {marks(chunk)} AND {condition}"
+            sql = f"DELETE FROM {table} WHERE {chosen} RETURNING rowid"
             gone += self.connection.column(sql, *chunk)
         return gone
 
     def delete_events(self, ids: list[int], condition: str = "1") -> list[int]:
         """Delete those events that meet a condition; their ids."""
-        gone = self._delete("events WHERE id", ids, condition)
-        self._delete("payloads WHERE event_id", gone)
+        gone = self._delete("events", "id", ids, condition)
+        self._delete("payloads", "event_id", gone)
         return gone
 
     def delete_deliveries(self, ids: list[int], condition: str = "1") -> list[int]:
         """Delete those deliveries that meet a condition; the ids of their attempts."""
-        gone = self._delete("deliveries WHERE id", ids, condition)
-        return self._delete("attempts WHERE delivery_id", gone)
+        gone = self._delete("deliveries", "id", ids, condition)
+        return self._delete("attempts", "delivery_id", gone)
 
     def delete_history(self, ids: list[int], condition: str) -> None:
         """Delete those deliveries that meet a condition, and what events that bares."""
@@ -2946,7 +2918,7 @@ class Store:
         self.settled_count = 0  # of settlements
         self.published_count = 0  # of events, since the start
         self.problem: str | None = None  # why the last commit failed
-        self._committing_since: float | None = None  # time.monotonic()
+        self._progressed: float | None = None  # time.monotonic(); None: nothing to do
         self.full = False  # by upkeep: MAX_DATABASE_SIZE is reached, and nothing can go
 
     def __enter__(self):
@@ -2984,11 +2956,10 @@ class Store:
         counts = "webhook_id, count(*) FROM deliveries WHERE state = 'pending'"
         rows = connection.rows(f"SELECT {counts} GROUP BY webhook_id")
         self.pending.update(dict(rows))
-        ids = "UNION SELECT (SELECT min(webhook_id) FROM deliveries WHERE webhook_id > id)"
-        ids = f"SELECT min(webhook_id) AS id FROM deliveries {ids} FROM ids WHERE id"
-        gone = "id NOT IN (SELECT id FROM webhooks)"  # NULL, the last, is none of them
-        sql = f"WITH RECURSIVE ids AS ({ids}) SELECT id FROM ids WHERE {gone}"
-        self._deleted = connection.column(sql)
+        sql, id = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?", 0
+        while (id := connection.row(sql, id)[0]) is not None:
+            if id not in self.webhooks.by_id:
+                self._deleted.append(id)
 
     # ---- the writer's thread ----
 
@@ -2997,7 +2968,7 @@ class Store:
             writes, settlements = self._next_work()
             if self._closing and not writes and not settlements:
                 return
-            self._committing_since = time.monotonic()
+            self._note_progress()
             try:
                 batch = self._commit(writes, settlements)
             except Exception as error:
@@ -3011,7 +2982,10 @@ class Store:
                     listener(batch.due)
                 for write in writes:
                     write.finish()
-            self._committing_since = None
+            self._progressed = None
+
+    def _note_progress(self):
+        self._progressed = time.monotonic()
 
     def _next_work(self):
         with self._wakeup:
@@ -3028,7 +3002,8 @@ class Store:
 
     def _commit(self, writes, settlements):
         with transaction(self._connection) as connection:
-            batch = Batch(connection, self.webhooks, self.health, self._ids)
+            state = self.webhooks, self.health, self._ids
+            batch = Batch(connection, *state, self._note_progress)
             if self.problem:  # see whether anything can be written at all
                 connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             batch.settle(settlements)
@@ -3068,7 +3043,7 @@ class Store:
 
     def stands_still(self) -> bool:
         """Whether the writer is not getting on with its work."""
-        since = self._committing_since
+        since = self._progressed
         stuck = since is not None and time.monotonic() - since > STANDSTILL_SECONDS
         return stuck or not self._writer.is_alive()
 
@@ -3430,7 +3405,6 @@ FOREVER_MS = 1 << 62
 RESERVED_SHARE = 8  # one place in so many is kept for webhooks proven to work, and one
 # turn in so many is for those that come last otherwise
 PLACE_BYTES = 128 << 10  # an attempt takes one more place for each of its body
-WINDOW = 100  # due deliveries of one webhook that are held in memory
 TICK_SECONDS = 1
 UPKEEP_SECONDS = 1
 PRUNING_SECONDS = 60
@@ -4104,7 +4078,8 @@ class Logins:
 
     def __init__(self, store: Store, clock: collections.abc.Callable[[], float]):
         self._store, self._clock = store, clock
-        # one at a time: a password takes 16 MB, and no wrong one goes uncounted
+        # one at a time: a password takes 16 MB, and no wrong one goes uncounted; guards
+        # what is changed of the next two
         self._verifying = threading.Lock()
         self._verified: dict[bytes, User] = {}  # by digest of the header
         self._wrong: dict[str, tuple[float, int]] = {}  # address: since when, how many
@@ -4165,6 +4140,108 @@ class Logins:
         since, count = self._wrong.get(address, (now, 0))
         self._wrong[address] = since, count + 1
         fact("wrong password", level=logging.WARNING, address=address)
+
+
+# ======================================================================================
+# Metrics: what Prometheus is told; counters begin anew with the process
+# ======================================================================================
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+def family(
+    name: str, text: str, samples: dict[str, float], kind: str = ""
+) -> collections.abc.Iterator[str]:
+    """The lines of one metric; its samples by what follows its name: suffix and labels.
+
+    Without a kind it is a counter if its name says so, else a gauge."""
+    kind = kind or ("counter" if name.endswith("_total") else "gauge")
+    yield f"# HELP {name} {text}"
+    yield f"# TYPE {name} {kind}"
+    for suffix, value in samples.items():
+        yield f"{name}{suffix} {value}"
+
+
+def histogram(bounds_ms: tuple[int, ...], counts: list[int], sum_ms: int) -> dict:
+    """The samples of a histogram in seconds; counts has one more for what is longer."""
+    les = [str(bound / 1000) for bound in bounds_ms] + ["+Inf"]
+    totals = list(itertools.accumulate(counts))
+    buckets = {f'_bucket{{le="{le}"}}': n for le, n in zip(les, totals)}
+    return buckets | {"_sum": sum_ms / 1000, "_count": totals[-1]}
+
+
+def resident_memory_bytes() -> int:
+    """How much memory this process has."""
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _of_process(store, dispatcher, settings):
+    counts, sum_ms = list(dispatcher.duration_counts), dispatcher.duration_sum_ms
+    durations = histogram(DURATION_BUCKETS_MS, counts, sum_ms)
+    name, text = "webhookd_attempt_duration_seconds", "How long attempts took."
+    yield family(name, text, durations, "histogram")
+    limit, memory = settings.max_database_size, resident_memory_bytes()
+    for name, text, value in (
+        ("webhookd_events_total", "Events published.", store.published_count),
+        ("webhookd_attempts_in_flight", "Being made.", dispatcher.in_flight()),
+        ("webhookd_database_size_bytes", "Size in use.", store.size_bytes),
+        ("webhookd_database_size_limit_bytes", "The most it may have.", limit),
+        ("process_resident_memory_bytes", "Resident memory.", memory),
+        ("process_cpu_seconds_total", "CPU time.", time.process_time()),
+    ):
+        yield family(name, text, {"": value})
+
+
+def _of_webhooks(store, dispatcher, now_ms):
+    webhooks, oldest = store.webhooks.by_id.values(), store.oldest_pending()
+    states = {w.id: store.health[w.id].state(w.active) for w in webhooks}
+    counts = {w.id: dispatcher.counts(w.id) for w in webhooks}
+
+    def gauge(name, text, value_of):
+        samples = {f'{{webhook="{id}"}}': value_of(id) for id in states}
+        return family(f"webhookd_{name}", text, samples)
+
+    def counter(name, text, index):
+        samples = {
+            f'{{webhook="{id}",outcome="{outcome.lower()}"}}': count
+            for id, pair in counts.items()
+            for outcome, count in pair[index].items()
+        }
+        return family(f"webhookd_{name}_total", text, samples)
+
+    def age(id):
+        return max(0, now_ms - oldest.get(id, now_ms)) / 1000
+
+    def is_in(state):
+        return lambda id: int(states[id] == state)
+
+    pending = store.pending.__getitem__  # 0 where there are none
+    yield gauge("pending_deliveries", "Deliveries that wait.", pending)
+    text = "How long ago the oldest of them was made; 0 if none waits."
+    yield gauge("oldest_pending_age_seconds", text, age)
+    yield gauge("webhook_paused", "1: paused after failures.", is_in("paused"))
+    yield gauge("webhook_disabled", "1: disabled after failures.", is_in("disabled"))
+    text = "Failures in a row."
+    yield gauge(
+        "webhook_consecutive_failures", text, lambda i: store.health[i].failures
+    )
+    yield counter("attempts", "Attempts by outcome.", 0)
+    yield counter("deliveries", "Done or given up, by the last outcome.", 1)
+    names = {w.id: w.name.translate(LABEL_ESCAPES) for w in webhooks}
+    samples = {f'{{webhook="{id}",name="{name}"}}': 1 for id, name in names.items()}
+    yield family("webhookd_webhook_info", "Always 1; the name.", samples)
+
+
+def metrics_text(
+    store: Store, dispatcher: Dispatcher, settings: Settings, now_ms: int
+) -> bytes:
+    """What GET /metrics answers. Nothing is counted here: that is done where it happens."""
+    of_process = _of_process(store, dispatcher, settings)
+    families = itertools.chain(of_process, _of_webhooks(store, dispatcher, now_ms))
+    lines = itertools.chain.from_iterable(families)
+    return ("\n".join(lines) + "\n").encode()
 
 
 # ======================================================================================
@@ -4251,9 +4328,10 @@ class Api:
             ("POST", hook + "/redeliver", self.redeliver_many, ADMINS),
             ("POST", hook + "/replay", self.replay, ADMINS),
             ("DELETE", events + "/<id:id>", self.delete_event, ADMINS),
+            ("GET", "/health", self.health, ANYBODY),
+            ("GET", "/metrics", self.metrics, READERS),
         ):
             self.app.route(path, method, handler, roles=roles)
-        self.app.route("/health", "GET", self.health, roles=ANYBODY)
 
     # ---- what every request passes ----
 
@@ -4268,8 +4346,6 @@ class Api:
             except WebhookdError as error:
                 bottle.response.headers.update(error.headers)
                 return self._error(error.status, error.faults)
-            except bottle.HTTPResponse:
-                raise
             except Exception:
                 request = bottle.request
                 log.exception("%s %s failed", request.method, request.path)
@@ -4349,29 +4425,32 @@ class Api:
     def _now_ms(self):
         return int(self._clock() * 1000)
 
-    def _body(self, *types, limit=MAX_WEBHOOK_BYTES):
-        """The request's body, and whether it is NDJSON; raises WrongMediaType, TooLarge."""
+    @staticmethod
+    def _content_type():
         sent = bottle.request.environ.get("CONTENT_TYPE", "")
-        sent = sent.partition(";")[0].strip().lower()
+        return sent.partition(";")[0].strip().lower()
+
+    def _body(self, *types, limit=MAX_WEBHOOK_BYTES):
+        """The request's body; raises WrongMediaType, TooLarge."""
+        sent = self._content_type()
         is_json = re.fullmatch(r"application/(json|[\w.-]+\+json)", sent)
         if sent not in types and not is_json:
             raise WrongMediaType(f"the body must be sent as {' or '.join(types)}")
         length = max(0, bottle.request.content_length)
         if length > limit:
             raise TooLarge(f"the body may have at most {limit} bytes")
-        return bottle.request.environ["wsgi.input"].read(length), sent == NDJSON_TYPE
+        return bottle.request.environ["wsgi.input"].read(length)
 
     def _object(self):
-        return json_object(self._body(JSON_TYPE)[0])
+        return json_object(self._body(JSON_TYPE))
 
     @staticmethod
     def _query():
-        return urllib.parse.parse_qs(bottle.request.environ.get("QUERY_STRING", ""))
+        return query_fields(bottle.request.environ.get("QUERY_STRING", ""))
 
-    def _asked(self, *readers):
-        """What each reader takes from the query; raises Invalid with all the faults."""
-        query = self._query()
-        return read_all((None, read, query) for read in readers)
+    def _filter(self):
+        with Reader(self._query()) as query:
+            return read_filter(query)
 
     def _page_of(self, page, total, results):
         """A page of results, with links to itself and its neighbours."""
@@ -4392,9 +4471,9 @@ class Api:
     # ---- webhooks ----
 
     def list_webhooks(self):
-        page, wanted, statistics = self._asked(
-            read_page, read_filter, read_statistics_wish
-        )
+        with Reader(self._query()) as query:
+            page, wanted = read_page(query), read_filter(query)
+            statistics = query.field("statistics", False, boolean)
         webhooks = [
             webhook
             for webhook in self._store.webhooks.by_id.values()
@@ -4419,7 +4498,8 @@ class Api:
         return webhook
 
     def get_webhook(self, id):
-        [statistics] = self._asked(read_statistics_wish)
+        with Reader(self._query()) as query:
+            statistics = query.field("statistics", False, boolean)
         return self._json(self._shown([self._store.webhook(id)], statistics)[0])
 
     def update_webhook(self, id):
@@ -4468,7 +4548,7 @@ class Api:
         return shown
 
     def latest(self, id):
-        [wanted] = self._asked(read_filter)
+        wanted = self._filter()
         invocation = self._store.latest(self._store.webhook(id).id, wanted)
         if invocation is None:
             bottle.response.status = 204
@@ -4476,7 +4556,7 @@ class Api:
         return self._json(invocation)
 
     def statistics(self, id):
-        [wanted], now = self._asked(read_filter), self._now_ms()
+        wanted, now = self._filter(), self._now_ms()
         webhook = self._store.webhook(id)
         return self._json(self._store.statistics(webhook.id, wanted.events, now))
 
@@ -4508,13 +4588,14 @@ class Api:
         return answer
 
     def _webhook_to_test(self):
-        query, check_url = self._query(), self._destinations.check_url
-        id = read_parameter(query, "webhookId", None, whole_number, 1)
+        with Reader(self._query()) as query:
+            id = query.field("webhookId", None, whole_number, 1)
         if id is not None:
             return self._store.webhook(id)
-        if "url" not in query:
-            raise Invalid(Fault("url", "url or webhookId is needed"))
-        return Webhook(url=read_parameter(query, "url", "", read_url, "", check_url))
+        with Reader(self._query()) as query:
+            url = query.field("url", "", read_url, "", self._destinations.check_url)
+            query.check("url", url != "", "url or webhookId is needed")
+        return Webhook(url=url)
 
     async def _ping(self, webhook):
         client = Client(self._destinations, self._settings.delivery_timeout)
@@ -4535,9 +4616,9 @@ class Api:
 
     def _publish_events(self):
         limit = max(MAX_REQUEST_BYTES, self._settings.max_event_size)
-        body, lines = self._body(JSON_TYPE, NDJSON_TYPE, limit=limit)
-        now = self._now_ms()
-        events = read_events(body, lines, now, self._settings.max_event_size)
+        body, now = self._body(JSON_TYPE, NDJSON_TYPE, limit=limit), self._now_ms()
+        are_lines = self._content_type() == NDJSON_TYPE
+        events = read_events(body, are_lines, now, self._settings.max_event_size)
         several, key = isinstance(events, list), self._idempotency(body)
 
         def answer(published):
@@ -4558,7 +4639,8 @@ class Api:
         return IdempotencyKey(user, key, hashlib.sha256(body).digest())
 
     def list_events(self):
-        page, wanted = self._asked(read_page, read_filter)
+        with Reader(self._query()) as query:
+            page, wanted = read_page(query), read_filter(query)
         events, total = self._store.events(wanted, page)
         return self._page_of(page, total, [event.shown() for event in events])
 
@@ -4571,7 +4653,8 @@ class Api:
         return self._json(head + b',"payload":' + payload_of(body, event.name) + b"}")
 
     def list_deliveries(self, id):
-        page, wanted = self._asked(read_page, read_filter)
+        with Reader(self._query()) as query:
+            page, wanted = read_page(query), read_filter(query)
         webhook = self._store.webhook(id)
         deliveries, total = self._store.deliveries(webhook.id, wanted, page)
         return self._page_of(page, total, [delivery.shown() for delivery in deliveries])
@@ -4631,9 +4714,12 @@ class Api:
         return self._json(dict(zip(("matched", "replayed"), counts)), 202)
 
     def _selection(self):
-        """What the body of an operation on many selects, and if it only counts."""
+        """Which deliveries or events an operation is for, and if it only counts them.
+
+        From the query too, for a dryRun that went unnoticed there would do harm."""
         fields = self._object() if bottle.request.content_length > 0 else {}
-        return read_selection(fields, self._query())
+        with Reader(self._query() | fields | {"state": None}) as reader:
+            return read_filter(reader), reader.field("dryRun", False, boolean)
 
     def delete_event(self, id):
         for webhook_id in self._store.delete_event(id):
@@ -4642,7 +4728,12 @@ class Api:
         self._log_change("event deleted", id=id)
         bottle.response.status = 204
 
-    # ---- health ----
+    # ---- how it is ----
+
+    def metrics(self):
+        bottle.response.content_type = METRICS_TYPE
+        parts = self._store, self._dispatcher, self._settings
+        return metrics_text(*parts, self._now_ms())
 
     def health(self):
         stuck = self._store.stands_still() and "the store's writer stands still"
@@ -4664,123 +4755,6 @@ def render_server_error(
     faults = [Fault(None, str(error.body))]
     body = json_bytes(error_document(error.code, faults) | {"reason": error.reason})
     return f"{error.code} {error.reason}", [("Content-Type", JSON_TYPE)], body
-
-
-# ======================================================================================
-# Metrics: what Prometheus is told; counters begin anew with the process
-# ======================================================================================
-
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-
-
-def labels(**values: object) -> str:
-    """The labels of a sample."""
-    escaped = {name: str(v).translate(LABEL_ESCAPES) for name, v in values.items()}
-    pairs = [f'{name}="{text}"' for name, text in escaped.items()]
-    return "{" + ",".join(pairs) + "}"
-
-
-def family(
-    name: str, text: str, samples: float | list[tuple], kind: str = ""
-) -> collections.abc.Iterator[str]:
-    """The lines of one metric; a sample is a suffix of its name, with labels, and a value.
-
-    A number is the only sample; without a kind it is a counter if its name says so."""
-    kind = kind or ("counter" if name.endswith("_total") else "gauge")
-    yield f"# HELP {name} {text}"
-    yield f"# TYPE {name} {kind}"
-    for suffix, value in samples if isinstance(samples, list) else [("", samples)]:
-        yield f"{name}{suffix} {value}"
-
-
-def histogram(bounds_ms: tuple[int, ...], counts: list[int], sum_ms: int) -> list:
-    """The samples of a histogram in seconds; counts has one more for what is longer."""
-    les = [str(bound / 1000) for bound in bounds_ms] + ["+Inf"]
-    totals = list(itertools.accumulate(counts))
-    buckets = [(f'_bucket{{le="{le}"}}', n) for le, n in zip(les, totals)]
-    return [*buckets, ("_sum", sum_ms / 1000), ("_count", totals[-1])]
-
-
-def resident_memory_bytes() -> int:
-    """How much memory this process has."""
-    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
-class Metrics:
-    """GET /metrics. Nothing is counted here: that is done where it happens."""
-
-    def __init__(
-        self,
-        store: Store,
-        dispatcher: Dispatcher,
-        settings: Settings,
-        clock: collections.abc.Callable[[], float] = time.time,
-    ):
-        self._store, self._dispatcher = store, dispatcher
-        self._settings, self._clock = settings, clock
-
-    def add_to(self, app: bottle.Bottle) -> None:
-        """Serve beside the routes of an Api, with its logins."""
-        app.route("/metrics", "GET", self.metrics, roles=READERS)
-
-    def metrics(self):
-        bottle.response.content_type = METRICS_TYPE
-        families = itertools.chain(self._of_process(), self._of_webhooks())
-        lines = itertools.chain.from_iterable(itertools.starmap(family, families))
-        return ("\n".join(lines) + "\n").encode()
-
-    def _of_process(self):
-        loop, size = self._dispatcher, self._store.size_bytes
-        limit, memory = self._settings.max_database_size, resident_memory_bytes()
-        yield "webhookd_events_total", "Events published.", self._store.published_count
-        name, text = "webhookd_attempt_duration_seconds", "How long attempts took."
-        counts, sum_ms = list(loop.duration_counts), loop.duration_sum_ms
-        samples = histogram(DURATION_BUCKETS_MS, counts, sum_ms)
-        yield name, text, samples, "histogram"
-        yield "webhookd_attempts_in_flight", "Attempts being made.", loop.in_flight()
-        yield "webhookd_database_size_bytes", "Size in use.", size
-        yield "webhookd_database_size_limit_bytes", "The most it may have.", limit
-        yield "process_resident_memory_bytes", "Resident memory.", memory
-        yield "process_cpu_seconds_total", "CPU time.", time.process_time()
-
-    def _of_webhooks(self):
-        webhooks = self._store.webhooks.by_id.values()
-        counts = {w.id: self._dispatcher.counts(w.id) for w in webhooks}
-        for index, name, text in (
-            (0, "attempts", "Attempts by outcome."),
-            (1, "deliveries", "Deliveries done or given up, by the last outcome."),
-        ):
-            samples = [
-                (f'{{webhook="{id}",outcome="{outcome.lower()}"}}', count)
-                for id, pair in counts.items()
-                for outcome, count in pair[index].items()
-            ]
-            yield f"webhookd_{name}_total", text, samples
-        for name, text, values in self._gauges(webhooks):
-            samples = [(f'{{webhook="{id}"}}', value) for id, value in values.items()]
-            yield f"webhookd_{name}", text, samples
-        names = [(labels(webhook=w.id, name=w.name), 1) for w in webhooks]
-        yield "webhookd_webhook_info", "Always 1; the name.", names
-
-    def _gauges(self, webhooks):
-        """Name, text and a value for each webhook."""
-        now_ms, store = int(self._clock() * 1000), self._store
-        ids, oldest = [webhook.id for webhook in webhooks], store.oldest_pending()
-        ages = {id: max(0, now_ms - oldest.get(id, now_ms)) / 1000 for id in ids}
-        healths = {id: store.health[id] for id in ids}
-        states = {w.id: healths[w.id].state(w.active) for w in webhooks}
-        pending = {id: store.pending[id] for id in ids}
-        yield "pending_deliveries", "Deliveries that wait.", pending
-        text = "How long ago the oldest of them was made; 0 if none waits."
-        yield "oldest_pending_age_seconds", text, ages
-        for state, verb in (("paused", "is"), ("disabled", "was")):
-            text = f"Whether it {verb} {state} after failures."
-            values = {id: int(states[id] == state) for id in ids}
-            yield f"webhook_{state}", text, values
-        failures = {id: health.failures for id, health in healths.items()}
-        yield "webhook_consecutive_failures", "Failures in a row.", failures
 
 
 # ======================================================================================
@@ -5254,12 +5228,12 @@ class Pages(Api):
         """The fields that were sent, without those that are empty."""
         if bottle.request.content_length <= 0:
             return {}
-        if not bottle.request.content_type.lower().startswith(FORM_TYPE):
+        if self._content_type() != FORM_TYPE:
             raise WrongMediaType(f"a form must be sent as {FORM_TYPE}")
-        body, _ = self._body(FORM_TYPE)
         limits = {"errors": "strict", "max_num_fields": 100}
         try:
-            return dict(urllib.parse.parse_qsl(body.decode(), **limits))
+            text = self._body(FORM_TYPE).decode()
+            return dict(urllib.parse.parse_qsl(text, **limits))
         except ValueError:
             raise Invalid("the form is malformed") from None
 
@@ -5284,7 +5258,8 @@ class Pages(Api):
         return CURL_PAGE.format(version=VERSION, url=shlex.quote(self._link("")))
 
     def show_webhooks(self):
-        [page] = self._asked(read_page)
+        with Reader(self._query()) as query:
+            page = read_page(query)
         webhooks = self._shown(self._store.webhooks.by_id.values())
         part = webhooks[page.start : page.start + page.limit]
         ids = tuple(webhook["id"] for webhook in part)
@@ -5297,11 +5272,9 @@ class Pages(Api):
         )
 
     def show_webhook(self, id):
-        page, wanted, redelivered = self._asked(
-            functools.partial(read_page, limit=DELIVERIES_PER_PAGE),
-            read_filter,
-            lambda query: read_parameter(query, "redelivered", None, whole_number, 0),
-        )
+        with Reader(self._query()) as query:
+            page, wanted = read_page(query, DELIVERIES_PER_PAGE), read_filter(query)
+            redelivered = query.field("redelivered", None, whole_number, 0)
         [webhook] = self._shown([self._store.webhook(id)], statistics=True)
         deliveries, total = self._store.deliveries(id, wanted, page)
         return self._page(
@@ -5692,7 +5665,6 @@ def serve(settings: Settings) -> None:
         parts.enter_context(dispatcher)
         parts.enter_context(Upkeep(store, dispatcher, settings))
         api = Pages(store, dispatcher, destinations, settings)
-        Metrics(store, dispatcher, settings).add_to(api.app)
         server = make_server(api.app, listener, settings)
         on_stop(_stop)
         notify("READY=1")
@@ -5986,9 +5958,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if hasattr(given, "run"):
             # a subcommand needs the database only: other settings may be at fault
-            environ = {"WEBHOOKD_DATABASE": os.environ.get("WEBHOOKD_DATABASE", "")}
-            flags = {"database": given.database}
-            given.database = read_settings(flags, environ).database
+            from_environ = os.environ.get("WEBHOOKD_DATABASE")
+            given.database = given.database or from_environ or Settings.database
             given.run(given)
         else:
             serve(read_settings(vars(given), os.environ))
