@@ -1019,42 +1019,6 @@ def test_credentials_are_basic_authentication():
     assert base64.b64decode(pair).decode() == "u:p:ä"
 
 
-NOW = 1_700_000_000
-SIGNED = webhookd.standard_signature("s", "id", NOW, b"{}")
-
-
-@pytest.mark.parametrize(
-    "change, fault",
-    [
-        ({}, None),
-        ({"signatures": f"v1,other {SIGNED} v2,other"}, None),
-        ({"now": NOW + 299}, None),
-        ({"now": NOW + 301}, "webhook-timestamp is more than 5 minutes off"),
-        ({"now": NOW - 301}, "webhook-timestamp is more than 5 minutes off"),
-        ({"timestamp": "now"}, "webhook-timestamp is no number"),
-        ({"timestamp": ""}, "webhook-timestamp is no number"),
-        ({"id": "other"}, "another secret, or another body"),
-        ({"body": b"{ }"}, "another secret, or another body"),
-        ({"secret": "other"}, "another secret, or another body"),
-        ({"signatures": "é"}, "another secret, or another body"),
-        ({"signatures": ""}, "another secret, or another body"),
-    ],
-)
-def test_a_standard_signature_verifies_or_it_is_said_why(change, fault):
-    given = {"secret": "s", "id": "id", "timestamp": str(NOW), "signatures": SIGNED}
-    given |= {"body": b"{}", "now": NOW}
-
-    assert webhookd.standard_fault(**given | change) == fault
-
-
-@pytest.mark.parametrize("secret, genuine", [("s", True), ("other", False)])
-def test_every_hub_signature_must_verify(secret, genuine):
-    right, wrong = webhookd.hub_signature("s", b"{}"), "sha256=é"
-
-    assert (webhookd.hub_fault(secret, [right, right], b"{}") is None) == genuine
-    assert webhookd.hub_fault(secret, [right, wrong], b"{}")
-
-
 # ======================================================================================
 # Policy
 # ======================================================================================
@@ -5222,6 +5186,42 @@ def test_a_log_line_is_one_line_with_a_priority_or_a_time(journal, line):
 # ======================================================================================
 # Sink: the program itself
 # ======================================================================================
+
+
+NOW = 1_700_000_000
+SIGNED = webhookd.standard_signature("s", "id", NOW, b"{}")
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({}, None),
+        ({"signatures": f"v1,other {SIGNED} v2,other"}, None),
+        ({"now": NOW + 299}, None),
+        ({"now": NOW + 301}, "webhook-timestamp is more than 5 minutes off"),
+        ({"now": NOW - 301}, "webhook-timestamp is more than 5 minutes off"),
+        ({"timestamp": "now"}, "webhook-timestamp is no number"),
+        ({"timestamp": ""}, "webhook-timestamp is no number"),
+        ({"id": "other"}, "another secret, or another body"),
+        ({"body": b"{ }"}, "another secret, or another body"),
+        ({"secret": "other"}, "another secret, or another body"),
+        ({"signatures": "é"}, "another secret, or another body"),
+        ({"signatures": ""}, "another secret, or another body"),
+    ],
+)
+def test_a_standard_signature_verifies_or_it_is_said_why(change, fault):
+    given = {"secret": "s", "id": "id", "timestamp": str(NOW), "signatures": SIGNED}
+    given |= {"body": b"{}", "now": NOW}
+
+    assert webhookd.standard_fault(**given | change) == fault
+
+
+@pytest.mark.parametrize("secret, genuine", [("s", True), ("other", False)])
+def test_every_hub_signature_must_verify(secret, genuine):
+    right, wrong = webhookd.hub_signature("s", b"{}"), "sha256=é"
+
+    assert (webhookd.hub_fault(secret, [right, right], b"{}") is None) == genuine
+    assert webhookd.hub_fault(secret, [right, wrong], b"{}")
 
 
 @pytest.fixture

@@ -1245,8 +1245,6 @@ def read_events(
 # Signatures: what one attempt sends
 # ======================================================================================
 
-SIGNATURE_TOLERANCE_SECONDS = 300  # what Standard Webhooks asks of receivers
-
 
 def uuid7(now_ms: int) -> str:
     """A UUID that sorts by time (RFC 9562, version 7), which keeps its index compact."""
@@ -1326,32 +1324,6 @@ def attempt_headers(
             f"webhook-signature: {signed}\r\n"
         )
     return lines
-
-
-def _is_among(expected, given):
-    return any([hmac.compare_digest(expected.encode(), g.encode()) for g in given])
-
-
-def hub_fault(secret: str, signatures: list[str], body: bytes) -> str | None:
-    """Why X-Hub-Signature headers do not verify, or None if all of them do."""
-    expected = hub_signature(secret, body)
-    if all([_is_among(expected, [signature]) for signature in signatures]):
-        return None
-    return "another secret, or another body"
-
-
-def standard_fault(
-    secret: str, id: str, timestamp: str, signatures: str, body: bytes, now: float
-) -> str | None:
-    """Why a webhook-signature does not verify, or None; any of several may match."""
-    if not re.fullmatch(r"\d{1,15}", timestamp, re.ASCII):
-        return "webhook-timestamp is no number"
-    if abs(now - int(timestamp)) > SIGNATURE_TOLERANCE_SECONDS:
-        return "webhook-timestamp is more than 5 minutes off"
-    expected = standard_signature(secret, id, int(timestamp), body)
-    if _is_among(expected, signatures.split()):
-        return None
-    return "another secret, or another body"
 
 
 # ======================================================================================
@@ -5405,11 +5377,38 @@ def start_logging() -> None:
 
 SINK_LISTEN = "127.0.0.1:9000"
 UNSHOWN_HEADERS = {"host", "content-length", "connection"}
+SIGNATURE_TOLERANCE_SECONDS = 300  # what Standard Webhooks asks of receivers
 
 
 def printable(text: str) -> str:
     """The text with what could disturb a terminal escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _is_among(expected, given):
+    return any([hmac.compare_digest(expected.encode(), g.encode()) for g in given])
+
+
+def hub_fault(secret: str, signatures: list[str], body: bytes) -> str | None:
+    """Why X-Hub-Signature headers do not verify, or None if all of them do."""
+    expected = hub_signature(secret, body)
+    if all([_is_among(expected, [signature]) for signature in signatures]):
+        return None
+    return "another secret, or another body"
+
+
+def standard_fault(
+    secret: str, id: str, timestamp: str, signatures: str, body: bytes, now: float
+) -> str | None:
+    """Why a webhook-signature does not verify, or None; any of several may match."""
+    if not re.fullmatch(r"\d{1,15}", timestamp, re.ASCII):
+        return "webhook-timestamp is no number"
+    if abs(now - int(timestamp)) > SIGNATURE_TOLERANCE_SECONDS:
+        return "webhook-timestamp is more than 5 minutes off"
+    expected = standard_signature(secret, id, int(timestamp), body)
+    if _is_among(expected, signatures.split()):
+        return None
+    return "another secret, or another body"
 
 
 def _verdict(signature, secret, find_fault, *arguments):
