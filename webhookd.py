@@ -3943,12 +3943,12 @@ class Upkeep:
 
     def _steps(self):
         yield from self._store.delete_leftovers()
+        if self._too_large:
+            yield from self._cut_down()
         if self._steady_clock() >= self._next_pruning:
             yield from self._prune()
             every = min(PRUNING_SECONDS, self._settings.retention / 10)
             self._next_pruning = self._steady_clock() + every
-        if self._too_large:
-            yield from self._cut_down()
         yield from self._store.give_back()
 
     def _prune(self):
