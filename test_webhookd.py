@@ -552,6 +552,13 @@ def test_names_and_wildcards_take_events(names, event, expected):
     assert webhookd.Webhook(events=names).subscribed(event) is expected
 
 
+def test_a_webhook_that_is_not_active_is_not_paused_until_some_moment():
+    health = webhookd.Health(failures=5, paused_until=1000)
+
+    assert health.shown(active=True, pending=0)["pausedUntil"] == 1000
+    assert health.shown(active=False, pending=0)["pausedUntil"] is None
+
+
 @pytest.mark.parametrize(
     "body, payload",
     [
@@ -1809,6 +1816,22 @@ def test_a_delivery_is_due_at_its_time(store):
     assert due_deliveries(store, webhook, 8999) == []
     assert store.next_due(webhook.id, 1000) == 9000
     assert [d.attempt_count for d in due_deliveries(store, webhook, 9000)] == [1]
+
+
+@pytest.mark.parametrize("step, afterwards", [(2, 1), (1, 0), (0, 0)])
+def test_a_wait_that_a_recovery_ends_costs_nothing_of_the_schedule(
+    store, step, afterwards
+):
+    webhook = add_webhook(store)
+    publish(store, new_event(), new_event())
+    waiting, probe = due_deliveries(store, webhook)
+    planned = {"state": "pending", "next_attempt": 9000, "step": step}
+    settle(store, waiting, "FAILURE", **planned)
+
+    settle(store, probe, recovered=True)
+
+    [due] = due_deliveries(store, webhook)
+    assert (due.number, due.step) == (waiting.number, afterwards)
 
 
 def test_an_attempt_to_a_webhook_deleted_meanwhile_leaves_nothing_behind(store):
@@ -4464,6 +4487,24 @@ def test_labels_are_escaped():
 def test_promtool_has_nothing_to_say_about_the_metrics(api, receiver, dispatcher):
     api.create(receiver.url, name='a "name"\n with \\')
     api.publish()
+def test_a_duration_of_exactly_a_buckets_bound_is_in_that_bucket(
+    api, receiver, dispatcher, monkeypatch
+):
+    every_ms = tuple(range(6000))
+    monkeypatch.setattr(webhookd, "DURATION_BUCKETS_MS", every_ms)
+    dispatcher.duration_counts = [0] * (len(every_ms) + 1)
+    webhook = api.create(receiver.url)
+    api.publish()
+    dispatcher.run_until_idle()
+    [delivery] = api.deliveries(webhook)
+
+    samples = scrape(api)
+
+    name, took = "webhookd_attempt_duration_seconds_bucket", delivery["duration"]
+    assert samples[f'{name}{{le="{took / 1000}"}}'] == 1
+    assert samples[f'{name}{{le="{(took - 1) / 1000}"}}'] == 0
+
+
     dispatcher.run_until_idle()
 
     text = api.get("/metrics").body
