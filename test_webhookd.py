@@ -3419,6 +3419,14 @@ def test_ten_wrong_passwords_shut_an_address_out_for_the_rest_of_the_minute(api,
     assert api.get(WEBHOOKS).status_int == 200
 
 
+def test_wrong_passwords_of_the_next_minute_are_counted_anew(api, clock):
+    api.authorization = ("Basic", ("admin", "wrong"))
+    for _ in range(2):
+        assert [api.get(WEBHOOKS).status_int for _ in range(10)] == [401] * 10
+        assert api.get(WEBHOOKS).status_int == 429
+        clock.advance(61)
+
+
 def test_wrong_passwords_at_the_same_moment_are_counted_too(store):
     logins = webhookd.Logins(store, time.time)
 
