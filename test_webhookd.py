@@ -5055,6 +5055,7 @@ def test_nothing_that_was_sent_is_markup(browser, receiver, dispatcher):
     receiver.answers(302, headers | {"Location": HOSTILE[:-1]}, HOSTILE.encode())
     hostile = {"name": HOSTILE, "configuration": {"<b>": HOSTILE}}
     hostile |= {"filters": {}, "headers": {"X-A": "<b>"}}
+    receiver.url += "/<b>"
     attempted(browser, receiver, dispatcher, **hostile)
 
     pages = every_page(browser)
@@ -5069,6 +5070,43 @@ def test_nothing_that_was_sent_is_markup(browser, receiver, dispatcher):
             *"rows scope spellcheck tabindex type value viewbox width x y".split(),
         }, path
     assert HOSTILE in pages["/"].html.a.find_next("table").a.get_text()
+
+
+def test_the_name_of_a_user_is_no_markup(browser, store):
+    user = webhookd.User("<b>", "viewer", webhookd.secret_record("x"))
+    store.write(lambda connection: webhookd.save_user(connection, user))
+    browser.authorization = ("Bearer", "x")
+
+    assert "<b> (viewer)" in browser.get("/").html.header.get_text()
+
+
+def test_what_was_asked_for_in_vain_is_no_markup(browser):
+    page = browser.get("/deliveries/%3Cb%3E")
+
+    assert "there is no delivery <b>" in words(page)
+
+
+def test_why_a_test_got_no_answer_is_no_markup(browser):
+    browser.create("http://<b>.invalid/")
+
+    page = press(browser.get("/webhooks/1"), "Test")
+
+    assert "None: unknown host <b>.invalid" in words(page)
+
+
+def test_a_text_that_turns_its_direction_turns_nothing_beside_it(
+    browser, receiver, dispatcher
+):
+    attempted(browser, receiver, dispatcher, name=HOSTILE)
+    [isolated] = re.findall(r"\n(.+) { unicode-bidi: isolate; }", webhookd.STYLE)
+
+    pages = every_page(browser)
+
+    for path, page in pages.items():
+        turning = page.html.find_all(string=re.compile("\u202e"))
+        elements = {text.parent.name for text in turning}
+        blocks = {"div", "h1", "pre", "textarea", "title"}
+        assert elements <= blocks | set(isolated.split(", ")), path
 
 
 def test_every_page_is_locked_down_and_has_its_style(browser, receiver, dispatcher):
