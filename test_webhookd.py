@@ -5305,6 +5305,28 @@ def test_a_sink_answers_what_it_is_told(api, dispatcher, sink, now, status):
     assert deliver(api, dispatcher, sink.url)["statusCode"] == status
 
 
+@pytest.mark.parametrize("status, has_length", [(200, True), (204, False), (304, False)])
+def test_a_sink_says_no_length_where_there_can_be_no_body(sink, status, has_length):
+    sink = sink("--answer", str(status))
+    port = int(sink.url.rstrip("/").rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"POST / HTTP/1.0\r\nContent-Length: 2\r\n\r\n{}")
+        answer = connection.makefile("rb").read()
+
+    assert (b"\r\nContent-Length:" in answer) == has_length
+
+
+def test_a_sink_takes_no_body_that_is_too_large(sink):
+    sink = sink()
+    port = int(sink.url.rstrip("/").rpartition(":")[2])
+    too_large = webhookd.MAX_REQUEST_BYTES + 1
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % too_large)
+        answer = connection.makefile("rb").read()
+
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
 def test_a_sink_keeps_connections_and_survives_bad_requests(sink):
     sink = sink()
     port = int(sink.url.rstrip("/").rpartition(":")[2])
