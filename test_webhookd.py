@@ -4487,14 +4487,6 @@ def test_a_duration_falls_into_the_bucket_that_still_holds_it():
     }
 
 
-def test_labels_are_escaped():
-    assert webhookd.labels(a=1, b='\\ " \n é') == r'{a="1",b="\\ \" \n é"}'
-
-
-@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
-def test_promtool_has_nothing_to_say_about_the_metrics(api, receiver, dispatcher):
-    api.create(receiver.url, name='a "name"\n with \\')
-    api.publish()
 def test_a_duration_of_exactly_a_buckets_bound_is_in_that_bucket(
     api, receiver, dispatcher, monkeypatch
 ):
@@ -4513,6 +4505,14 @@ def test_a_duration_of_exactly_a_buckets_bound_is_in_that_bucket(
     assert samples[f'{name}{{le="{(took - 1) / 1000}"}}'] == 0
 
 
+def test_labels_are_escaped():
+    assert webhookd.labels(a=1, b='\\ " \n é') == r'{a="1",b="\\ \" \n é"}'
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
+def test_promtool_has_nothing_to_say_about_the_metrics(api, receiver, dispatcher):
+    api.create(receiver.url, name='a "name"\n with \\')
+    api.publish()
     dispatcher.run_until_idle()
 
     text = api.get("/metrics").body
@@ -5432,6 +5432,28 @@ def test_a_subcommand_makes_no_database_by_a_typing_error(tmp_path):
     assert (result.returncode, list(tmp_path.iterdir())) == (1, [])
 
 
+def test_a_database_that_a_subcommand_makes_is_for_its_owner_only(tmp_path):
+    path = tmp_path / "test.db"
+
+    run("user", "add", "a", "--role", "viewer", "--database", str(path), umask=0)
+
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_a_subcommand_leaves_a_database_of_another_version_alone(tmp_path, difference):
+    version, path = len(webhookd.MIGRATIONS) + difference, str(tmp_path / "test.db")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA user_version = {version}")
+
+    result = run("user", "add", "a", "--role", "viewer", "--database", path)
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert f"has version {version}" in result.stderr
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert webhookd.schema_version(connection) == version
+
+
 def test_an_address_in_use_stops_the_start_with_one_line(receiver, tmp_path):
     result = run("--listen", f"127.0.0.1:{receiver.server_port}", cwd=tmp_path)
 
@@ -5469,6 +5491,23 @@ def test_a_signal_lets_attempts_end_and_stops_with_status_0(daemon, receiver, nu
         [delivery] = store.deliveries(1, webhookd.Filter(), webhookd.Page())[0]
     assert (delivery.state, delivery.attempt_count) == ("succeeded", 1)
     assert "Traceback" not in "".join(daemon.log)
+
+
+def test_a_second_signal_does_not_hurry_a_stop(daemon, receiver):
+    daemon.start()
+    daemon.call("POST", WEBHOOKS, {"url": receiver.url, "events": ["e"]})
+    receiver.hold.clear()
+    daemon.call("POST", EVENTS, {"event": "e"})
+    wait_until(lambda: receiver.received)
+
+    daemon.process.send_signal(signal.SIGTERM)
+    assert any(" stopping" in line for line in daemon.process.stderr)
+    threading.Timer(0.3, receiver.hold.set).start()
+
+    assert daemon.end(signal.SIGTERM) == 0
+    with webhookd.Store(daemon.database) as store:
+        [delivery] = store.deliveries(1, webhookd.Filter(), webhookd.Page())[0]
+    assert delivery.state == "succeeded"
 
 
 def test_requests_in_hand_are_answered_before_it_stops(daemon, receiver):
@@ -5586,6 +5625,26 @@ def test_systemd_is_told_of_start_progress_and_stop(daemon, tmp_path):
     assert set(told) == {b"READY=1", b"WATCHDOG=1", b"STOPPING=1"}
 
 
+def test_the_watchdog_is_fed_only_while_the_writer_gets_on(
+    store, tmp_path, monkeypatch
+):
+    name = str(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(name)
+        listener.setblocking(False)
+        webhookd._beat(store)
+        assert listener.recv(100) == b"WATCHDOG=1"
+
+        monkeypatch.setattr(webhookd, "STANDSTILL_SECONDS", 0)
+        end = busy(store)
+        webhookd._beat(store)
+        end.set()
+
+        with pytest.raises(BlockingIOError):
+            listener.recv(100)
+
+
 def test_start_migration_and_stop_are_logged_each_on_a_line(daemon):
     daemon.start()
     daemon.call("GET", "/health")
@@ -5654,6 +5713,15 @@ def test_a_backup_is_a_whole_database_of_one_moment(daemon, back_up):
         assert store.events(webhookd.Filter(), webhookd.Page())[1] == count
 
 
+def test_a_backup_can_be_read_where_nothing_can_be_written(daemon, back_up):
+    fill(daemon.database, 1)
+
+    back_up()
+
+    # SQLite's file format, 1.3.3: 1 is without a log, which would have to be made
+    assert back_up.file.read_bytes()[18:20] == b"\1\1"
+
+
 def test_a_backup_replaces_the_one_before(daemon, back_up):
     fill(daemon.database, 1)
     back_up.file.write_text("the one before")
@@ -5704,6 +5772,7 @@ def test_a_full_disk_leaves_the_backup_before(daemon, back_up):
         ({"file": "."}, "is not a file"),
         ({"file": "../daemon.db"}, "is the database itself"),
         ({"file": "used.db"}, "used.db-wal exists"),
+        ({"file": "left.db"}, "left.db-journal exists"),
     ],
 )
 def test_a_backup_that_cannot_be_says_why_in_one_line(daemon, back_up, options, words):
@@ -5715,15 +5784,6 @@ def test_a_backup_that_cannot_be_says_why_in_one_line(daemon, back_up, options, 
     result = back_up(**options)
 
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
-def test_a_backup_can_be_read_where_nothing_can_be_written(daemon, back_up):
-    fill(daemon.database, 1)
-
-    back_up()
-
-    # SQLite's file format, 1.3.3: 1 is without a log, which would have to be made
-    assert back_up.file.read_bytes()[18:20] == b"\1\1"
-
-
     assert words in result.stderr
     assert {file.name for file in back_up.folder.iterdir()} == beside
 
@@ -5774,7 +5834,6 @@ def test_a_chunked_body_is_read_as_any_other(shared_daemon):
 
     assert (status, answer["event"]) == (202, "e")
 
-        ({"file": "left.db"}, "left.db-journal exists"),
 
 def test_the_trusted_proxy_says_where_a_request_came_from(shared_daemon):
     headers = {"X-Forwarded-For": "192.0.2.1", "X-Forwarded-Proto": "https"}
