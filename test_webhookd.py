@@ -1866,6 +1866,28 @@ def test_one_write_that_fails_does_not_take_the_others_with_it(store):
     assert webhookd.load_users(store.reader()) == []
 
 
+def test_an_error_of_the_database_is_the_fault_of_no_request(store):
+    with pytest.raises(webhookd.Unavailable, match="no such table: nowhere"):
+        store.write(lambda connection: connection.execute("DELETE FROM nowhere"))
+
+    assert "no such table" in store.problem
+
+
+def test_who_reads_cannot_write(store):
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        store.reader().execute("DELETE FROM users")
+
+
+def test_a_transaction_is_undone_whatever_ends_it(store):
+    with contextlib.closing(webhookd.connect(store._path)) as connection:
+        with pytest.raises(SystemExit), webhookd.transaction(connection):
+            connection.execute("INSERT INTO users VALUES ('half', 'done', 'x')")
+            raise SystemExit
+
+        assert not connection.in_transaction
+        assert webhookd.load_users(connection) == []
+
+
 def test_nothing_is_published_by_a_commit_that_fails(store):
     store.write(lambda connection: connection.execute("DROP TABLE payloads"))
 
@@ -1894,6 +1916,78 @@ def test_a_settlement_that_cannot_be_written_waits_until_it_can(store, monkeypat
     assert store.delivery(due.id)[0].state == "succeeded"
 
 
+@contextlib.contextmanager
+def no_room():
+    """A process that can make no file any larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_commit_of_nothing_does_not_show_that_there_is_room_again(store):
+    with no_room():
+        for write in (lambda: publish(store), store.flush):
+            with pytest.raises(webhookd.WebhookdError):
+                write()
+
+        assert store.problem
+    store.flush()
+    assert store.problem is None
+
+
+def ends(call):
+    """Whether a call ends, instead of waiting for ever."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(20)
+    return not thread.is_alive()
+
+
+def test_a_store_that_cannot_write_closes_and_attempts_again_after_the_start(tmp_path):
+    path = str(tmp_path / "test.db")
+    store = webhookd.Store(path).__enter__()
+    webhook = add_webhook(store)
+    publish(store)
+    [due] = due_deliveries(store, webhook)
+    store.write(lambda connection: connection.execute("PRAGMA query_only = ON"))
+    with pytest.raises(webhookd.Unavailable):
+        settle(store, due)
+
+    assert ends(lambda: store.__exit__())
+
+    with webhookd.Store(path) as store:
+        assert due_deliveries(store, webhook) == [due]
+
+
+def test_a_store_that_is_closed_takes_nothing_and_stands_still(tmp_path):
+    with webhookd.Store(str(tmp_path / "test.db")) as store:
+        assert not store.stands_still()
+    refused = []
+
+    def publish_late():
+        with pytest.raises(webhookd.Unavailable, match="stopping"):
+            publish(store)
+        refused.append(True)
+
+    assert ends(publish_late) and refused
+    assert store.stands_still()
+
+
+def test_an_error_of_the_disk_that_is_full_says_that_it_is_full(store, monkeypatch):
+    error = sqlite3.OperationalError("disk I/O error")
+    usage = shutil.disk_usage("/")
+    told = []
+    for free in (1 << 30, 1 << 10):
+        usage = usage._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        told.append(type(webhookd.stored_error(error, store._path)))
+
+    assert told == [webhookd.Unavailable, webhookd.StorageFull]
+
+
 def test_a_full_disk_is_told_from_other_errors(store):
     pages = "PRAGMA max_page_count = {}"
     store.write(lambda connection: connection.execute(pages.format(1)))
@@ -1917,6 +2011,18 @@ def test_a_key_used_twice_at_the_same_moment_publishes_once(store):
     assert len({answer for answer, _ in answers}) == 1
     assert [repeated for _, repeated in answers].count(False) == 1
     assert store.events(webhookd.Filter(), webhookd.Page())[1] == 1
+
+
+def test_a_settlement_does_not_undo_that_its_webhook_starts_clean(store):
+    webhook = add_webhook(store)
+    publish(store)
+    [due] = due_deliveries(store, webhook)
+
+    failing, paused = webhookd.Health(4), webhookd.Health(5, 1000, 9000, "500")
+    fields = {"state": "pending", "next_attempt": 9000}
+    settle(store, due, "FAILURE", **fields, before=failing, health=paused)
+
+    assert store.health[webhook.id] == webhookd.HEALTHY
 
 
 def test_ids_are_never_used_again(tmp_path):
@@ -1957,6 +2063,25 @@ def test_a_database_of_a_newer_version_is_refused_and_left_alone(tmp_path):
     assert (
         sqlite3.connect(path).execute("SELECT name FROM sqlite_schema").fetchall() == []
     )
+
+
+def test_two_that_migrate_at_once_migrate_once(tmp_path):
+    path = str(tmp_path / "new.db")
+    first, second = webhookd.open_database(path), webhookd.open_database(path)
+    waits = threading.Event()
+    second.set_trace_callback(lambda sql: sql == "BEGIN IMMEDIATE" and waits.set())
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with webhookd.transaction(first):
+            migrating = pool.submit(webhookd.migrate, second)
+            waits.wait(20)
+            for script in webhookd.MIGRATIONS:
+                for statement in script.split(";\n"):
+                    first.execute(statement)
+            first.execute(f"PRAGMA user_version = {len(webhookd.MIGRATIONS)}")
+
+        assert migrating.result() is None
+    first.close(), second.close()
 
 
 def test_a_migration_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
