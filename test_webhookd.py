@@ -2213,6 +2213,20 @@ def test_an_attempt_is_counted_for_30_days_to_the_hour(store, clock):
     counts = store.statistics(webhook.id, (), clock.ms)["counts"]
     assert counts["window"]["start"] == clock.ms - 30 * webhookd.DAY_MS
     assert counts["successes"] == 1
+    clock.advance(86400)
+    assert store.statistics(webhook.id, (), clock.ms)["counts"]["successes"] == 0
+
+
+def test_a_webhook_has_succeeded_unless_it_has_failed_since(store):
+    webhooks = [add_webhook(store) for _ in range(3)]
+    publish(store)
+    for webhook in webhooks[:2]:
+        settle(store, due_deliveries(store, webhook)[0])
+    publish(store)
+    fields = {"state": "pending", "next_attempt": 9000, "health": webhookd.Health(1)}
+    settle(store, due_deliveries(store, webhooks[1])[0], "FAILURE", **fields)
+
+    assert store.succeeded_webhooks() == {webhooks[0].id}
 
 
 def test_the_latest_attempt_is_known_as_long_as_it_is_kept(
@@ -2335,6 +2349,14 @@ def test_pruning_leaves_what_was_redelivered_or_replayed_meanwhile(store):
     assert due_deliveries(store, webhook) == [due]
 
 
+def test_pruning_reads_no_further_than_the_first_that_is_young(store):
+    publish(store, *[new_event()] * (3 * webhookd.ROWS_PER_STEP))
+
+    steps = list(store.prune(1000))
+
+    assert len(steps) == 1
+
+
 def test_a_deleted_webhook_with_many_deliveries_is_gone_at_once_and_swept_later(
     store, upkeep
 ):
@@ -2410,6 +2432,48 @@ def test_two_replays_at_once_make_one_delivery(store):
 
     assert in_one_commit(store, *replay) == [1, 0]
     assert len(due_deliveries(store, webhook)) == 1
+
+
+def test_a_key_used_twice_in_one_commit_publishes_once(store):
+    key = webhookd.IdempotencyKey("user", "key", b"fingerprint")
+
+    def publish_with_key():
+        return store.publish([new_event()], 1000, lambda e: b"answer", key)
+
+    answers = in_one_commit(store, publish_with_key, publish_with_key)
+
+    assert answers == [(b"answer", False), (b"answer", True)]
+    assert count(store, "events") == 1
+
+
+def test_pruning_beside_a_redelivery_leaves_it(store):
+    webhook = add_webhook(store)
+    publish(store)
+    [due] = due_deliveries(store, webhook)
+    settle(store, due)
+
+    in_one_commit(
+        store,
+        lambda: store.redeliver(webhook.id, [due.number], 1000),
+        lambda: list(store.prune(5000)),
+    )
+
+    assert [d.number for d in due_deliveries(store, webhook)] == [due.number]
+
+
+def test_who_is_told_of_a_disabled_webhook_may_be_deleted_in_the_same_commit(store):
+    webhook, told = add_webhook(store), add_webhook(store, "webhook_disabled")
+    publish(store)
+    [due] = due_deliveries(store, webhook)
+    gone = {"state": "failed", "health": webhookd.Health(1, disabled=True)}
+
+    in_one_commit(
+        store,
+        lambda: settle(store, due, "FAILURE", **gone),
+        lambda: store.delete_webhook(told.id),
+    )
+
+    assert store._rows("SELECT event_id FROM deliveries") == [(1,)]
 
 
 def test_an_event_beside_the_deletion_of_its_webhook_leaves_no_delivery(store):
