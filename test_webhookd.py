@@ -3616,6 +3616,34 @@ def test_wrong_passwords_of_the_next_minute_are_counted_anew(api, clock):
         clock.advance(61)
 
 
+def test_every_wrong_password_takes_a_hash_whoever_it_is_for(api, store, monkeypatch):
+    hashes, scrypt = [], hashlib.scrypt
+
+    def counted(*arguments, **options):
+        hashes.append(1)
+        return scrypt(*arguments, **options)
+
+    user = webhookd.User("u", "viewer", webhookd.password_record("pw"))
+    store.write(lambda connection: webhookd.save_user(connection, user))
+    monkeypatch.setattr(hashlib, "scrypt", counted)
+    for number, name in enumerate(("u", "admin", "nobody"), 1):
+        api.authorization = ("Basic", (name, "wrong"))
+        assert api.get(WEBHOOKS).status_int == 401
+        assert len(hashes) == number, name
+
+
+def test_no_more_logins_are_remembered_than_are_allowed(store, monkeypatch):
+    monkeypatch.setattr(webhookd, "MAX_VERIFIED", 2)
+    user = webhookd.User("u", "viewer", webhookd.secret_record("secret"))
+    store.write(lambda connection: webhookd.save_user(connection, user))
+    logins = webhookd.Logins(store, time.time)
+
+    for spaces in range(1, 6):
+        assert logins.user("Bearer" + " " * spaces + "secret", "192.0.2.1") == user
+
+    assert len(logins._verified) <= 2
+
+
 def test_wrong_passwords_at_the_same_moment_are_counted_too(store):
     logins = webhookd.Logins(store, time.time)
 
@@ -3658,8 +3686,13 @@ def test_requests_that_another_site_makes_are_refused(api, headers, status):
     assert api.post_json(EVENTS, {"event": "e"}, headers=headers).status_int == status
 
 
-def test_other_sites_may_read_what_a_login_allows(api):
-    assert api.get(WEBHOOKS, headers={"Sec-Fetch-Site": "cross-site"}).status_int == 200
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_other_sites_may_read_what_a_login_allows(api, method):
+    answer = api.request(
+        WEBHOOKS, method=method, headers={"Sec-Fetch-Site": "cross-site"}
+    )
+
+    assert answer.status_int == 200
 
 
 @pytest.mark.parametrize(
@@ -3757,6 +3790,26 @@ def test_bad_json_is_refused(api, body):
             path, method=method, body=body, content_type="application/json"
         )
         assert (answer.status_int, contexts(answer)) == (400, [None])
+
+
+def test_the_body_of_a_webhook_has_at_most_a_mebibyte(api):
+    kind = {"Content-Type": "application/json"}
+    fields = {"url": "http://127.0.0.1:1/", "events": ["e"]}
+    body = json.dumps(fields).encode().ljust(1 << 20)
+
+    assert api.post(WEBHOOKS, body, kind).status_int == 201
+    assert api.post(WEBHOOKS, body + b" ", kind).status_int == 413
+
+
+@pytest.mark.parametrize(
+    "method, path", [("PUT", "/9"), ("POST", "/9/redeliver"), ("POST", "/9/replay")]
+)
+def test_that_there_is_no_webhook_comes_before_a_fault_in_the_body(api, method, path):
+    answer = api.request(
+        WEBHOOKS + path, method=method, body=b"{", content_type="application/json"
+    )
+
+    assert answer.status_int == 404
 
 
 @pytest.mark.parametrize(
@@ -4390,8 +4443,16 @@ def test_a_redelivery_starts_at_once_with_a_fresh_schedule(api, receiver, wall):
     assert [r.headers["X-Attempt"] for r in receiver.received] == list("12345")
     assert len({r.headers["X-Request-Id"] for r in receiver.received}) == 1
     assert api.post("/rest/api/deliveries/no-such/redeliver").status_int == 404
-    capitals = api.get(f"/rest/api/deliveries/{failed['id'].upper()}")
-    assert capitals.json["id"] == failed["id"]
+
+
+def test_an_id_may_be_written_in_capitals(api):
+    webhook = api.create("http://127.0.0.1:1/")
+    api.publish()
+    [delivery] = api.deliveries(webhook)
+    capitals = f"/rest/api/deliveries/{delivery['id'].upper()}"
+
+    assert api.get(capitals).json["id"] == delivery["id"]
+    assert api.post(f"{capitals}/redeliver").json["id"] == delivery["id"]
 
 
 def test_redelivering_one_ends_the_pause(api, receiver, wall):
