@@ -4349,6 +4349,7 @@ def test_health_names_what_stands_still(api, store, dispatcher, monkeypatch):
 
     store.problem, store.full = "the disk is full", True
     dispatcher._ticked -= 1000
+    store._committing_since = time.monotonic() - 1000
     answer = api.get("/health")
 
     assert answer.status_int == 503
@@ -4356,6 +4357,7 @@ def test_health_names_what_stands_still(api, store, dispatcher, monkeypatch):
         "the disk is full",
         "the database is full (--max-database-size)",
         "the delivery loop stands still",
+        "the store's writer stands still",
     ]
 
 
@@ -4566,6 +4568,20 @@ def test_a_replay_brings_what_a_webhook_never_got(api, receiver, wall, clock):
     assert sorted(wall(0)) == [0, 1, 2]
     assert api.post_json(path, {}).json["matched"] == 0
     assert api.get_webhook(webhook)["health"]["pending"] == 0
+
+
+def test_an_event_that_is_deleted_before_its_attempt_is_not_sent(
+    api, receiver, dispatcher
+):
+    api.create(receiver.url)
+    api.publish()
+    dispatcher.run_until_idle()
+    event = api.publish()
+
+    api.delete(f"{EVENTS}/{event['id']}")
+    dispatcher.run_until_idle()
+
+    assert len(receiver.received) == 1
 
 
 def test_an_event_deleted_leaves_no_trace_in_the_files(api, receiver, wall, store):
