@@ -411,6 +411,16 @@ def test_a_fact_is_one_line_of_words_and_values(caplog):
     assert caplog.messages == [r'webhook created id=3 name="a \"b\"\nc" url=http://x/']
 
 
+@pytest.mark.parametrize("text", ['a"b', "\x1b[2J", "\u202e", "a\u2028b", ""])
+def test_a_value_that_could_be_taken_for_something_else_is_quoted(caplog, text):
+    with caplog.at_level("INFO"):
+        webhookd.fact("tested", id=text)
+
+    [line] = caplog.messages
+    assert line.isprintable()
+    assert json.loads(line.removeprefix("tested id=")) == text
+
+
 # ======================================================================================
 # Settings
 # ======================================================================================
@@ -470,12 +480,12 @@ def test_a_blank_flag_wins_too():
 
 
 def test_a_systemd_credential_is_the_admin_password(tmp_path):
-    (tmp_path / "admin-password").write_text("pass word\n")
+    (tmp_path / "admin-password").write_text(" pass word \n")
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path), "WEBHOOKD_ADMIN_PASSWORD": ""}
 
     settings = webhookd.read_settings({}, environ)
 
-    assert settings.admin_password == "pass word"
+    assert settings.admin_password == " pass word "
 
 
 @pytest.mark.parametrize(
@@ -493,6 +503,7 @@ def test_a_systemd_credential_is_the_admin_password(tmp_path):
         ("MAX_IN_FLIGHT", "0"),
         ("WEBHOOK_CONCURRENCY", "many"),
         ("MAX_EVENT_SIZE", "1T"),
+        ("MAX_EVENT_SIZE", "0"),
         ("TRUSTED_PROXY", "proxy"),
     ],
 )
@@ -707,6 +718,12 @@ def test_events_are_counted_without_duplicates():
     assert read_webhook(events=["a"] * 101).events == ("a",)
 
 
+def test_a_name_left_out_is_as_much_of_the_url_as_a_name_may_have():
+    url = "http://x/" + "x" * 300
+
+    assert read_webhook(url=url).name == url[:255]
+
+
 def test_events_are_a_set():
     assert read_webhook(events=["b", "a", "b", "page_*", "*"]).events == (
         "b",
@@ -762,10 +779,12 @@ def test_events_are_a_set():
         ({"headers": {"a b": "x"}}, "headers.a b"),
         ({"headers": {"A": "x\r\nB: y"}}, "headers.A"),
         ({"headers": {"A": "€"}}, "headers.A"),
+        ({"headers": {"A": "\x85"}}, "headers.A"),
         ({"headers": {"A": "1", "a": "2"}}, "headers.a"),
         ({"headers": {"A": "********"}}, "headers.A"),
         ({"headers": {f"h{n}": "x" for n in range(21)}}, "headers"),
         ({"filters": []}, "filters"),
+        ({"filters": {"p" * 256: 1}}, f"filters.{'p' * 256}"),
         ({"filters": {"a": {}}}, "filters.a"),
         ({"filters": {"a": []}}, "filters.a"),
         ({"filters": {"a": [[1]]}}, "filters.a"),
@@ -791,6 +810,10 @@ def test_all_fields_at_fault_are_named_at_once():
 
 def test_a_masked_password_stays_when_the_rest_of_the_url_changes():
     assert read_webhook(FULL, url="http://u:********@y/z").url == "http://u:p@y/z"
+
+
+def test_a_mask_elsewhere_in_a_url_stands_for_nothing():
+    assert read_webhook(FULL, url="http://y/u:********@").url == "http://y/u:********@"
 
 
 def test_what_looks_like_an_escape_is_none():
@@ -914,6 +937,17 @@ def test_filters_compare_the_values_at_their_paths(filters, expected):
 )
 def test_times_are_epoch_milliseconds_or_iso_8601(text, ms):
     assert webhookd.epoch_ms(text) == ms
+
+
+def test_a_time_that_names_no_zone_is_utc_wherever_the_server_stands(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+
+    try:
+        assert webhookd.epoch_ms("1970-01-01T00:00:01") == 1000
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 # ======================================================================================
@@ -1556,6 +1590,14 @@ def test_secrets_that_a_receiver_sends_back_are_masked(attempt, receiver):
     assert not any(
         text in str(made) for text in ("own-value", "pass-word", "the-secret")
     )
+
+
+def test_what_is_too_short_for_a_secret_does_not_spoil_the_answer(attempt, receiver):
+    receiver.answers(200, {}, b"a short answer")
+
+    made = attempt(receiver.url, secret="a", headers={"X-Own": "ans"})
+
+    assert made.response_body == "a short answer"
 
 
 @pytest.mark.parametrize(
@@ -3820,6 +3862,7 @@ def test_that_there_is_no_webhook_comes_before_a_fault_in_the_body(api, method, 
         ("limit=0", "limit"),
         ("since=yesterday", "since"),
         ("until=1e3", "until"),
+        ("&".join(["event=e"] * 101), "event"),
     ],
 )
 def test_a_query_at_fault_is_named(api, query, field):
