@@ -3896,6 +3896,17 @@ def test_pages_link_to_their_neighbours(api):
     assert api.get(f"{WEBHOOKS}?start=999999999999999").json["results"] == []
 
 
+def test_pages_do_not_reach_beyond_the_ends(api):
+    for _ in range(4):
+        api.create("http://127.0.0.1:1/")
+
+    inside = api.get(f"{WEBHOOKS}?start=1&limit=2").json
+    last = api.get(f"{WEBHOOKS}?start=2&limit=2").json
+
+    assert "start=0" in inside["_links"]["prev"]
+    assert "next" not in last["_links"]
+
+
 # ---- webhooks ----
 
 
@@ -4260,6 +4271,14 @@ def test_an_event_that_is_too_large_gets_413(api, settings):
     )
     assert (answer.status_int, contexts(answer)) == (413, ["[1]"])
     assert api.get(EVENTS).json["totalCount"] == 0
+
+
+def test_one_event_may_be_larger_than_many_if_that_is_set(api, monkeypatch):
+    monkeypatch.setattr(webhookd, "MAX_REQUEST_BYTES", 1000)
+
+    api.publish(text="x" * 2000)
+
+    assert api.get(f"{EVENTS}/1").json["payload"]["text"] == "x" * 2000
 
 
 def test_a_key_repeats_the_first_answer(api, store):
@@ -4755,6 +4774,15 @@ def test_metrics_show_what_waits_and_for_how_long(api, dispatcher, clock, closed
     assert samples['webhookd_oldest_pending_age_seconds{webhook="1"}'] == 90
     assert samples['webhookd_oldest_pending_age_seconds{webhook="2"}'] == 0
     assert samples['webhookd_webhook_consecutive_failures{webhook="1"}'] == 2
+
+
+def test_nothing_waits_since_a_moment_that_is_to_come(api, clock, closed_url):
+    api.create(closed_url)
+    api.publish()
+
+    clock.advance(-60)
+
+    assert scrape(api)['webhookd_oldest_pending_age_seconds{webhook="1"}'] == 0
 
 
 def test_metrics_show_who_is_paused_or_disabled(api, receiver, dispatcher):
