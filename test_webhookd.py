@@ -4963,6 +4963,21 @@ def test_the_list_comes_in_parts_and_asks_the_database_once(browser, store):
     assert "number 0" in words(page.click("Previous"))
 
 
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (119, "119 s"),
+        (120, "2 min"),
+        (7199, "120 min"),
+        (7200, "2 h"),
+        (172_799, "48 h"),
+        (172_800, "2 d"),
+    ],
+)
+def test_a_duration_is_said_in_the_largest_unit_that_it_has_twice(seconds, text):
+    assert webhookd.how_long(seconds) == text
+
+
 def test_a_share_of_successes_is_never_rounded_up_to_all():
     assert webhookd.success_rate({"SUCCESS": 9999, "ERROR": 1}) == "99.9 %"
     assert webhookd.success_rate({"SUCCESS": 3}) == "100 %"
@@ -5022,6 +5037,17 @@ def test_a_webhook_is_shown_with_its_figures(browser, receiver, dispatcher, cloc
     assert "Last success 2023-11-16 22:13:20 e : 200" in words(page)
 
 
+def test_one_attempt_beside_thousands_is_still_seen_in_the_chart(browser, store, clock):
+    add_webhook(store)
+    for outcome, attempts in (("SUCCESS", 5000), ("FAILURE", 1)):
+        row = (1, "e", outcome, clock.ms // webhookd.DAY_MS, attempts, 0)
+        store.write(webhookd.insert, "statistics", [row])
+
+    chart = browser.get("/webhooks/1").html.svg
+
+    assert float(chart.find(class_="FAILURE")["height"]) == 2
+
+
 def test_the_deliveries_of_a_webhook_come_by_state_and_in_parts(
     browser, receiver, wall, store
 ):
@@ -5057,9 +5083,35 @@ def test_a_delivery_is_shown_with_every_request_and_response(
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_of_a_delivery_the_latest_attempt_and_a_short_body_are_unfolded(
+    browser, receiver, dispatcher, clock
+):
+    receiver.answers(500)
+    webhook = browser.create(receiver.url)
+    browser.publish(text="x" * 2000)
+    dispatcher.run_until_idle()
+    clock.advance(11)
+    browser.publish()
+    dispatcher.run_until_idle()
+
+    short, long = browser.deliveries(webhook)
+    opened = [
+        [
+            details.summary.get_text()
+            for details in browser.get(f"/deliveries/{delivery['id']}").html("details")
+            if details.has_attr("open")
+        ]
+        for delivery in (long, short)
+    ]
+
+    assert opened[0] == ["Request and response 2"]
+    assert "Body, the same in every attempt" in opened[1]
+
+
 def test_the_curl_command_sends_the_same_request(browser, receiver, dispatcher):
     secrets = {"headers": {"X-Key": "hidden"}}
     secrets["configuration"] = {"secret": "s"}
+    receiver.url += "?a=[1-2]&b='c'"
     _, delivery = attempted(browser, receiver, dispatcher, **secrets)
 
     page = browser.get(f"/deliveries/{delivery['id']}")
@@ -5067,7 +5119,7 @@ def test_the_curl_command_sends_the_same_request(browser, receiver, dispatcher):
     subprocess.run(["sh", "-c", command], check=True, capture_output=True)
 
     first, again = receiver.received
-    assert again.body == first.body
+    assert (again.path, again.body) == (first.path, first.body)
     del again.headers["Accept"]
     assert again.headers == first.headers | {"X-Key": "********"}
 
@@ -5124,6 +5176,7 @@ def test_faults_stand_beside_their_fields_and_the_input_stays(browser):
     assert described("rateLimit") == "must be a number above 0"
     assert "type it once more" in described("secret")
     assert "my-secret" not in page.text
+    assert page.html.find(autofocus=True)["id"] == "url"
     form = page.form
     assert (form["name"].value, form["url"].value) == (HOSTILE, "http://10.0.0.1/")
     assert (form["events"].value, form["active"].checked) == ("good b@d b!d", False)
