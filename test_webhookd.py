@@ -5577,11 +5577,34 @@ def test_systemd_is_notified_where_it_asks(tmp_path, monkeypatch, abstract):
         assert listener.recv(100) == b"READY=1"
 
 
+def test_a_systemd_that_cannot_be_told_stops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody-listens"))
+
+    webhookd.notify("READY=1")
+
+
+def test_stderr_is_the_journal_only_if_systemd_says_so_of_it(tmp_path, monkeypatch):
+    with open(tmp_path / "journal", "w") as journal:
+        monkeypatch.setattr(sys, "stderr", journal)
+        status = os.fstat(journal.fileno())
+        this = f"{status.st_dev}:{status.st_ino}"
+        streams = ({"JOURNAL_STREAM": this}, {"JOURNAL_STREAM": "1:1"}, {})
+
+        found = [webhookd.writes_to_journal(environ) for environ in streams]
+
+    assert found == [True, False, False]
+
+
 @pytest.mark.parametrize(
-    "journal, line", [(True, r"<4>a\nb"), (False, r"\d{4}-.* a\\nb")]
+    "journal, level, line",
+    [
+        (True, 30, r"<4>a\nb"),
+        (True, 50, r"<3>a\nb"),
+        (False, 30, r"\d{4}-.* a\\nb"),
+    ],
 )
-def test_a_log_line_is_one_line_with_a_priority_or_a_time(journal, line):
-    record = webhookd.logging.makeLogRecord({"levelno": 30, "msg": "a\nb"})
+def test_a_log_line_is_one_line_with_a_priority_or_a_time(journal, level, line):
+    record = webhookd.logging.makeLogRecord({"levelno": level, "msg": "a\nb"})
 
     formatted = webhookd.LineFormatter(journal).format(record)
 
@@ -5649,6 +5672,7 @@ def test_a_sink_prints_a_delivery_and_that_it_is_genuine(
     assert result["statusCode"] == 200
     printed = printed_by(sink, number)
     assert "\n  X-Event-Key: e\n" in printed and '"text":"Grüße"}\n' in printed
+    assert "Host:" not in printed and "Content-Length:" not in printed
     assert "X-Hub-Signature: signature ok\n" in printed
     assert "Standard Webhooks: signature ok\n" in printed
 
@@ -5715,6 +5739,14 @@ def test_a_sink_takes_no_body_that_is_too_large(sink):
         answer = connection.makefile("rb").read()
 
     assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_sink_that_redirects_says_where_to(api, dispatcher, sink, now):
+    sink = sink("--answer", "307")
+
+    result = deliver(api, dispatcher, sink.url)
+
+    assert result["headers"]["Location"] == "/elsewhere"
 
 
 def test_a_sink_keeps_connections_and_survives_bad_requests(sink):
