@@ -5621,7 +5621,7 @@ def sink():
     """Starts a sink; its address, and what it has printed so far."""
     processes = []
 
-    def start(*flags):
+    def start(*flags, **variables):
         command = [sys.executable, str(HERE / "webhookd.py"), "sink"]
         process = subprocess.Popen(
             [*command, "--listen", "127.0.0.1:0", *flags],
@@ -5694,13 +5694,16 @@ def test_a_sink_tells_what_is_not_signed(api, dispatcher, sink, now):
 
     printed = printed_by(sink)
     assert "X-Hub-Signature: not signed\n" in printed
+        buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     assert "Standard Webhooks: not signed\n" in printed
 
 
 def test_a_sink_with_the_old_secret_takes_the_new_ones_standard_signature(
     api, dispatcher, sink, now
+            env=buffered | variables,
 ):
     sink = sink("--secret", "old")
+        assert select.select([process.stdout], [], [], 20)[0], "it prints nothing"
     webhook = api.create(sink.url, configuration={"secret": "old"})
     api.put_json(f"{WEBHOOKS}/{webhook['id']}", {"configuration": {"secret": "new"}})
     api.publish()
@@ -5866,6 +5869,30 @@ def test_a_database_that_a_subcommand_makes_is_for_its_owner_only(tmp_path):
 def test_a_subcommand_leaves_a_database_of_another_version_alone(tmp_path, difference):
     version, path = len(webhookd.MIGRATIONS) + difference, str(tmp_path / "test.db")
     with contextlib.closing(sqlite3.connect(path)) as connection:
+def test_a_sink_prints_what_its_terminal_has_no_letters_for(api, dispatcher, sink, now):
+    sink = sink(PYTHONIOENCODING="ascii")
+
+    deliver(api, dispatcher, sink.url)
+
+    assert r'"text":"Gr\xfc\xdfe"}' in printed_by(sink)
+
+
+def test_a_sink_asks_no_resolver_what_it_is_called(monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getfqdn", asked.append)
+
+    with webhookd.Sink(("127.0.0.1", 0), None, 200):
+        assert asked == []
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/proc/net/if_inet6"), reason="needs a machine with IPv6"
+)
+def test_a_sink_listens_on_ipv6_too():
+    with webhookd.Sink(("::1", 0), None, 200) as sink:
+        assert sink.server_address[0] == "::1"
+
+
         connection.execute(f"PRAGMA user_version = {version}")
 
     result = run("user", "add", "a", "--role", "viewer", "--database", path)
