@@ -325,6 +325,14 @@ def wait_until(condition, seconds=20):
         time.sleep(0.01)
 
 
+def ends(call):
+    """Whether a call ends, instead of waiting for ever."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(20)
+    return not thread.is_alive()
+
+
 # ======================================================================================
 # Module
 # ======================================================================================
@@ -1310,6 +1318,10 @@ def test_webhookd_itself_is_refused_even_in_an_allowed_network(own, address):
         destinations.check(address, 8090)
 
 
+def test_listening_everywhere_is_no_reason_to_refuse_the_port_of_others():
+    webhookd.Destinations((), ("0.0.0.0", 8090)).check("8.8.8.8", 8090)
+
+
 def test_a_zone_id_is_refused_even_in_an_allowed_network():
     destinations = webhookd.Destinations(webhookd.networks("fe80::/10"))
 
@@ -1334,6 +1346,55 @@ def test_a_name_is_looked_up_anew_for_each_connection():
     first.result()
 
     assert destinations.lookup("localhost") is not first
+
+
+def test_a_name_that_the_resolver_chokes_on_is_an_unknown_host():
+    with pytest.raises(webhookd.UnknownHost):
+        webhookd.Destinations(()).lookup("x" * 64).result(20)
+
+
+@pytest.fixture
+def silent_resolver(monkeypatch):
+    """A resolver that answers only when it is let go."""
+    let_go = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: let_go.wait(20) and [])
+    yield let_go
+    let_go.set()
+
+
+def test_a_lookup_that_hangs_keeps_nobody_from_registering(
+    silent_resolver, monkeypatch
+):
+    monkeypatch.setattr(webhookd, "LOOKUP_SECONDS_AT_REGISTRATION", 0.01)
+    destinations = webhookd.Destinations(())
+    lookup = destinations.lookup("slow.example")
+
+    destinations.check_url("http://slow.example/")
+
+    assert lookup.running()
+
+
+def test_a_lookup_is_shared_and_nobody_who_waits_can_cancel_it(silent_resolver):
+    destinations = webhookd.Destinations(())
+
+    first, second = (destinations.lookup("slow.example") for _ in range(2))
+
+    assert first is second
+    assert not first.cancel()
+
+
+def test_no_more_lookups_hang_than_are_allowed_and_none_keeps_the_process(
+    silent_resolver,
+):
+    destinations = webhookd.Destinations(())
+    for number in range(webhookd.MAX_LOOKUPS):
+        destinations.lookup(f"{number}.example")
+
+    with pytest.raises(webhookd.UnknownHost, match="too many"):
+        destinations.lookup("one.more.example")
+
+    hanging = [t for t in threading.enumerate() if t.name == "lookup"]
+    assert all(thread.daemon for thread in hanging)
 
 
 def being_looked_up(destinations, host, *addresses):
@@ -1383,9 +1444,11 @@ GOOD_RESPONSES = [
     (OK + b"content-length:\t2 \r\n\r\nok", False, b"ok", True),
     (OK + b"Content-Length: 2, 2\r\n\r\nok", False, b"ok", True),
     (OK + b"Content-Length: 2\r\nConnection: close\r\n\r\nok", False, b"ok", False),
+    (OK + b"Content-Length: 0\r\nConnection: x, Close\r\n\r\n", False, b"", False),
     (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", False, b"ok", False),
     (b"HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n", False, b"", True),
     (b"HTTP/1.1 204 No Content\r\n\r\n", False, b"", True),
+    (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", False, b"", True),
     (OK + b"\r\nuntil the end", True, b"until the end", False),
     (
         OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
@@ -1483,6 +1546,9 @@ def test_a_response_is_read_to_64_kib():
         (b"\xe4", "text/plain; charset=utf-7", "<binary data>"),
         (b"x" * 20_000, None, "x" * 16_384),
         (b"x" * 16_383 + "ä".encode(), None, "x" * 16_383),
+        (b"x" * 16_383 + b"\xc3", None, "x" * 16_383),
+        (b"x\xc3", None, "<binary data>"),
+        (b"\x1b[1mok", None, "\x1b[1mok"),
     ],
 )
 def test_of_a_body_16_kib_of_text_are_kept(body, content_type, kept):
@@ -1677,6 +1743,19 @@ def test_where_one_address_of_a_name_refuses_the_next_is_tried(
     being_looked_up(destinations, "several.example", "127.0.0.2", "127.0.0.1")
 
     made = attempt(receiver.url.replace("127.0.0.1", "several.example"))
+
+    assert made.outcome == "SUCCESS"
+
+
+def test_where_one_address_of_a_name_hangs_there_is_time_for_the_next(
+    attempt, destinations, receiver
+):
+    hangs = socket.create_server(("127.0.0.2", receiver.server_port), backlog=0)
+    url = f"http://two.example:{receiver.server_port}/"
+    being_looked_up(destinations, "two.example", "127.0.0.2", "127.0.0.1")
+
+    with hangs, socket.create_connection(hangs.getsockname()):  # the queue is full
+        made = attempt(url, timeout_seconds=1.0)
 
     assert made.outcome == "SUCCESS"
 
@@ -1978,14 +2057,6 @@ def test_a_commit_of_nothing_does_not_show_that_there_is_room_again(store):
         assert store.problem
     store.flush()
     assert store.problem is None
-
-
-def ends(call):
-    """Whether a call ends, instead of waiting for ever."""
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(20)
-    return not thread.is_alive()
 
 
 def test_a_store_that_cannot_write_closes_and_attempts_again_after_the_start(tmp_path):
@@ -5623,13 +5694,16 @@ def sink():
 
     def start(*flags, **variables):
         command = [sys.executable, str(HERE / "webhookd.py"), "sink"]
+        buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
         process = subprocess.Popen(
             [*command, "--listen", "127.0.0.1:0", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env=buffered | variables,
         )
         processes.append(process)
+        assert select.select([process.stdout], [], [], 20)[0], "it prints nothing"
         line = process.stdout.readline()
         process.url = re.search(r"listening on (http://127\.0\.0\.1:\d+/)", line)[1]
         return process
@@ -5694,16 +5768,13 @@ def test_a_sink_tells_what_is_not_signed(api, dispatcher, sink, now):
 
     printed = printed_by(sink)
     assert "X-Hub-Signature: not signed\n" in printed
-        buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     assert "Standard Webhooks: not signed\n" in printed
 
 
 def test_a_sink_with_the_old_secret_takes_the_new_ones_standard_signature(
     api, dispatcher, sink, now
-            env=buffered | variables,
 ):
     sink = sink("--secret", "old")
-        assert select.select([process.stdout], [], [], 20)[0], "it prints nothing"
     webhook = api.create(sink.url, configuration={"secret": "old"})
     api.put_json(f"{WEBHOOKS}/{webhook['id']}", {"configuration": {"secret": "new"}})
     api.publish()
@@ -5798,6 +5869,30 @@ def test_nothing_that_arrives_reaches_the_terminal_as_a_command(sink):
     assert r"  X-Colour: \x1b[31m" in printed
 
 
+def test_a_sink_prints_what_its_terminal_has_no_letters_for(api, dispatcher, sink, now):
+    sink = sink(PYTHONIOENCODING="ascii")
+
+    deliver(api, dispatcher, sink.url)
+
+    assert r'"text":"Gr\xfc\xdfe"}' in printed_by(sink)
+
+
+def test_a_sink_asks_no_resolver_what_it_is_called(monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getfqdn", asked.append)
+
+    with webhookd.Sink(("127.0.0.1", 0), None, 200):
+        assert asked == []
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/proc/net/if_inet6"), reason="needs a machine with IPv6"
+)
+def test_a_sink_listens_on_ipv6_too():
+    with webhookd.Sink(("::1", 0), None, 200) as sink:
+        assert sink.server_address[0] == "::1"
+
+
 @pytest.mark.parametrize(
     "flag, text",
     [
@@ -5869,30 +5964,6 @@ def test_a_database_that_a_subcommand_makes_is_for_its_owner_only(tmp_path):
 def test_a_subcommand_leaves_a_database_of_another_version_alone(tmp_path, difference):
     version, path = len(webhookd.MIGRATIONS) + difference, str(tmp_path / "test.db")
     with contextlib.closing(sqlite3.connect(path)) as connection:
-def test_a_sink_prints_what_its_terminal_has_no_letters_for(api, dispatcher, sink, now):
-    sink = sink(PYTHONIOENCODING="ascii")
-
-    deliver(api, dispatcher, sink.url)
-
-    assert r'"text":"Gr\xfc\xdfe"}' in printed_by(sink)
-
-
-def test_a_sink_asks_no_resolver_what_it_is_called(monkeypatch):
-    asked = []
-    monkeypatch.setattr(socket, "getfqdn", asked.append)
-
-    with webhookd.Sink(("127.0.0.1", 0), None, 200):
-        assert asked == []
-
-
-@pytest.mark.skipif(
-    not os.path.exists("/proc/net/if_inet6"), reason="needs a machine with IPv6"
-)
-def test_a_sink_listens_on_ipv6_too():
-    with webhookd.Sink(("::1", 0), None, 200) as sink:
-        assert sink.server_address[0] == "::1"
-
-
         connection.execute(f"PRAGMA user_version = {version}")
 
     result = run("user", "add", "a", "--role", "viewer", "--database", path)
