@@ -1050,7 +1050,8 @@ SIGNED = webhookd.standard_signature("s", "id", NOW, b"{}")
     [
         ({}, None),
         ({"signatures": f"v1,other {SIGNED} v2,other"}, None),
-        ({"now": NOW + 299}, None),
+        ({"now": NOW + 300}, None),
+        ({"now": NOW - 300}, None),
         ({"now": NOW + 301}, "webhook-timestamp is more than 5 minutes off"),
         ({"now": NOW - 301}, "webhook-timestamp is more than 5 minutes off"),
         ({"timestamp": "now"}, "webhook-timestamp is no number"),
@@ -1704,6 +1705,35 @@ def test_a_broken_answer_is_an_error_in_words(attempt, receiver, raw, descriptio
 
 
 @pytest.fixture
+def test_a_connection_on_which_a_request_was_not_sent_whole_is_not_used_again(
+    destinations,
+):
+    client, kept = webhookd.Client(destinations, 5.0), []
+
+    def answer_before_all_was_read(server):
+        for _ in range(2):
+            kept.append(server.accept()[0])
+            kept[-1].recv(1000)
+            kept[-1].sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    async def send_two(webhook):
+        for _ in range(2):
+            made = asyncio.get_running_loop().create_future()
+            client.send(webhook, "", bytes(20 << 20), made.set_result)
+            assert isinstance(await made, webhookd.Response)
+        client.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answering = functools.partial(answer_before_all_was_read, server)
+        threading.Thread(target=answering, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        asyncio.run(send_two(webhookd.Webhook(url=url)))
+
+    for connection in kept:
+        connection.close()
+    assert len(kept) == 2
+
+
 def closed_url():
     """A URL where nobody listens."""
     with socket.socket() as bound:
@@ -1716,6 +1746,34 @@ def test_a_refused_connection_is_an_error_in_words(attempt, closed_url):
 
 
 def test_an_unknown_host_is_an_error_in_words(attempt):
+def test_a_connection_that_is_known_to_be_closed_is_not_used_again(
+    destinations, receiver
+):
+    client = webhookd.Client(destinations, 2.0)
+    webhook = webhookd.Webhook(url=receiver.url)
+    receiver.raw = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"  # and it closes
+
+    async def send_two():
+        for _ in range(2):
+            made = asyncio.get_running_loop().create_future()
+            client.send(webhook, "", b"{}", made.set_result)
+            assert isinstance(await made, webhookd.Response)
+            for connection in [c for kept in client._idle.values() for c in kept]:
+                while not connection.transport.is_closing():
+                    await asyncio.sleep(0.01)
+        client.close()
+
+    asyncio.run(send_two())
+
+    assert len({request.connection for request in receiver.received}) == 2
+
+
+def test_a_bug_is_an_error_in_words_too(attempt, receiver):
+    made = attempt(receiver.url, headers={"A": "€"})  # which nobody can register
+
+    assert (made.outcome, made.description) == ("ERROR", "internal error")
+
+
     assert attempt("http://name.invalid/").description == "unknown host name.invalid"
 
 
@@ -2805,6 +2863,20 @@ def test_no_more_connections_are_kept_than_are_allowed(
 
 
 def test_a_connection_that_the_receiver_closed_is_replaced(api, dispatcher):
+def test_a_connection_that_is_used_again_or_closed_is_counted_once(
+    api, receiver, dispatcher, monkeypatch
+):
+    monkeypatch.setattr(webhookd, "MAX_IDLE_CONNECTIONS", 1)
+    api.create(receiver.url, ordered=True)
+
+    for _ in range(2):  # at the end of each the dispatcher closes its connections
+        publish_numbers(api, *range(5))
+        dispatcher.run_until_idle()
+
+    assert len(receiver.received) == 10
+    assert len({request.connection for request in receiver.received}) == 2
+
+
     with socket.create_server(("127.0.0.1", 0)) as server:
         answering = threading.Thread(target=answer_and_close_silently, args=(server, 3))
         answering.start()
