@@ -6322,7 +6322,9 @@ def test_a_backup_replaces_the_one_before(daemon, back_up):
     assert back_up.file.read_bytes().startswith(b"SQLite format 3\0")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL]
+)
 def test_a_backup_that_is_ended_leaves_the_one_before(daemon, back_up, number):
     fill(daemon.database, 50)
     back_up.file.write_text("the one before")
@@ -6378,6 +6380,34 @@ def test_a_backup_that_cannot_be_says_why_in_one_line(daemon, back_up, options, 
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     assert words in result.stderr
     assert {file.name for file in back_up.folder.iterdir()} == beside
+def test_a_backup_to_a_link_replaces_what_it_leads_to(daemon, back_up, tmp_path):
+    fill(daemon.database, 1)
+    back_up.file.symlink_to(tmp_path / "elsewhere.db")
+
+    back_up()
+
+    assert back_up.file.is_symlink()
+    assert (tmp_path / "elsewhere.db").stat().st_size > 1 << 20
+
+
+def test_a_copy_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(
+    tmp_path, monkeypatch
+):
+    calls = []
+    for name in ("fsync", "replace"):
+
+        def call(*arguments, name=name, original=getattr(os, name)):
+            calls.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    with webhookd.new_file(str(tmp_path / "copy.db")):
+        pass
+
+    assert calls == ["fsync", "replace", "fsync"]
+
+
 
 
 def raw_request(port, request):
