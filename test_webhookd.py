@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import functools
 import hashlib
 import hmac
@@ -1704,7 +1705,6 @@ def test_a_broken_answer_is_an_error_in_words(attempt, receiver, raw, descriptio
     assert (made.outcome, made.description, made.status) == ("ERROR", description, None)
 
 
-@pytest.fixture
 def test_a_connection_on_which_a_request_was_not_sent_whole_is_not_used_again(
     destinations,
 ):
@@ -1734,6 +1734,7 @@ def test_a_connection_on_which_a_request_was_not_sent_whole_is_not_used_again(
     assert len(kept) == 2
 
 
+@pytest.fixture
 def closed_url():
     """A URL where nobody listens."""
     with socket.socket() as bound:
@@ -1745,7 +1746,6 @@ def test_a_refused_connection_is_an_error_in_words(attempt, closed_url):
     assert attempt(closed_url).description == "connection refused"
 
 
-def test_an_unknown_host_is_an_error_in_words(attempt):
 def test_a_connection_that_is_known_to_be_closed_is_not_used_again(
     destinations, receiver
 ):
@@ -1774,6 +1774,7 @@ def test_a_bug_is_an_error_in_words_too(attempt, receiver):
     assert (made.outcome, made.description) == ("ERROR", "internal error")
 
 
+def test_an_unknown_host_is_an_error_in_words(attempt):
     assert attempt("http://name.invalid/").description == "unknown host name.invalid"
 
 
@@ -2862,7 +2863,6 @@ def test_no_more_connections_are_kept_than_are_allowed(
     assert len({request.connection for request in receiver.received}) == 3
 
 
-def test_a_connection_that_the_receiver_closed_is_replaced(api, dispatcher):
 def test_a_connection_that_is_used_again_or_closed_is_counted_once(
     api, receiver, dispatcher, monkeypatch
 ):
@@ -2877,6 +2877,7 @@ def test_a_connection_that_is_used_again_or_closed_is_counted_once(
     assert len({request.connection for request in receiver.received}) == 2
 
 
+def test_a_connection_that_the_receiver_closed_is_replaced(api, dispatcher):
     with socket.create_server(("127.0.0.1", 0)) as server:
         answering = threading.Thread(target=answer_and_close_silently, args=(server, 3))
         answering.start()
@@ -5971,6 +5972,7 @@ def test_a_sink_listens_on_ipv6_too():
         ("--listen", "nowhere"),
         ("--listen", "127.0.0.1:{port}"),
         ("--answer", "99"),
+        ("--answer", "199"),
         ("--secret", "\udcff"),
     ],
 )
@@ -6010,6 +6012,23 @@ def test_a_bad_setting_stops_the_start_with_one_line_and_status_2():
     assert "--retry-schedule" in line and "WEBHOOKD_RETRY_SCHEDULE" in line
 
 
+def test_half_a_flag_is_none():
+    result = run("--retry", "5s", "user", "list")
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+
+
+def test_what_stops_the_start_is_an_error_in_the_journal_too(tmp_path):
+    with open(tmp_path / "journal", "w+") as journal:
+        status = os.fstat(journal.fileno())
+        environ = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+        command = [sys.executable, str(HERE / "webhookd.py"), "--retention", "soon"]
+        subprocess.run(command, env=os.environ | environ, stderr=journal, timeout=60)
+        journal.seek(0)
+
+        assert journal.read().startswith("<3>webhookd: --retention")
+
+
 @pytest.mark.parametrize("path", ["/nonexistent/x.db", "/tmp"])
 def test_a_database_that_cannot_be_opened_is_named_by_its_setting(path):
     result = run("--listen", "127.0.0.1:0", "--database", path)
@@ -6032,6 +6051,16 @@ def test_a_database_that_a_subcommand_makes_is_for_its_owner_only(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_database_that_root_makes_belongs_to_whom_its_folder_belongs(tmp_path):
+    path = tmp_path / "test.db"
+    os.chown(tmp_path, 1234, 5678)
+
+    run("user", "add", "a", "--role", "viewer", "--database", str(path))
+
+    assert (path.stat().st_uid, path.stat().st_gid) == (1234, 5678)
+
+
 @pytest.mark.parametrize("difference", [-1, 1])
 def test_a_subcommand_leaves_a_database_of_another_version_alone(tmp_path, difference):
     version, path = len(webhookd.MIGRATIONS) + difference, str(tmp_path / "test.db")
@@ -6051,6 +6080,30 @@ def test_an_address_in_use_stops_the_start_with_one_line(receiver, tmp_path):
 
     assert result.returncode == 2
     assert "--listen" in result.stderr.splitlines()[-1]
+
+
+def test_a_signal_during_the_start_ends_it_without_a_word(tmp_path):
+    path = tmp_path / "test.db"
+    path.touch()
+
+    def is_held():
+        with open(path) as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")  # so that the start waits
+        command = [sys.executable, str(HERE / "webhookd.py"), "--listen", "127.0.0.1:0"]
+        process = subprocess.Popen(
+            [*command, "--database", str(path)], stderr=subprocess.PIPE, text=True
+        )
+        wait_until(is_held)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+
+    assert (process.returncode, error) == (-signal.SIGINT, "")
 
 
 def test_the_main_job_end_to_end(daemon, receiver):
@@ -6187,11 +6240,31 @@ def test_users_that_come_and_go_are_logged(tmp_path):
     on_it = ["--database", str(tmp_path / "test.db")]
 
     added = run("user", "add", "app", "--role", "publisher", *on_it)
-    removed = run("user", "remove", "app", *on_it)
+    environ = os.environ | {"SUDO_USER": "eve"}
+    removed = run("user", "remove", "app", *on_it, env=environ)
 
     assert re.search(r" user added name=app role=publisher by=\w+\n", added.stderr)
-    assert re.search(r" user removed name=app by=\w+\n", removed.stderr)
+    assert re.search(r" user removed name=app by=eve\n", removed.stderr)
     assert added.stdout.strip() not in added.stderr
+
+
+def test_a_subcommand_is_told_of_the_database_as_the_service_is(tmp_path):
+    path = str(tmp_path / "test.db")
+    variable = os.environ | {"WEBHOOKD_DATABASE": path}
+
+    added = run("user", "add", "a", "--role", "viewer", env=variable)
+    listed = run("--database", path, "user", "list")
+
+    assert (added.returncode, listed.stdout) == (0, "a viewer\n")
+
+
+def test_an_empty_password_is_refused(tmp_path):
+    on_it = ["--password", "--database", str(tmp_path / "test.db")]
+
+    result = run("user", "add", "app", "--role", "viewer", *on_it, input="\n")
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert "the password is empty" in result.stderr
 
 
 def test_a_subcommand_does_not_mind_what_only_the_service_needs(tmp_path):
@@ -6305,6 +6378,34 @@ def test_a_backup_is_a_whole_database_of_one_moment(daemon, back_up):
         assert store.events(webhookd.Filter(), webhookd.Page())[1] == count
 
 
+def test_a_backup_to_a_link_replaces_what_it_leads_to(daemon, back_up, tmp_path):
+    fill(daemon.database, 1)
+    back_up.file.symlink_to(tmp_path / "elsewhere.db")
+
+    back_up()
+
+    assert back_up.file.is_symlink()
+    assert (tmp_path / "elsewhere.db").stat().st_size > 1 << 20
+
+
+def test_a_copy_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(
+    tmp_path, monkeypatch
+):
+    calls = []
+    for name in ("fsync", "replace"):
+
+        def call(*arguments, name=name, original=getattr(os, name)):
+            calls.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    with webhookd.new_file(str(tmp_path / "copy.db")):
+        pass
+
+    assert calls == ["fsync", "replace", "fsync"]
+
+
 def test_a_backup_can_be_read_where_nothing_can_be_written(daemon, back_up):
     fill(daemon.database, 1)
 
@@ -6380,34 +6481,6 @@ def test_a_backup_that_cannot_be_says_why_in_one_line(daemon, back_up, options, 
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     assert words in result.stderr
     assert {file.name for file in back_up.folder.iterdir()} == beside
-def test_a_backup_to_a_link_replaces_what_it_leads_to(daemon, back_up, tmp_path):
-    fill(daemon.database, 1)
-    back_up.file.symlink_to(tmp_path / "elsewhere.db")
-
-    back_up()
-
-    assert back_up.file.is_symlink()
-    assert (tmp_path / "elsewhere.db").stat().st_size > 1 << 20
-
-
-def test_a_copy_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(
-    tmp_path, monkeypatch
-):
-    calls = []
-    for name in ("fsync", "replace"):
-
-        def call(*arguments, name=name, original=getattr(os, name)):
-            calls.append(name)
-            return original(*arguments)
-
-        monkeypatch.setattr(os, name, call)
-
-    with webhookd.new_file(str(tmp_path / "copy.db")):
-        pass
-
-    assert calls == ["fsync", "replace", "fsync"]
-
-
 
 
 def raw_request(port, request):
