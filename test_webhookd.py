@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import functools
 import hashlib
 import hmac
@@ -5714,6 +5713,7 @@ def test_systemd_is_notified_where_it_asks(tmp_path, monkeypatch, abstract):
     name = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind("\0" + name if abstract else name)
+        listener.settimeout(20)
         monkeypatch.setenv("NOTIFY_SOCKET", "@" + name if abstract else name)
 
         webhookd.notify("READY=1")
@@ -6086,12 +6086,9 @@ def test_a_signal_during_the_start_ends_it_without_a_word(tmp_path):
     path = tmp_path / "test.db"
     path.touch()
 
-    def is_held():
-        with open(path) as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
+    def is_open():
+        handles = pathlib.Path(f"/proc/{process.pid}/fd").iterdir()
+        return str(path) in [os.readlink(handle) for handle in handles]
 
     with contextlib.closing(sqlite3.connect(path)) as other:
         other.execute("BEGIN EXCLUSIVE")  # so that the start waits
@@ -6099,7 +6096,7 @@ def test_a_signal_during_the_start_ends_it_without_a_word(tmp_path):
         process = subprocess.Popen(
             [*command, "--database", str(path)], stderr=subprocess.PIPE, text=True
         )
-        wait_until(is_held)
+        wait_until(is_open)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=30)
 
