@@ -324,6 +324,14 @@ def wait_until(condition, seconds=20):
         time.sleep(0.01)
 
 
+def ends(call):
+    """Whether a call ends, instead of waiting for ever."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(20)
+    return not thread.is_alive()
+
+
 # ======================================================================================
 # Module
 # ======================================================================================
@@ -410,6 +418,16 @@ def test_a_fact_is_one_line_of_words_and_values(caplog):
     assert caplog.messages == [r'webhook created id=3 name="a \"b\"\nc" url=http://x/']
 
 
+@pytest.mark.parametrize("text", ['a"b', "\x1b[2J", "\u202e", "a\u2028b", ""])
+def test_a_value_that_could_be_taken_for_something_else_is_quoted(caplog, text):
+    with caplog.at_level("INFO"):
+        webhookd.fact("tested", id=text)
+
+    [line] = caplog.messages
+    assert line.isprintable()
+    assert json.loads(line.removeprefix("tested id=")) == text
+
+
 # ======================================================================================
 # Settings
 # ======================================================================================
@@ -469,12 +487,12 @@ def test_a_blank_flag_wins_too():
 
 
 def test_a_systemd_credential_is_the_admin_password(tmp_path):
-    (tmp_path / "admin-password").write_text("pass word\n")
+    (tmp_path / "admin-password").write_text(" pass word \n")
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path), "WEBHOOKD_ADMIN_PASSWORD": ""}
 
     settings = webhookd.read_settings({}, environ)
 
-    assert settings.admin_password == "pass word"
+    assert settings.admin_password == " pass word "
 
 
 @pytest.mark.parametrize(
@@ -492,6 +510,7 @@ def test_a_systemd_credential_is_the_admin_password(tmp_path):
         ("MAX_IN_FLIGHT", "0"),
         ("WEBHOOK_CONCURRENCY", "many"),
         ("MAX_EVENT_SIZE", "1T"),
+        ("MAX_EVENT_SIZE", "0"),
         ("TRUSTED_PROXY", "proxy"),
     ],
 )
@@ -549,6 +568,13 @@ def test_the_password_in_a_url_is_masked(url, shown):
 )
 def test_names_and_wildcards_take_events(names, event, expected):
     assert webhookd.Webhook(events=names).subscribed(event) is expected
+
+
+def test_a_webhook_that_is_not_active_is_not_paused_until_some_moment():
+    health = webhookd.Health(failures=5, paused_until=1000)
+
+    assert health.shown(active=True, pending=0)["pausedUntil"] == 1000
+    assert health.shown(active=False, pending=0)["pausedUntil"] is None
 
 
 @pytest.mark.parametrize(
@@ -711,6 +737,12 @@ def test_events_are_counted_without_duplicates():
     assert read_webhook(events=["a"] * 101).events == ("a",)
 
 
+def test_a_name_left_out_is_as_much_of_the_url_as_a_name_may_have():
+    url = "http://x/" + "x" * 300
+
+    assert read_webhook(url=url).name == url[:255]
+
+
 def test_events_are_a_set():
     assert read_webhook(events=["b", "a", "b", "page_*", "*"]).events == (
         "b",
@@ -766,10 +798,12 @@ def test_events_are_a_set():
         ({"headers": {"a b": "x"}}, "headers.a b"),
         ({"headers": {"A": "x\r\nB: y"}}, "headers.A"),
         ({"headers": {"A": "€"}}, "headers.A"),
+        ({"headers": {"A": "\x85"}}, "headers.A"),
         ({"headers": {"A": "1", "a": "2"}}, "headers.a"),
         ({"headers": {"A": "********"}}, "headers.A"),
         ({"headers": {f"h{n}": "x" for n in range(21)}}, "headers"),
         ({"filters": []}, "filters"),
+        ({"filters": {"p" * 256: 1}}, f"filters.{'p' * 256}"),
         ({"filters": {"a": {}}}, "filters.a"),
         ({"filters": {"a": []}}, "filters.a"),
         ({"filters": {"a": [[1]]}}, "filters.a"),
@@ -810,6 +844,10 @@ def test_a_masked_header_keeps_its_value_whatever_its_case():
     assert read_webhook(old, headers={"x-token": "********"}).headers == {
         "x-token": "t"
     }
+
+
+def test_a_mask_elsewhere_in_a_url_stands_for_nothing():
+    assert read_webhook(FULL, url="http://y/u:********@").url == "http://y/u:********@"
 
 
 def test_what_looks_like_an_escape_is_none():
@@ -934,6 +972,17 @@ def test_filters_compare_the_values_at_their_paths(filters, expected):
 )
 def test_times_are_epoch_milliseconds_or_iso_8601(text, ms):
     assert webhookd.epoch_ms(text) == ms
+
+
+def test_a_time_that_names_no_zone_is_utc_wherever_the_server_stands(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+
+    try:
+        assert webhookd.epoch_ms("1970-01-01T00:00:01") == 1000
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 # ======================================================================================
@@ -1265,6 +1314,10 @@ def test_webhookd_itself_is_refused_even_in_an_allowed_network(own, address):
         destinations.check(address, 8090)
 
 
+def test_listening_everywhere_is_no_reason_to_refuse_the_port_of_others():
+    webhookd.Destinations((), ("0.0.0.0", 8090)).check("8.8.8.8", 8090)
+
+
 def test_a_zone_id_is_refused_even_in_an_allowed_network():
     destinations = webhookd.Destinations(webhookd.networks("fe80::/10"))
 
@@ -1289,6 +1342,55 @@ def test_a_name_is_looked_up_anew_for_each_connection():
     first.result()
 
     assert destinations.lookup("localhost") is not first
+
+
+def test_a_name_that_the_resolver_chokes_on_is_an_unknown_host():
+    with pytest.raises(webhookd.UnknownHost):
+        webhookd.Destinations(()).lookup("x" * 64).result(20)
+
+
+@pytest.fixture
+def silent_resolver(monkeypatch):
+    """A resolver that answers only when it is let go."""
+    let_go = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: let_go.wait(20) and [])
+    yield let_go
+    let_go.set()
+
+
+def test_a_lookup_that_hangs_keeps_nobody_from_registering(
+    silent_resolver, monkeypatch
+):
+    monkeypatch.setattr(webhookd, "LOOKUP_SECONDS_AT_REGISTRATION", 0.01)
+    destinations = webhookd.Destinations(())
+    lookup = destinations.lookup("slow.example")
+
+    destinations.check_url("http://slow.example/")
+
+    assert lookup.running()
+
+
+def test_a_lookup_is_shared_and_nobody_who_waits_can_cancel_it(silent_resolver):
+    destinations = webhookd.Destinations(())
+
+    first, second = (destinations.lookup("slow.example") for _ in range(2))
+
+    assert first is second
+    assert not first.cancel()
+
+
+def test_no_more_lookups_hang_than_are_allowed_and_none_keeps_the_process(
+    silent_resolver,
+):
+    destinations = webhookd.Destinations(())
+    for number in range(webhookd.MAX_LOOKUPS):
+        destinations.lookup(f"{number}.example")
+
+    with pytest.raises(webhookd.UnknownHost, match="too many"):
+        destinations.lookup("one.more.example")
+
+    hanging = [t for t in threading.enumerate() if t.name == "lookup"]
+    assert all(thread.daemon for thread in hanging)
 
 
 def being_looked_up(destinations, host, *addresses):
@@ -1338,9 +1440,11 @@ GOOD_RESPONSES = [
     (OK + b"content-length:\t2 \r\n\r\nok", False, b"ok", True),
     (OK + b"Content-Length: 2, 2\r\n\r\nok", False, b"ok", True),
     (OK + b"Content-Length: 2\r\nConnection: close\r\n\r\nok", False, b"ok", False),
+    (OK + b"Content-Length: 0\r\nConnection: x, Close\r\n\r\n", False, b"", False),
     (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", False, b"ok", False),
     (b"HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n", False, b"", True),
     (b"HTTP/1.1 204 No Content\r\n\r\n", False, b"", True),
+    (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", False, b"", True),
     (OK + b"\r\nuntil the end", True, b"until the end", False),
     (b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok", False, b"ok", True),
     (
@@ -1438,6 +1542,9 @@ def test_a_response_is_read_to_64_kib():
         (b"\xe4", "text/plain; charset=utf-7", "<binary data>"),
         (b"x" * 20_000, None, "x" * 16_384),
         (b"x" * 16_383 + "ä".encode(), None, "x" * 16_383),
+        (b"x" * 16_383 + b"\xc3", None, "x" * 16_383),
+        (b"x\xc3", None, "<binary data>"),
+        (b"\x1b[1mok", None, "\x1b[1mok"),
     ],
 )
 def test_of_a_body_16_kib_of_text_are_kept(body, content_type, kept):
@@ -1547,6 +1654,14 @@ def test_secrets_that_a_receiver_sends_back_are_masked(attempt, receiver):
     )
 
 
+def test_what_is_too_short_for_a_secret_does_not_spoil_the_answer(attempt, receiver):
+    receiver.answers(200, {}, b"a short answer")
+
+    made = attempt(receiver.url, secret="a", headers={"X-Own": "ans"})
+
+    assert made.response_body == "a short answer"
+
+
 @pytest.mark.parametrize(
     "login, fields, echo",
     [
@@ -1584,6 +1699,35 @@ def test_a_broken_answer_is_an_error_in_words(attempt, receiver, raw, descriptio
     assert (made.outcome, made.description, made.status) == ("ERROR", description, None)
 
 
+def test_a_connection_on_which_a_request_was_not_sent_whole_is_not_used_again(
+    destinations,
+):
+    client, kept = webhookd.Client(destinations, 5.0), []
+
+    def answer_before_all_was_read(server):
+        for _ in range(2):
+            kept.append(server.accept()[0])
+            kept[-1].recv(1000)
+            kept[-1].sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    async def send_two(webhook):
+        for _ in range(2):
+            made = asyncio.get_running_loop().create_future()
+            client.send(webhook, "", bytes(20 << 20), made.set_result)
+            assert isinstance(await made, webhookd.Response)
+        client.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answering = functools.partial(answer_before_all_was_read, server)
+        threading.Thread(target=answering, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        asyncio.run(send_two(webhookd.Webhook(url=url)))
+
+    for connection in kept:
+        connection.close()
+    assert len(kept) == 2
+
+
 @pytest.fixture
 def closed_url():
     """A URL where nobody listens."""
@@ -1594,6 +1738,34 @@ def closed_url():
 
 def test_a_refused_connection_is_an_error_in_words(attempt, closed_url):
     assert attempt(closed_url).description == "connection refused"
+
+
+def test_a_connection_that_is_known_to_be_closed_is_not_used_again(
+    destinations, receiver
+):
+    client = webhookd.Client(destinations, 2.0)
+    webhook = webhookd.Webhook(url=receiver.url)
+    receiver.raw = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"  # and it closes
+
+    async def send_two():
+        for _ in range(2):
+            made = asyncio.get_running_loop().create_future()
+            client.send(webhook, "", b"{}", made.set_result)
+            assert isinstance(await made, webhookd.Response)
+            for connection in [c for kept in client._idle.values() for c in kept]:
+                while not connection.transport.is_closing():
+                    await asyncio.sleep(0.01)
+        client.close()
+
+    asyncio.run(send_two())
+
+    assert len({request.connection for request in receiver.received}) == 2
+
+
+def test_a_bug_is_an_error_in_words_too(attempt, receiver):
+    made = attempt(receiver.url, headers={"A": "€"})  # which nobody can register
+
+    assert (made.outcome, made.description) == ("ERROR", "internal error")
 
 
 def test_an_unknown_host_is_an_error_in_words(attempt):
@@ -1624,6 +1796,19 @@ def test_where_one_address_of_a_name_refuses_the_next_is_tried(
     being_looked_up(destinations, "several.example", "127.0.0.2", "127.0.0.1")
 
     made = attempt(receiver.url.replace("127.0.0.1", "several.example"))
+
+    assert made.outcome == "SUCCESS"
+
+
+def test_where_one_address_of_a_name_hangs_there_is_time_for_the_next(
+    attempt, destinations, receiver
+):
+    hangs = socket.create_server(("127.0.0.2", receiver.server_port), backlog=0)
+    url = f"http://two.example:{receiver.server_port}/"
+    being_looked_up(destinations, "two.example", "127.0.0.2", "127.0.0.1")
+
+    with hangs, socket.create_connection(hangs.getsockname()):  # the queue is full
+        made = attempt(url, timeout_seconds=1.0)
 
     assert made.outcome == "SUCCESS"
 
@@ -1807,6 +1992,22 @@ def test_a_delivery_is_due_at_its_time(store):
     assert [d.attempt_count for d in due_deliveries(store, webhook, 9000)] == [1]
 
 
+@pytest.mark.parametrize("step, afterwards", [(2, 1), (1, 0)])
+def test_a_wait_that_a_recovery_ends_costs_nothing_of_the_schedule(
+    store, step, afterwards
+):
+    webhook = add_webhook(store)
+    publish(store, new_event(), new_event())
+    waiting, probe = due_deliveries(store, webhook)
+    planned = {"state": "pending", "next_attempt": 9000, "step": step}
+    settle(store, waiting, "FAILURE", **planned)
+
+    settle(store, probe, recovered=True)
+
+    [due] = due_deliveries(store, webhook)
+    assert (due.number, due.step) == (waiting.number, afterwards)
+
+
 def test_an_attempt_to_a_webhook_deleted_meanwhile_leaves_nothing_behind(store):
     webhook = add_webhook(store)
     publish(store)
@@ -1839,6 +2040,28 @@ def test_one_write_that_fails_does_not_take_the_others_with_it(store):
     assert webhookd.load_users(store.reader()) == []
 
 
+def test_an_error_of_the_database_is_the_fault_of_no_request(store):
+    with pytest.raises(webhookd.Unavailable, match="no such table: nowhere"):
+        store.write(lambda batch: batch.connection.execute("DELETE FROM nowhere"))
+
+    assert "no such table" in store.problem
+
+
+def test_who_reads_cannot_write(store):
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        store.reader().execute("DELETE FROM users")
+
+
+def test_a_transaction_is_undone_whatever_ends_it(store):
+    with contextlib.closing(webhookd.connect(store._path)) as connection:
+        with pytest.raises(SystemExit), webhookd.transaction(connection):
+            connection.execute("INSERT INTO users VALUES ('half', 'done', 'x')")
+            raise SystemExit
+
+        assert not connection.in_transaction
+        assert webhookd.load_users(connection) == []
+
+
 def test_nothing_is_published_by_a_commit_that_fails(store):
     store.write(lambda batch: batch.connection.execute("DROP TABLE payloads"))
 
@@ -1867,6 +2090,70 @@ def test_a_settlement_that_cannot_be_written_waits_until_it_can(store, monkeypat
     assert store.delivery(due.id)[0].state == "succeeded"
 
 
+@contextlib.contextmanager
+def no_room():
+    """A process that can make no file any larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_commit_of_nothing_does_not_show_that_there_is_room_again(store):
+    with no_room():
+        for write in (lambda: publish(store), store.flush):
+            with pytest.raises(webhookd.WebhookdError):
+                write()
+
+        assert store.problem
+    store.flush()
+    assert store.problem is None
+
+
+def test_a_store_that_cannot_write_closes_and_attempts_again_after_the_start(tmp_path):
+    path = str(tmp_path / "test.db")
+    store = webhookd.Store(path).__enter__()
+    webhook = add_webhook(store)
+    publish(store)
+    [due] = due_deliveries(store, webhook)
+    store.write(lambda batch: batch.connection.execute("PRAGMA query_only = ON"))
+    with pytest.raises(webhookd.Unavailable):
+        settle(store, due)
+
+    assert ends(lambda: store.__exit__())
+
+    with webhookd.Store(path) as store:
+        assert due_deliveries(store, webhook) == [due]
+
+
+def test_a_store_that_is_closed_takes_nothing_and_stands_still(tmp_path):
+    with webhookd.Store(str(tmp_path / "test.db")) as store:
+        assert not store.stands_still()
+    refused = []
+
+    def publish_late():
+        with pytest.raises(webhookd.Unavailable, match="stopping"):
+            publish(store)
+        refused.append(True)
+
+    assert ends(publish_late) and refused
+    assert store.stands_still()
+
+
+def test_an_error_of_the_disk_that_is_full_says_that_it_is_full(store, monkeypatch):
+    error = sqlite3.OperationalError("disk I/O error")
+    usage = shutil.disk_usage("/")
+    told = []
+    for free in (1 << 30, 1 << 10):
+        usage = usage._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        told.append(type(webhookd.stored_error(error, store._path)))
+
+    assert told == [webhookd.Unavailable, webhookd.StorageFull]
+
+
 def test_a_full_disk_is_told_from_other_errors(store):
     pages = "PRAGMA max_page_count = {}"
     store.write(lambda batch: batch.connection.execute(pages.format(1)))
@@ -1890,6 +2177,18 @@ def test_a_key_used_twice_at_the_same_moment_publishes_once(store):
     assert len({answer for answer, _ in answers}) == 1
     assert [repeated for _, repeated in answers].count(False) == 1
     assert store.events(webhookd.Filter(), webhookd.Page())[1] == 1
+
+
+def test_a_settlement_does_not_undo_that_its_webhook_starts_clean(store):
+    webhook = add_webhook(store)
+    publish(store)
+    [due] = due_deliveries(store, webhook)
+
+    failing, paused = webhookd.Health(4), webhookd.Health(5, 1000, 9000, "500")
+    fields = {"state": "pending", "next_attempt": 9000}
+    settle(store, due, "FAILURE", **fields, before=failing, health=paused)
+
+    assert store.health[webhook.id] == webhookd.HEALTHY
 
 
 def test_ids_are_never_used_again(tmp_path):
@@ -1930,6 +2229,25 @@ def test_a_database_of_a_newer_version_is_refused_and_left_alone(tmp_path):
         pass
 
     assert pathlib.Path(path).read_bytes() == before
+
+
+def test_two_that_migrate_at_once_migrate_once(tmp_path):
+    path = str(tmp_path / "new.db")
+    first, second = webhookd.open_database(path), webhookd.open_database(path)
+    waits = threading.Event()
+    second.set_trace_callback(lambda sql: sql == "BEGIN IMMEDIATE" and waits.set())
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with webhookd.transaction(first):
+            migrating = pool.submit(webhookd.migrate, second)
+            waits.wait(20)
+            for script in webhookd.MIGRATIONS:
+                for statement in script.split(";\n"):
+                    first.execute(statement)
+            first.execute(f"PRAGMA user_version = {len(webhookd.MIGRATIONS)}")
+
+        assert migrating.result() is None
+    first.close(), second.close()
 
 
 def test_a_migration_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -2061,6 +2379,20 @@ def test_an_attempt_is_counted_for_30_days_to_the_hour(store, clock):
     counts = store.statistics(webhook.id, (), clock.ms)["counts"]
     assert counts["window"]["start"] == clock.ms - 30 * webhookd.DAY_MS
     assert counts["successes"] == 1
+    clock.advance(86400)
+    assert store.statistics(webhook.id, (), clock.ms)["counts"]["successes"] == 0
+
+
+def test_a_webhook_has_succeeded_unless_it_has_failed_since(store):
+    webhooks = [add_webhook(store) for _ in range(3)]
+    publish(store)
+    for webhook in webhooks[:2]:
+        settle(store, due_deliveries(store, webhook)[0])
+    publish(store)
+    fields = {"state": "pending", "next_attempt": 9000, "health": webhookd.Health(1)}
+    settle(store, due_deliveries(store, webhooks[1])[0], "FAILURE", **fields)
+
+    assert store.succeeded_webhooks() == {webhooks[0].id}
 
 
 def test_the_latest_attempt_is_known_as_long_as_it_is_kept(
@@ -2183,6 +2515,14 @@ def test_pruning_leaves_what_was_redelivered_or_replayed_meanwhile(store):
     assert due_deliveries(store, webhook) == [due]
 
 
+def test_pruning_reads_no_further_than_the_first_that_is_young(store):
+    publish(store, *[new_event()] * (3 * webhookd.ROWS_PER_STEP))
+
+    steps = list(store.prune(1000))
+
+    assert len(steps) == 2  # one of the deliveries, one of the events
+
+
 def test_a_deleted_webhook_with_many_deliveries_is_gone_at_once_and_swept_later(
     store, upkeep
 ):
@@ -2289,6 +2629,48 @@ def test_two_replays_at_once_make_one_delivery(store):
 
     assert in_one_commit(store, *replay) == [1, 0]
     assert len(due_deliveries(store, webhook)) == 1
+
+
+def test_a_key_used_twice_in_one_commit_publishes_once(store):
+    key = webhookd.IdempotencyKey("user", "key", b"fingerprint")
+
+    def publish_with_key():
+        return store.publish([new_event()], 1000, lambda e: b"answer", key)
+
+    answers = in_one_commit(store, publish_with_key, publish_with_key)
+
+    assert answers == [(b"answer", False), (b"answer", True)]
+    assert count(store, "events") == 1
+
+
+def test_pruning_beside_a_redelivery_leaves_it(store):
+    webhook = add_webhook(store)
+    publish(store)
+    [due] = due_deliveries(store, webhook)
+    settle(store, due)
+
+    in_one_commit(
+        store,
+        lambda: store.redeliver(webhook.id, [due.number], 1000),
+        lambda: list(store.prune(5000)),
+    )
+
+    assert [d.number for d in due_deliveries(store, webhook)] == [due.number]
+
+
+def test_who_is_told_of_a_disabled_webhook_may_be_deleted_in_the_same_commit(store):
+    webhook, told = add_webhook(store), add_webhook(store, "webhook_disabled")
+    publish(store)
+    [due] = due_deliveries(store, webhook)
+    gone = {"state": "failed", "health": webhookd.Health(1, disabled=True)}
+
+    in_one_commit(
+        store,
+        lambda: settle(store, due, "FAILURE", **gone),
+        lambda: store.delete_webhook(told.id),
+    )
+
+    assert store._rows("SELECT event_id FROM deliveries") == [(1,)]
 
 
 def test_an_event_beside_the_deletion_of_its_webhook_leaves_no_delivery(store):
@@ -2504,6 +2886,20 @@ def test_no_more_connections_are_kept_than_are_allowed(
     webhookd.Dispatcher(store, client, one_by_one, clock).run_until_idle()
 
     assert len({request.connection for request in receiver.received}) == 3
+
+
+def test_a_connection_that_is_used_again_or_closed_is_counted_once(
+    api, receiver, dispatcher, monkeypatch
+):
+    monkeypatch.setattr(webhookd, "MAX_IDLE_CONNECTIONS", 1)
+    api.create(receiver.url, ordered=True)
+
+    for _ in range(2):  # at the end of each the dispatcher closes its connections
+        publish_numbers(api, *range(5))
+        dispatcher.run_until_idle()
+
+    assert len(receiver.received) == 10
+    assert len({request.connection for request in receiver.received}) == 2
 
 
 def test_a_connection_that_the_receiver_closed_is_replaced(api, dispatcher):
@@ -3422,6 +3818,33 @@ def test_a_duration_falls_into_the_bucket_that_still_holds_it():
     }
 
 
+def test_nothing_waits_since_a_moment_that_is_to_come(api, clock, closed_url):
+    api.create(closed_url)
+    api.publish()
+
+    clock.advance(-60)
+
+    assert scrape(api)['webhookd_oldest_pending_age_seconds{webhook="1"}'] == 0
+
+
+def test_a_duration_of_exactly_a_buckets_bound_is_in_that_bucket(
+    api, receiver, dispatcher, monkeypatch
+):
+    every_ms = tuple(range(6000))
+    monkeypatch.setattr(webhookd, "DURATION_BUCKETS_MS", every_ms)
+    dispatcher.duration_counts = [0] * (len(every_ms) + 1)
+    webhook = api.create(receiver.url)
+    api.publish()
+    dispatcher.run_until_idle()
+    [delivery] = api.deliveries(webhook)
+
+    samples = scrape(api)
+
+    name, took = "webhookd_attempt_duration_seconds_bucket", delivery["duration"]
+    assert samples[f'{name}{{le="{took / 1000}"}}'] == 1
+    assert samples[f'{name}{{le="{(took - 1) / 1000}"}}'] == 0
+
+
 def test_names_are_escaped(api):
     api.create("http://127.0.0.1:1/", name='\\ " \n é')
 
@@ -3596,6 +4019,42 @@ def test_ten_wrong_passwords_shut_an_address_out_for_the_rest_of_the_minute(api,
     assert api.get(WEBHOOKS).status_int == 200
 
 
+def test_wrong_passwords_of_the_next_minute_are_counted_anew(api, clock):
+    api.authorization = ("Basic", ("admin", "wrong"))
+    for _ in range(2):
+        assert [api.get(WEBHOOKS).status_int for _ in range(10)] == [401] * 10
+        assert api.get(WEBHOOKS).status_int == 429
+        clock.advance(61)
+
+
+def test_every_wrong_password_takes_a_hash_whoever_it_is_for(api, store, monkeypatch):
+    hashes, scrypt = [], hashlib.scrypt
+
+    def counted(*arguments, **options):
+        hashes.append(1)
+        return scrypt(*arguments, **options)
+
+    user = webhookd.User("u", "viewer", webhookd.password_record("pw"))
+    store.write(lambda batch: webhookd.save_user(batch.connection, user))
+    monkeypatch.setattr(hashlib, "scrypt", counted)
+    for number, name in enumerate(("u", "admin", "nobody"), 1):
+        api.authorization = ("Basic", (name, "wrong"))
+        assert api.get(WEBHOOKS).status_int == 401
+        assert len(hashes) == number, name
+
+
+def test_no_more_logins_are_remembered_than_are_allowed(store, monkeypatch):
+    monkeypatch.setattr(webhookd, "MAX_VERIFIED", 2)
+    user = webhookd.User("u", "viewer", webhookd.secret_record("secret"))
+    store.write(lambda batch: webhookd.save_user(batch.connection, user))
+    logins = webhookd.Logins(store, time.time)
+
+    for spaces in range(1, 6):
+        assert logins.user("Bearer" + " " * spaces + "secret", "192.0.2.1") == user
+
+    assert len(logins._verified) <= 2
+
+
 def test_wrong_passwords_at_the_same_moment_are_counted_too(store):
     logins = webhookd.Logins(store, time.time)
 
@@ -3638,8 +4097,13 @@ def test_requests_that_another_site_makes_are_refused(api, headers, status):
     assert api.post_json(EVENTS, {"event": "e"}, headers=headers).status_int == status
 
 
-def test_other_sites_may_read_what_a_login_allows(api):
-    assert api.get(WEBHOOKS, headers={"Sec-Fetch-Site": "cross-site"}).status_int == 200
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_other_sites_may_read_what_a_login_allows(api, method):
+    answer = api.request(
+        WEBHOOKS, method=method, headers={"Sec-Fetch-Site": "cross-site"}
+    )
+
+    assert answer.status_int == 200
 
 
 @pytest.mark.parametrize(
@@ -3754,6 +4218,26 @@ def test_bad_json_is_refused(api, body):
         assert (answer.status_int, contexts(answer)) == (400, [None])
 
 
+def test_the_body_of_a_webhook_has_at_most_a_mebibyte(api):
+    kind = {"Content-Type": "application/json"}
+    fields = {"url": "http://127.0.0.1:1/", "events": ["e"]}
+    body = json.dumps(fields).encode().ljust(1 << 20)
+
+    assert api.post(WEBHOOKS, body, kind).status_int == 201
+    assert api.post(WEBHOOKS, body + b" ", kind).status_int == 413
+
+
+@pytest.mark.parametrize(
+    "method, path", [("PUT", "/9"), ("POST", "/9/redeliver"), ("POST", "/9/replay")]
+)
+def test_that_there_is_no_webhook_comes_before_a_fault_in_the_body(api, method, path):
+    answer = api.request(
+        WEBHOOKS + path, method=method, body=b"{", content_type="application/json"
+    )
+
+    assert answer.status_int == 404
+
+
 @pytest.mark.parametrize(
     "query, field",
     [
@@ -3762,6 +4246,7 @@ def test_bad_json_is_refused(api, body):
         ("limit=0", "limit"),
         ("since=yesterday", "since"),
         ("until=1e3", "until"),
+        ("&".join(["event=e"] * 101), "event"),
     ],
 )
 def test_a_query_at_fault_is_named(api, query, field):
@@ -3793,6 +4278,17 @@ def test_pages_link_to_their_neighbours(api):
     assert api.get(last["_links"]["prev"]).json["results"] == second["results"]
     assert api.get(f"{WEBHOOKS}?limit=5000").json["limit"] == 1000
     assert api.get(f"{WEBHOOKS}?start=999999999999999").json["results"] == []
+
+
+def test_pages_do_not_reach_beyond_the_ends(api):
+    for _ in range(4):
+        api.create("http://127.0.0.1:1/")
+
+    inside = api.get(f"{WEBHOOKS}?start=1&limit=2").json
+    last = api.get(f"{WEBHOOKS}?start=2&limit=2").json
+
+    assert "start=0" in inside["_links"]["prev"]
+    assert "next" not in last["_links"]
 
 
 # ---- webhooks ----
@@ -4166,6 +4662,14 @@ def test_an_event_that_is_too_large_gets_413(api, settings):
     assert api.get(EVENTS).json["totalCount"] == 0
 
 
+def test_one_event_may_be_larger_than_many_if_that_is_set(api, monkeypatch):
+    monkeypatch.setattr(webhookd, "MAX_REQUEST_BYTES", 1000)
+
+    api.publish(text="x" * 2000)
+
+    assert api.get(f"{EVENTS}/1").json["payload"]["text"] == "x" * 2000
+
+
 def test_a_key_repeats_the_first_answer(api, store):
     def publish(key, user="publisher", **event):
         headers = {"Idempotency-Key": key}
@@ -4296,6 +4800,7 @@ def test_health_names_what_stands_still(api, store, dispatcher, monkeypatch):
 
     store.problem, store.full = "the disk is full", True
     dispatcher._ticked -= 1000
+    store._progressed = time.monotonic() - 1000
     answer = api.get("/health")
 
     assert answer.status_int == 503
@@ -4303,6 +4808,7 @@ def test_health_names_what_stands_still(api, store, dispatcher, monkeypatch):
         "the disk is full",
         "the database is full (--max-database-size)",
         "the delivery loop stands still",
+        "the store's writer stands still",
     ]
 
 
@@ -4390,8 +4896,16 @@ def test_a_redelivery_starts_at_once_with_a_fresh_schedule(api, receiver, wall):
     assert [r.headers["X-Attempt"] for r in receiver.received] == list("12345")
     assert len({r.headers["X-Request-Id"] for r in receiver.received}) == 1
     assert api.post("/rest/api/deliveries/no-such/redeliver").status_int == 404
-    capitals = api.get(f"/rest/api/deliveries/{failed['id'].upper()}")
-    assert capitals.json["id"] == failed["id"]
+
+
+def test_an_id_may_be_written_in_capitals(api):
+    webhook = api.create("http://127.0.0.1:1/")
+    api.publish()
+    [delivery] = api.deliveries(webhook)
+    capitals = f"/rest/api/deliveries/{delivery['id'].upper()}"
+
+    assert api.get(capitals).json["id"] == delivery["id"]
+    assert api.post(f"{capitals}/redeliver").json["id"] == delivery["id"]
 
 
 def test_redelivering_one_ends_the_pause(api, receiver, wall):
@@ -4518,6 +5032,20 @@ def test_a_replay_brings_what_a_webhook_never_got(api, receiver, wall, clock):
     assert sorted(wall(0)) == [0, 1, 2]
     assert api.post_json(path, {}).json["matched"] == 0
     assert api.get_webhook(webhook)["health"]["pending"] == 0
+
+
+def test_an_event_that_is_deleted_before_its_attempt_is_not_sent(
+    api, receiver, dispatcher
+):
+    api.create(receiver.url)
+    api.publish()
+    dispatcher.run_until_idle()
+    event = api.publish()
+
+    api.delete(f"{EVENTS}/{event['id']}")
+    dispatcher.run_until_idle()
+
+    assert len(receiver.received) == 1
 
 
 def test_an_event_deleted_leaves_no_trace_in_the_files(api, receiver, wall, store):
@@ -4720,9 +5248,35 @@ def test_a_delivery_is_shown_with_every_request_and_response(
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_of_a_delivery_the_latest_attempt_and_a_short_body_are_unfolded(
+    browser, receiver, dispatcher, clock
+):
+    receiver.answers(500)
+    webhook = browser.create(receiver.url)
+    browser.publish(text="x" * 2000)
+    dispatcher.run_until_idle()
+    clock.advance(11)
+    browser.publish()
+    dispatcher.run_until_idle()
+
+    short, long = browser.deliveries(webhook)
+    opened = [
+        [
+            details.summary.get_text()
+            for details in browser.get(f"/deliveries/{delivery['id']}").html("details")
+            if details.has_attr("open")
+        ]
+        for delivery in (long, short)
+    ]
+
+    assert opened[0] == ["Request and response 2"]
+    assert "Body, the same in every attempt" in opened[1]
+
+
 def test_the_curl_command_sends_the_same_request(browser, receiver, dispatcher):
     secrets = {"headers": {"X-Key": "hidden"}}
     secrets["configuration"] = {"secret": "s"}
+    receiver.url += "?a=[1-2]&b='c'"
     _, delivery = attempted(browser, receiver, dispatcher, **secrets)
 
     page = browser.get(f"/deliveries/{delivery['id']}")
@@ -4730,7 +5284,7 @@ def test_the_curl_command_sends_the_same_request(browser, receiver, dispatcher):
     subprocess.run(["sh", "-c", command], check=True, capture_output=True)
 
     first, again = receiver.received
-    assert again.body == first.body
+    assert (again.path, again.body) == (first.path, first.body)
     del again.headers["Accept"]
     assert again.headers == first.headers | {"X-Key": "********"}
 
@@ -4787,6 +5341,7 @@ def test_faults_stand_beside_their_fields_and_the_input_stays(browser):
     assert described("rateLimit") == "must be a number above 0"
     assert "type it once more" in described("secret")
     assert "my-secret" not in page.text
+    assert page.html.find(autofocus=True)["id"] == "url"
     form = page.form
     assert (form["name"].value, form["url"].value) == (HOSTILE, "http://10.0.0.1/")
     assert (form["events"].value, form["active"].checked) == ("good b@d b!d", False)
@@ -5078,6 +5633,7 @@ def test_nothing_that_was_sent_is_markup(browser, receiver, dispatcher):
     receiver.answers(302, headers | {"Location": HOSTILE[:-1]}, HOSTILE.encode())
     hostile = {"name": HOSTILE, "configuration": {"<b>": HOSTILE}}
     hostile |= {"filters": {}, "headers": {"X-A": "<b>"}}
+    receiver.url += "/<b>"
     attempted(browser, receiver, dispatcher, **hostile)
 
     pages = every_page(browser)
@@ -5092,6 +5648,43 @@ def test_nothing_that_was_sent_is_markup(browser, receiver, dispatcher):
             *"rows scope spellcheck tabindex type value viewbox width x y".split(),
         }, path
     assert HOSTILE in pages["/"].html.a.find_next("table").a.get_text()
+
+
+def test_the_name_of_a_user_is_no_markup(browser, store):
+    user = webhookd.User("<b>", "viewer", webhookd.secret_record("x"))
+    store.write(lambda batch: webhookd.save_user(batch.connection, user))
+    browser.authorization = ("Bearer", "x")
+
+    assert "<b> (viewer)" in browser.get("/").html.header.get_text()
+
+
+def test_what_was_asked_for_in_vain_is_no_markup(browser):
+    page = browser.get("/deliveries/%3Cb%3E")
+
+    assert "there is no delivery <b>" in words(page)
+
+
+def test_why_a_test_got_no_answer_is_no_markup(browser):
+    browser.create("http://<b>.invalid/")
+
+    page = press(browser.get("/webhooks/1"), "Test")
+
+    assert "None: unknown host <b>.invalid" in words(page)
+
+
+def test_a_text_that_turns_its_direction_turns_nothing_beside_it(
+    browser, receiver, dispatcher
+):
+    attempted(browser, receiver, dispatcher, name=HOSTILE)
+    [isolated] = re.findall(r"\n(.+) { unicode-bidi: isolate; }", webhookd.STYLE)
+
+    pages = every_page(browser)
+
+    for path, page in pages.items():
+        turning = page.html.find_all(string=re.compile("\u202e"))
+        elements = {text.parent.name for text in turning}
+        blocks = {"div", "h1", "pre", "textarea", "title"}
+        assert elements <= blocks | set(isolated.split(", ")), path
 
 
 def test_every_page_is_locked_down_and_has_its_style(browser, receiver, dispatcher):
@@ -5165,6 +5758,7 @@ def test_systemd_is_notified_where_it_asks(tmp_path, monkeypatch, abstract):
     name = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind("\0" + name if abstract else name)
+        listener.settimeout(20)
         monkeypatch.setenv("NOTIFY_SOCKET", "@" + name if abstract else name)
 
         webhookd.notify("READY=1")
@@ -5172,11 +5766,34 @@ def test_systemd_is_notified_where_it_asks(tmp_path, monkeypatch, abstract):
         assert listener.recv(100) == b"READY=1"
 
 
+def test_a_systemd_that_cannot_be_told_stops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody-listens"))
+
+    webhookd.notify("READY=1")
+
+
+def test_stderr_is_the_journal_only_if_systemd_says_so_of_it(tmp_path, monkeypatch):
+    with open(tmp_path / "journal", "w") as journal:
+        monkeypatch.setattr(sys, "stderr", journal)
+        status = os.fstat(journal.fileno())
+        this = f"{status.st_dev}:{status.st_ino}"
+        streams = ({"JOURNAL_STREAM": this}, {"JOURNAL_STREAM": "1:1"}, {})
+
+        found = [webhookd.writes_to_journal(environ) for environ in streams]
+
+    assert found == [True, False, False]
+
+
 @pytest.mark.parametrize(
-    "journal, line", [(True, r"<4>a\nb"), (False, r"\d{4}-.* a\\nb")]
+    "journal, level, line",
+    [
+        (True, 30, r"<4>a\nb"),
+        (True, 50, r"<3>a\nb"),
+        (False, 30, r"\d{4}-.* a\\nb"),
+    ],
 )
-def test_a_log_line_is_one_line_with_a_priority_or_a_time(journal, line):
-    record = webhookd.logging.makeLogRecord({"levelno": 30, "msg": "a\nb"})
+def test_a_log_line_is_one_line_with_a_priority_or_a_time(journal, level, line):
+    record = webhookd.logging.makeLogRecord({"levelno": level, "msg": "a\nb"})
 
     formatted = webhookd.LineFormatter(journal).format(record)
 
@@ -5197,7 +5814,8 @@ SIGNED = webhookd.standard_signature("s", "id", NOW, b"{}")
     [
         ({}, None),
         ({"signatures": f"v1,other {SIGNED} v2,other"}, None),
-        ({"now": NOW + 299}, None),
+        ({"now": NOW + 300}, None),
+        ({"now": NOW - 300}, None),
         ({"now": NOW + 301}, "webhook-timestamp is more than 5 minutes off"),
         ({"now": NOW - 301}, "webhook-timestamp is more than 5 minutes off"),
         ({"timestamp": "now"}, "webhook-timestamp is no number"),
@@ -5229,15 +5847,18 @@ def sink():
     """Starts a sink; its address, and what it has printed so far."""
     processes = []
 
-    def start(*flags):
+    def start(*flags, **variables):
         command = [sys.executable, str(HERE / "webhookd.py"), "sink"]
+        buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
         process = subprocess.Popen(
             [*command, "--listen", "127.0.0.1:0", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env=buffered | variables,
         )
         processes.append(process)
+        assert select.select([process.stdout], [], [], 20)[0], "it prints nothing"
         line = process.stdout.readline()
         process.url = re.search(r"listening on (http://127\.0\.0\.1:\d+/)", line)[1]
         return process
@@ -5280,6 +5901,7 @@ def test_a_sink_prints_a_delivery_and_that_it_is_genuine(
     assert result["statusCode"] == 200
     printed = printed_by(sink, number)
     assert "\n  X-Event-Key: e\n" in printed and '"text":"Grüße"}\n' in printed
+    assert "Host:" not in printed and "Content-Length:" not in printed
     assert "X-Hub-Signature: signature ok\n" in printed
     assert "Standard Webhooks: signature ok\n" in printed
 
@@ -5324,6 +5946,38 @@ def test_a_sink_answers_what_it_is_told(api, dispatcher, sink, now, status):
     sink = sink("--answer", str(status))
 
     assert deliver(api, dispatcher, sink.url)["statusCode"] == status
+
+
+@pytest.mark.parametrize(
+    "status, has_length", [(200, True), (204, False), (304, False)]
+)
+def test_a_sink_says_no_length_where_there_can_be_no_body(sink, status, has_length):
+    sink = sink("--answer", str(status))
+    port = int(sink.url.rstrip("/").rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"POST / HTTP/1.0\r\nContent-Length: 2\r\n\r\n{}")
+        answer = connection.makefile("rb").read()
+
+    assert (b"\r\nContent-Length:" in answer) == has_length
+
+
+def test_a_sink_takes_no_body_that_is_too_large(sink):
+    sink = sink()
+    port = int(sink.url.rstrip("/").rpartition(":")[2])
+    too_large = webhookd.MAX_REQUEST_BYTES + 1
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % too_large)
+        answer = connection.makefile("rb").read()
+
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_sink_that_redirects_says_where_to(api, dispatcher, sink, now):
+    sink = sink("--answer", "307")
+
+    result = deliver(api, dispatcher, sink.url)
+
+    assert result["headers"]["Location"] == "/elsewhere"
 
 
 def test_a_sink_keeps_connections_and_survives_bad_requests(sink):
@@ -5372,12 +6026,37 @@ def test_nothing_that_arrives_reaches_the_terminal_as_a_command(sink):
     assert r"  X-Colour: \x1b[31m" in printed
 
 
+def test_a_sink_prints_what_its_terminal_has_no_letters_for(api, dispatcher, sink, now):
+    sink = sink(PYTHONIOENCODING="ascii")
+
+    deliver(api, dispatcher, sink.url)
+
+    assert r'"text":"Gr\xfc\xdfe"}' in printed_by(sink)
+
+
+def test_a_sink_asks_no_resolver_what_it_is_called(monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getfqdn", asked.append)
+
+    with webhookd.Sink(("127.0.0.1", 0), None, 200):
+        assert asked == []
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/proc/net/if_inet6"), reason="needs a machine with IPv6"
+)
+def test_a_sink_listens_on_ipv6_too():
+    with webhookd.Sink(("::1", 0), None, 200) as sink:
+        assert sink.server_address[0] == "::1"
+
+
 @pytest.mark.parametrize(
     "flag, text",
     [
         ("--listen", "nowhere"),
         ("--listen", "127.0.0.1:{port}"),
         ("--answer", "99"),
+        ("--answer", "199"),
         ("--secret", "\udcff"),
     ],
 )
@@ -5417,6 +6096,23 @@ def test_a_bad_setting_stops_the_start_with_one_line_and_status_2():
     assert "--retry-schedule" in line and "WEBHOOKD_RETRY_SCHEDULE" in line
 
 
+def test_half_a_flag_is_none():
+    result = run("--retry", "5s", "user", "list")
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+
+
+def test_what_stops_the_start_is_an_error_in_the_journal_too(tmp_path):
+    with open(tmp_path / "journal", "w+") as journal:
+        status = os.fstat(journal.fileno())
+        environ = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+        command = [sys.executable, str(HERE / "webhookd.py"), "--retention", "soon"]
+        subprocess.run(command, env=os.environ | environ, stderr=journal, timeout=60)
+        journal.seek(0)
+
+        assert journal.read().startswith("<3>webhookd: --retention")
+
+
 @pytest.mark.parametrize("path", ["/nonexistent/x.db", "/tmp"])
 def test_a_database_that_cannot_be_opened_is_named_by_its_setting(path):
     result = run("--listen", "127.0.0.1:0", "--database", path)
@@ -5431,11 +6127,64 @@ def test_a_subcommand_makes_no_database_by_a_typing_error(tmp_path):
     assert (result.returncode, list(tmp_path.iterdir())) == (1, [])
 
 
+def test_a_database_that_a_subcommand_makes_is_for_its_owner_only(tmp_path):
+    path = tmp_path / "test.db"
+
+    run("user", "add", "a", "--role", "viewer", "--database", str(path), umask=0)
+
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_database_that_root_makes_belongs_to_whom_its_folder_belongs(tmp_path):
+    path = tmp_path / "test.db"
+    os.chown(tmp_path, 1234, 5678)
+
+    run("user", "add", "a", "--role", "viewer", "--database", str(path))
+
+    assert (path.stat().st_uid, path.stat().st_gid) == (1234, 5678)
+
+
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_a_subcommand_leaves_a_database_of_another_version_alone(tmp_path, difference):
+    version, path = len(webhookd.MIGRATIONS) + difference, str(tmp_path / "test.db")
+    with contextlib.closing(webhookd.connect(path)) as connection:
+        connection.execute(f"PRAGMA user_version = {version}")
+
+    result = run("user", "add", "a", "--role", "viewer", "--database", path)
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert f"has version {version}" in result.stderr
+    with contextlib.closing(webhookd.connect(path)) as connection:
+        assert webhookd.schema_version(connection) == version
+
+
 def test_an_address_in_use_stops_the_start_with_one_line(receiver, tmp_path):
     result = run("--listen", f"127.0.0.1:{receiver.server_port}", cwd=tmp_path)
 
     assert result.returncode == 2
     assert "--listen" in result.stderr.splitlines()[-1]
+
+
+def test_a_signal_during_the_start_ends_it_without_a_word(tmp_path):
+    path = tmp_path / "test.db"
+    path.touch()
+
+    def is_open():
+        handles = pathlib.Path(f"/proc/{process.pid}/fd").iterdir()
+        return path in [handle.resolve() for handle in handles]
+
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")  # so that the start waits
+        command = [sys.executable, str(HERE / "webhookd.py"), "--listen", "127.0.0.1:0"]
+        process = subprocess.Popen(
+            [*command, "--database", str(path)], stderr=subprocess.PIPE, text=True
+        )
+        wait_until(is_open)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+
+    assert (process.returncode, error) == (-signal.SIGINT, "")
 
 
 def test_the_main_job_end_to_end(daemon, receiver):
@@ -5468,6 +6217,23 @@ def test_a_signal_lets_attempts_end_and_stops_with_status_0(daemon, receiver, nu
         [delivery] = store.deliveries(1, webhookd.Filter(), webhookd.Page())[0]
     assert (delivery.state, delivery.attempt_count) == ("succeeded", 1)
     assert "Traceback" not in "".join(daemon.log)
+
+
+def test_a_second_signal_does_not_hurry_a_stop(daemon, receiver):
+    daemon.start()
+    daemon.call("POST", WEBHOOKS, {"url": receiver.url, "events": ["e"]})
+    receiver.hold.clear()
+    daemon.call("POST", EVENTS, {"event": "e"})
+    wait_until(lambda: receiver.received)
+
+    daemon.process.send_signal(signal.SIGTERM)
+    assert any(" stopping" in line for line in daemon.process.stderr)
+    threading.Timer(0.3, receiver.hold.set).start()
+
+    assert daemon.end(signal.SIGTERM) == 0
+    with webhookd.Store(daemon.database) as store:
+        [delivery] = store.deliveries(1, webhookd.Filter(), webhookd.Page())[0]
+    assert delivery.state == "succeeded"
 
 
 def test_requests_in_hand_are_answered_before_it_stops(daemon, receiver):
@@ -5595,11 +6361,31 @@ def test_users_that_come_and_go_are_logged(tmp_path):
     on_it = ["--database", str(tmp_path / "test.db")]
 
     added = run("user", "add", "app", "--role", "publisher", *on_it)
-    removed = run("user", "remove", "app", *on_it)
+    environ = os.environ | {"SUDO_USER": "eve"}
+    removed = run("user", "remove", "app", *on_it, env=environ)
 
     assert re.search(r" user added name=app role=publisher by=\w+\n", added.stderr)
-    assert re.search(r" user removed name=app by=\w+\n", removed.stderr)
+    assert re.search(r" user removed name=app by=eve\n", removed.stderr)
     assert added.stdout.strip() not in added.stderr
+
+
+def test_a_subcommand_is_told_of_the_database_as_the_service_is(tmp_path):
+    path = str(tmp_path / "test.db")
+    variable = os.environ | {"WEBHOOKD_DATABASE": path}
+
+    added = run("user", "add", "a", "--role", "viewer", env=variable)
+    listed = run("--database", path, "user", "list")
+
+    assert (added.returncode, listed.stdout) == (0, "a viewer\n")
+
+
+def test_an_empty_password_is_refused(tmp_path):
+    on_it = ["--password", "--database", str(tmp_path / "test.db")]
+
+    result = run("user", "add", "app", "--role", "viewer", *on_it, input="\n")
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert "the password is empty" in result.stderr
 
 
 def test_a_subcommand_does_not_mind_what_only_the_service_needs(tmp_path):
@@ -5623,6 +6409,26 @@ def test_systemd_is_told_of_start_progress_and_stop(daemon, tmp_path):
             told.append(listener.recv(100))
 
     assert set(told) == {b"READY=1", b"WATCHDOG=1", b"STOPPING=1"}
+
+
+def test_the_watchdog_is_fed_only_while_the_writer_gets_on(
+    store, tmp_path, monkeypatch
+):
+    name = str(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(name)
+        listener.setblocking(False)
+        webhookd._beat(store)
+        assert listener.recv(100) == b"WATCHDOG=1"
+
+        monkeypatch.setattr(webhookd, "STANDSTILL_SECONDS", 0)
+        end = busy(store)
+        webhookd._beat(store)
+        end.set()
+
+        with pytest.raises(BlockingIOError):
+            listener.recv(100)
 
 
 def test_start_migration_and_stop_are_logged_each_on_a_line(daemon):
@@ -5693,6 +6499,43 @@ def test_a_backup_is_a_whole_database_of_one_moment(daemon, back_up):
         assert store.events(webhookd.Filter(), webhookd.Page())[1] == count
 
 
+def test_a_backup_to_a_link_replaces_what_it_leads_to(daemon, back_up, tmp_path):
+    fill(daemon.database, 1)
+    back_up.file.symlink_to(tmp_path / "elsewhere.db")
+
+    back_up()
+
+    assert back_up.file.is_symlink()
+    assert (tmp_path / "elsewhere.db").stat().st_size > 1 << 20
+
+
+def test_a_copy_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(
+    tmp_path, monkeypatch
+):
+    calls = []
+    for name in ("fsync", "replace"):
+
+        def call(*arguments, name=name, original=getattr(os, name)):
+            calls.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    with webhookd.new_file(str(tmp_path / "copy.db")):
+        pass
+
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_a_backup_can_be_read_where_nothing_can_be_written(daemon, back_up):
+    fill(daemon.database, 1)
+
+    back_up()
+
+    # SQLite's file format, 1.3.3: 1 is without a log, which would have to be made
+    assert back_up.file.read_bytes()[18:20] == b"\1\1"
+
+
 def test_a_backup_replaces_the_one_before(daemon, back_up):
     fill(daemon.database, 1)
     back_up.file.write_text("the one before")
@@ -5701,7 +6544,9 @@ def test_a_backup_replaces_the_one_before(daemon, back_up):
     assert back_up.file.read_bytes().startswith(b"SQLite format 3\0")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL]
+)
 def test_a_backup_that_is_ended_leaves_the_one_before(daemon, back_up, number):
     fill(daemon.database, 50)
     back_up.file.write_text("the one before")
@@ -5744,17 +6589,20 @@ def test_a_full_disk_leaves_the_backup_before(daemon, back_up):
         ({"file": "../daemon.db"}, "is the database itself"),
         ({"file": "../daemon.db-wal"}, "is the database itself"),
         ({"file": "used.db"}, "used.db-wal exists"),
+        ({"file": "left.db"}, "left.db-journal exists"),
     ],
 )
 def test_a_backup_that_cannot_be_says_why_in_one_line(daemon, back_up, options, words):
     fill(daemon.database, 1)
-    (back_up.folder / "used.db-wal").touch()
+    beside = {"used.db-wal", "left.db-journal"}
+    for name in beside:
+        (back_up.folder / name).touch()
 
     result = back_up(**options)
 
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     assert words in result.stderr
-    assert [file.name for file in back_up.folder.iterdir()] == ["used.db-wal"]
+    assert {file.name for file in back_up.folder.iterdir()} == beside
 
 
 def raw_request(port, request):

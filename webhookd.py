@@ -2562,7 +2562,7 @@ class Batch:
 
     def _end_waits(self, webhook_id):
         self.connection.change(  # oldest first; and at no cost of their schedule
-            "UPDATE deliveries SET next_attempt = created, step = max(step - 1, 0)"
+            "UPDATE deliveries SET next_attempt = created, step = step - 1"
             " WHERE state = 'pending' AND webhook_id = ? AND next_attempt > created"
             " AND step > 0",  # else it was redelivered, and is due
             webhook_id,
