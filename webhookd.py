@@ -2304,7 +2304,7 @@ def migrate(connection: Database) -> None:
 def process_lock(path: str):
     """Hold the database for this process; raises DatabaseError if another one does."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise SettingError(f"--database (WEBHOOKD_DATABASE): {path}: {error.strerror}")
     # flock() does not meet SQLite's own locks, which are fcntl()'s; the file is closed
@@ -2499,7 +2499,6 @@ class Batch:
             self._record([s for s in chunk if s.due.number in states])
             for settled in chunk:
                 self._follow(settled, states.get(settled.due.number))
-        self.flush()
 
     def _update(self, settlements):
         """Set the new states; the state that each delivery has now, unless it is gone.
@@ -2682,8 +2681,7 @@ class Batch:
         self.pending_change[webhook_id] += changed - waiting
         health = self._health_of(webhook_id)
         if changed and health.paused_until:
-            until = min(health.paused_until, now_ms)
-            self.changed_health[webhook_id] = health._replace(paused_until=until)
+            self.changed_health[webhook_id] = health._replace(paused_until=now_ms)
         return changed
 
     def redeliver_first(self, uuid: str, now_ms: int) -> int:
@@ -3173,8 +3171,6 @@ class Store:
         """A page of the rows that pass the tests, newest first, and how many there are."""
         clause, values = where(tests)
         [count] = self._row(f"SELECT count(*) FROM {table}{clause}", *values)
-        if page.start >= count:
-            return [], count
         sql = f"SELECT {columns} FROM {table}{clause} ORDER BY id DESC LIMIT ? OFFSET ?"
         return self._models(model, sql, *values, page.limit, page.start), count
 
@@ -3724,8 +3720,10 @@ class Dispatcher:
 
     def _may_start(self, lane):
         """Whether it may have one more attempt now; if it rests, an alarm is set."""
+        if lane.in_flight and not self._may_widen(lane):
+            return False
         health = self._health(lane)
-        if health.disabled or lane.in_flight >= self._most_at_once(lane):
+        if health.disabled:
             return False
         rests_until = max(lane.not_before, self._due(lane, health))
         if rests_until > self._clock() * 1000:
@@ -3745,10 +3743,9 @@ class Dispatcher:
             return health.paused_until
         return lane.ready[0].next_attempt if lane.ready else 0
 
-    def _most_at_once(self, lane):
-        if self._is_ordered(lane):
-            return 1
-        return min(lane.width, self._turns.share())
+    def _may_widen(self, lane):
+        most = min(lane.width, self._turns.share())
+        return lane.in_flight < most and not self._is_ordered(lane)
 
     def _is_ordered(self, lane):
         webhook = self._store.webhooks.by_id.get(lane.webhook_id)
@@ -5576,7 +5573,6 @@ def make_server(app, listener: socket.socket, settings: Settings):
         connection_limit=MAX_CONNECTIONS,
         channel_timeout=REQUEST_SECONDS,
         max_request_body_size=max(MAX_REQUEST_BYTES, settings.max_event_size),
-        asyncore_use_poll=True,  # select() knows file numbers below 1024 only
         # a whole answer at once, by the thread that has the sockets
         send_bytes=1 << 16,
         **proxy,
@@ -5589,6 +5585,7 @@ def take_requests(server) -> None:
     """Run the server until a signal raises SystemExit."""
     timeout = server.adj.asyncore_loop_timeout
     with contextlib.suppress(SystemExit):  # server.run() would drop what is queued then
+        # select() would know file numbers below 1024 only
         server.asyncore.loop(timeout, map=server._map, use_poll=True)
 
 
