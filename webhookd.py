@@ -7,7 +7,8 @@
 
 Applications publish events with one HTTP call; people register webhooks over a REST
 API compatible with Confluence's or in a browser; every event is on disk before it is
-acknowledged, and is delivered signed, retried and observed. One process, one SQLite file.
+acknowledged, and is delivered signed, retried and observed. One process and one
+SQLite file.
 
 The way of an event, left to right and down; nothing below calls anything above:
 
@@ -30,8 +31,8 @@ The way of an event, left to right and down; nothing below calls anything above:
      └───────── redeliver ──────┘   attempted again
 
 Threads: waitress's (the API), the store's writer, the delivery loop (asyncio), upkeep,
-and one for each name that is being looked up. The sections, in the order in which the file
-builds on itself (`grep '^# ==='` finds them):
+and one for each name that is being looked up. The sections, in the order in which the
+file builds on itself (`grep '^# ==='` finds them):
 
     constants and logging   settings   errors   model   reading input   signatures
     policy   outbound HTTP   store   dispatcher   users   metrics   REST API
@@ -196,7 +197,7 @@ def ip_address(text: str) -> str:
 
 
 def setting(default: str, parse: collections.abc.Callable, metavar: str, text: str):
-    """A field of Settings: its default as one would type it, its reader and its help."""
+    """A field of Settings: its default as it would be typed, its reader and help."""
     metadata = {"parse": parse, "metavar": metavar, "text": text, "default": default}
     return dataclasses.field(default=parse(default), metadata=metadata)
 
@@ -455,7 +456,7 @@ class Webhook:
 
     @functools.cached_property
     def fixed_headers(self) -> str:
-        """Lines of the request headers that are the same in every attempt; its own win."""
+        """Lines of the headers that are the same in every attempt; its own win."""
         return header_lines(self._fixed_headers())
 
     @functools.cached_property
@@ -467,7 +468,7 @@ class Webhook:
 
     @functools.cached_property
     def _secret_texts(self):
-        """Every text that must not come back in what a receiver answers, longest first."""
+        """Every text that no answer of a receiver may bring back, longest first."""
         texts = [self.secret or "", self.previous_secret or "", *self.headers.values()]
         if self.login:
             user, password = self.login
@@ -571,7 +572,7 @@ class Event(typing.NamedTuple):
 
 
 def payload_of(body: bytes, name: str) -> bytes:
-    """The JSON object of an event's body without its timestamp and name, which lead it."""
+    """The JSON object of an event without its timestamp and name, which lead it."""
     head = b'"event":"%s"' % name.encode()
     return b"{" + body[body.index(head) + len(head) :].removeprefix(b",")
 
@@ -761,7 +762,7 @@ def json_object(body: bytes) -> dict:
 
 
 class Reader:
-    """Reads the parts of a whole; at its end `with` raises all that is wrong with them."""
+    """Reads the parts of a whole; `with` raises at its end all that is wrong."""
 
     def __init__(self, fields: dict | None = None):
         self._fields, self._faults = fields or {}, []
@@ -794,7 +795,7 @@ class Reader:
         return self.read(name, parse, self._fields[name], *arguments)
 
 
-# ---- fields: their readers raise Invalid, with no name or with one inside the field ----
+# ---- fields: their readers raise Invalid, with no name or one inside the field ----
 
 
 def at_most(limit: int, value: collections.abc.Sized, what: str = "") -> None:
@@ -885,7 +886,7 @@ def _check_url(url):
 
 
 def _unmasked_url(url, previous):
-    """The URL with what a mask stands for: what was there, if that was the same user."""
+    """The URL with what a mask stands for: what was there for the same user."""
     mask = urllib.parse.urlsplit(masked_url(previous)).netloc.rpartition("@")[0]
     userinfo = urllib.parse.urlsplit(previous).netloc.rpartition("@")[0]
     if mask and urllib.parse.urlsplit(url).netloc.startswith(f"{mask}@"):
@@ -988,7 +989,7 @@ def read_filters(value: object) -> dict:
 
 
 def epoch_ms(text: str) -> int:
-    """Epoch milliseconds of epoch milliseconds or of an ISO 8601 time (UTC if unsaid)."""
+    """Epoch milliseconds of the same or of an ISO 8601 time (UTC if unsaid)."""
     if re.fullmatch(r"-?\d{1,15}", text, re.ASCII):
         return int(text)
     try:
@@ -1030,7 +1031,7 @@ def strings(value: object, allowed: tuple[str, ...] = ()) -> tuple[str, ...]:
 
 
 def query_fields(text: str) -> dict[str, str | list[str]]:
-    """What a query string asks for: all values of what may be repeated, else the last."""
+    """What a query string asks for: all values of what may be repeated, or the last."""
     query = urllib.parse.parse_qs(text)  # which leaves out what is blank
     repeatable = ("event", "outcome", "state")
     return {name: v if name in repeatable else v[-1] for name, v in query.items()}
@@ -1247,7 +1248,7 @@ def read_events(
 
 
 def uuid7(now_ms: int) -> str:
-    """A UUID that sorts by time (RFC 9562, version 7), which keeps its index compact."""
+    """A UUID that sorts by time (RFC 9562, version 7): its index stays compact."""
     chance = random.getrandbits(74)
     return (
         f"{now_ms >> 16:08x}-{now_ms & 0xFFFF:04x}-7{chance & 0xFFF:03x}"
@@ -1276,7 +1277,7 @@ def hub_signature(secret: str, body: bytes) -> str:
 
 @functools.lru_cache(1024)
 def standard_key(secret: str) -> bytes:
-    """The key of a secret for Standard Webhooks: what `whsec_` encodes, else its UTF-8."""
+    """The Standard Webhooks key of a secret: what `whsec_` encodes, else its UTF-8."""
     if secret.startswith("whsec_"):
         with contextlib.suppress(ValueError):
             key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
@@ -1309,7 +1310,7 @@ def with_rotated_secret(old: Webhook, new: Webhook, now_ms: int) -> Webhook:
 def attempt_headers(
     webhook: Webhook, event: str, id: str, number: int, body: bytes, now_ms: int
 ) -> str:
-    """Lines of the headers that are an attempt's own, beside the webhook's fixed ones."""
+    """Lines of the headers that are an attempt's own, beside the fixed ones."""
     seconds = now_ms // 1000
     lines = (
         f"X-Event-Key: {event}\r\nX-Request-Id: {id}\r\nX-Attempt: {number}\r\n"
@@ -1355,7 +1356,7 @@ def outcome_of(status: int) -> str:
 
 
 def retry_after_seconds(text: str | None, now_ms: int) -> float:
-    """Seconds that a Retry-After header asks for, in seconds or as a date; 0 if none."""
+    """Seconds that a Retry-After header (seconds or a date) asks for; 0 if none."""
     if text is None:
         return 0
     if re.fullmatch(r"\d{1,99}", text.strip(), re.ASCII):
@@ -1463,7 +1464,7 @@ LOOKUP_SECONDS_AT_REGISTRATION = 5
 
 
 class AddressRefused(Invalid):
-    """A delivery may not go to this address; the text says which, and what allows it."""
+    """A delivery may not go there; the text says where, and what allows it."""
 
 
 def judged_addresses(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> tuple:
@@ -1667,7 +1668,7 @@ class Response:
         self._step = self._read_head
 
     def feed(self, chunk: bytes) -> bool:
-        """Take in what came; True when the response is complete. Raises ProtocolError."""
+        """Take in what came; whether the response is complete. Raises ProtocolError."""
         self.started = True
         chunk = chunk[: MAX_RESPONSE_BYTES - self._received]
         self._received += len(chunk)
@@ -1683,7 +1684,7 @@ class Response:
         return self.complete
 
     def end(self) -> None:
-        """The receiver closed the connection. Raises ProtocolError if that was too early."""
+        """The receiver closed the connection; raises ProtocolError if too early."""
         if self._step != self._read_until_close:
             when = "in the middle of its" if self.started else "without an"
             raise ProtocolError(f"the receiver closed the connection {when} answer")
@@ -1969,7 +1970,7 @@ class Client:
         exchange.start()
 
     def _expire_old(self):
-        """One timer for all: they have the same time, and stand in the order of starting."""
+        """One timer for all: they have the same time, and stand in order."""
         loop = asyncio.get_running_loop()
         while self._exchanges:
             exchange, deadline = next(iter(self._exchanges.items()))
@@ -2126,7 +2127,9 @@ MIGRATIONS = (  # their count is the version of the database; only ever append
         definition TEXT NOT NULL              -- JSON of the fields of Webhook
     );
     CREATE TABLE events (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, event TEXT NOT NULL, timestamp INTEGER NOT NULL
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        event TEXT NOT NULL,
+        timestamp INTEGER NOT NULL
     );
     CREATE TABLE payloads (  -- apart from events, so that lists need not read them
         event_id INTEGER PRIMARY KEY, body BLOB NOT NULL
@@ -2308,7 +2311,7 @@ def process_lock(path: str):
     except OSError as error:
         raise SettingError(f"--database (WEBHOOKD_DATABASE): {path}: {error.strerror}")
     # flock() does not meet SQLite's own locks, which are fcntl()'s; the file is closed
-    # after SQLite's connections, because closing any handle drops a process's fcntl locks
+    # after SQLite's connections, for closing any handle drops a process's fcntl locks
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(os.close, handle)
         try:
@@ -2685,7 +2688,7 @@ class Batch:
         return changed
 
     def redeliver_first(self, uuid: str, now_ms: int) -> int:
-        """Have a delivery attempted before the others; its webhook's id. Raises NotFound."""
+        """Have a delivery attempted before all others; its webhook's id, or NotFound."""
         sql = "SELECT id, webhook_id FROM deliveries WHERE uuid = ?"
         row, name = self.connection.row(sql, uuid), f"delivery {uuid}"
         number, webhook_id = found(row, name)
@@ -2774,7 +2777,8 @@ class Batch:
         sql = (
             "UPDATE statistics SET last_attempt = coalesce((SELECT attempts.id"
             " FROM deliveries JOIN attempts ON delivery_id = deliveries.id WHERE"
-            " webhook_id = statistics.webhook_id AND deliveries.event = statistics.event"
+            " webhook_id = statistics.webhook_id"
+            " AND deliveries.event = statistics.event"
             " AND attempts.outcome = statistics.outcome ORDER BY deliveries.id DESC,"
             " attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN "
         )
@@ -2799,7 +2803,7 @@ def stored_error(error: Exception, path: str) -> Exception:
 
 
 class Write:
-    """Something for the writer to do in a batch, and its result once that is on disk."""
+    """Something for the writer to do, and its result once that is on disk."""
 
     def __init__(self, run: collections.abc.Callable[[Batch], object]):
         self._run = run
@@ -3037,7 +3041,7 @@ class Store:
     ) -> tuple[bytes, bool]:
         """Store events and their deliveries; returns once they are on disk.
 
-        Returns the answer that was made of them, and whether it is an earlier one again.
+        Returns the answer that was made of them, and whether it is an earlier one.
         Raises KeyReused, StorageFull or Unavailable; then nothing was stored."""
         if self.full:
             raise StorageFull(FULL)
@@ -3168,7 +3172,7 @@ class Store:
         return list(itertools.starmap(model, self._rows(sql, *values)))
 
     def _page(self, model, columns, table, tests, page):
-        """A page of the rows that pass the tests, newest first, and how many there are."""
+        """A page of the rows that pass the tests, newest first, and their number."""
         clause, values = where(tests)
         [count] = self._row(f"SELECT count(*) FROM {table}{clause}", *values)
         sql = f"SELECT {columns} FROM {table}{clause} ORDER BY id DESC LIMIT ? OFFSET ?"
@@ -3236,7 +3240,7 @@ class Store:
             yield [number for (number,) in rows]
 
     def missed_events(self, webhook: Webhook, wanted: Filter) -> IdsInSteps:
-        """The ids of the events that a webhook wants and has no delivery of, in steps."""
+        """The ids of the events that a webhook wants and never got, in steps."""
         tests = event_tests(wanted, "timestamp") | {MISSED: webhook.id}
         for rows in self._steps("id, event", "events", tests):
             named = [id for id, name in rows if webhook.subscribed(name)]
@@ -3245,7 +3249,7 @@ class Store:
             ]
 
     def _passes(self, webhook, event_id):
-        """Whether an event, read by itself because it may be large, passes the filters."""
+        """Whether an event passes; it is read by itself because it may be large."""
         body = self._row("SELECT body FROM payloads WHERE event_id = ?", event_id)
         return body and wants(webhook, event_fields(body[0]))
 
@@ -3265,7 +3269,8 @@ class Store:
         clause, values = where(tests | {"statistics.outcome IN": wanted.outcomes})
         row = self._row(
             f"SELECT uuid, event, body, {ATTEMPT_COLUMNS} FROM attempts"
-            " JOIN deliveries ON deliveries.id = delivery_id JOIN payloads USING (event_id)"
+            " JOIN deliveries ON deliveries.id = delivery_id"
+            " JOIN payloads USING (event_id)"
             " WHERE attempts.id = (SELECT max(attempts.id) FROM statistics"
             f" JOIN attempts ON attempts.id = last_attempt{clause})",
             *values,
@@ -3276,7 +3281,7 @@ class Store:
         return Attempt(*attempt).shown(uuid, event, body.decode() if bodies else None)
 
     def statistics(self, webhook_id: int, events: tuple[str, ...], now_ms: int) -> dict:
-        """Counts of a webhook's attempts and the last of each outcome, as the API shows."""
+        """Counts of attempts and the last of each outcome, as the API shows them."""
         shown = {}
         for outcome in OUTCOMES:
             wanted = Filter(events=events, outcomes=(outcome,))
@@ -3333,8 +3338,8 @@ class Store:
         tests = {"webhook_id = ?": webhook.id, "next_attempt <= ?": until}
         clause, values = where(tests)
         rows = self.reader().execute(
-            "SELECT id, uuid, webhook_id, event, body, attempt_count, step, next_attempt"
-            f" FROM deliveries JOIN payloads USING (event_id){clause}"
+            "SELECT id, uuid, webhook_id, event, body, attempt_count, step,"
+            f" next_attempt FROM deliveries JOIN payloads USING (event_id){clause}"
             f" AND state = 'pending' ORDER BY {order}",
             values,
         )
@@ -3383,7 +3388,7 @@ DURATION_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 3
 
 
 class Lane:
-    """The deliveries to one webhook: a window of those due, the database has the rest."""
+    """The deliveries to one webhook: a window of those due; the database has all."""
 
     def __init__(self, webhook_id: int, proven: bool = False):
         self.webhook_id = webhook_id
@@ -3414,7 +3419,7 @@ class Lane:
         self.newest = max(self.newest, due.number)
 
     def offer(self, due: DueDelivery, limit_bytes: int) -> None:
-        """Have one ready that was published just now, or know that the database has it."""
+        """Have one ready that was just published, or know that the database has it."""
         if due.number <= self.newest:  # it was read from there already
             return
         room = min(WINDOW, 1 + limit_bytes // (len(due.body) + 1))
@@ -3447,7 +3452,7 @@ class Lane:
 class Turns:
     """Whose attempt is next, and how many there may be at once.
 
-    Lanes that are proven to work come before the others, which never take all the places;
+    Lanes that are proven to work come before the others, which never take all places;
     first attempts come before retries. Now and then it is the other way round."""
 
     def __init__(self, most: int):
@@ -3467,7 +3472,7 @@ class Turns:
         self._busy.add(lane)
 
     def next(self) -> Lane | None:
-        """The lane whose turn it is, which then waits no longer; None: no place is free."""
+        """The lane whose turn it is, which waits no longer; None: no place is free."""
         if self._taken >= self._most:
             return None
         allowed = self._queues[: 4 if self._doubtful < self._most_doubtful else 2]
@@ -3620,7 +3625,7 @@ class Dispatcher:
             await self._ended.wait()
 
     def run_until_idle(self) -> None:
-        """Without a thread: make every attempt that is due now, and have it recorded."""
+        """Without a thread: make every attempt that is due now, and record it."""
         asyncio.run(self._until_idle())
         self._store.flush()
 
@@ -3635,7 +3640,7 @@ class Dispatcher:
         self._loop = None
 
     def _tick(self):
-        """A step, before which alarms ring that the clock has passed without their timer."""
+        """A step, before which those alarms ring that the clock has passed."""
         now_ms = self._clock() * 1000
         for lane in [lane for lane in self._lanes.values() if lane.alarm <= now_ms]:
             self._ring(lane)
@@ -3738,7 +3743,7 @@ class Dispatcher:
 
     @staticmethod
     def _due(lane, health):
-        """When its next delivery is due; the probe of a paused one is, whatever is planned."""
+        """When its next delivery is due; a probe is, whatever is planned for it."""
         if health.paused_until:
             return health.paused_until
         return lane.ready[0].next_attempt if lane.ready else 0
@@ -3927,7 +3932,7 @@ class Upkeep:
             fact("database has room again", level=logging.WARNING)
 
     def _follow_clock(self):
-        """Move what is planned when the clock jumps, so that it neither waits nor rushes."""
+        """Move what is planned when the clock jumps: it neither waits nor rushes."""
         now, offset = self._clock(), self._clock() - self._steady_clock()
         jump = offset - self._clock_offset
         if abs(jump) > CLOCK_JUMP_SECONDS:
@@ -3955,7 +3960,7 @@ class Upkeep:
         self._store.prune_rest(before_ms, now_ms)
 
     def _cut_down(self):
-        """Let the oldest go until the size is right; if that does not help, it is full."""
+        """Let the oldest go until the size is right; else it is full."""
         for _ in self._store.prune(FOREVER_MS):
             yield
             if not self._too_large:
@@ -4028,7 +4033,7 @@ def save_user(connection: sqlite3.Connection, user: User) -> None:
 
 
 def ensure_admin(store: Store, password: str) -> str | None:
-    """Set the admin's password; without one and without any user, a new secret: returned."""
+    """Set the admin's password; without one and any user, return a new secret."""
     users = {user.name: user for user in load_users(store.reader())}
     if not password and users:
         return None
@@ -4206,7 +4211,7 @@ def _of_webhooks(store, dispatcher, now_ms):
 def metrics_text(
     store: Store, dispatcher: Dispatcher, settings: Settings, now_ms: int
 ) -> bytes:
-    """What GET /metrics answers. Nothing is counted here: that is done where it happens."""
+    """What GET /metrics answers. Nothing is counted here, but where it happens."""
     of_process = _of_process(store, dispatcher, settings)
     families = itertools.chain(of_process, _of_webhooks(store, dispatcher, now_ms))
     lines = itertools.chain.from_iterable(families)
@@ -4359,7 +4364,7 @@ class Api:
 
     @staticmethod
     def _read_path():
-        """Refuse what is not UTF-8, which bottle leaves out, and ignore a trailing slash."""
+        """Refuse what is not UTF-8 (bottle leaves it out), ignore a trailing slash."""
         environ = bottle.request.environ
         try:
             path = environ["bottle.raw_path"].encode("latin-1").decode()
@@ -4741,7 +4746,7 @@ def utc(ms: int) -> str:
 
 
 def success_rate(counts: dict[str, int]) -> str:
-    """The share of attempts that succeeded, never rounded up to all; counts by outcome."""
+    """The share of successes, never rounded up to all; counts by outcome."""
     total = sum(counts.values())
     return f"{1000 * counts.get(SUCCESS, 0) // total / 10:g} %" if total else "–"
 
@@ -4766,7 +4771,7 @@ def http_text(start: str, message: dict) -> str:
 
 
 def curl_command(attempt: Attempt, body: str) -> str:
-    """A shell command that sends an attempt's request again, except for what is masked."""
+    """A shell command that sends a request again, except for what is masked."""
     # the body by standard input, because an argument may have 128 KiB only
     parts = [f"printf %s {shlex.quote(body)} |"]
     parts += [f"curl --globoff {shlex.quote(attempt.url)} --data-binary @-"]
@@ -4814,7 +4819,7 @@ def _number(text):
 
 
 def form_fields(form: dict[str, str], old: Webhook) -> dict:
-    """The fields of the API that a form changes: what it leaves as it was is not sent."""
+    """The fields of the API that a form changes, without what it leaves as it was."""
     fields = {box: box in form for box in FORM_BOXES} | {
         "name": form.get("name", ""),
         "url": form.get("url", "").strip(),
@@ -4881,8 +4886,9 @@ input, textarea, button { padding: 0.35rem 0.6rem; font: inherit;
 _style_digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 PAGE_HEADERS = {
     "Content-Type": "text/html; charset=utf-8",
-    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_style_digest}';"
-    " form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "Content-Security-Policy": "default-src 'none';"
+    f" style-src 'sha256-{_style_digest}'; form-action 'self';"
+    " frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     # with no-referrer Chromium would send the forms as from nowhere: Origin: null
     "Referrer-Policy": "same-origin",
@@ -5132,7 +5138,7 @@ def form_token(user: User) -> str:
 
 
 class Pages(Api):
-    """The API, and beside it the pages, which read, check and do by the API's methods."""
+    """The API, and beside it the pages, which do everything by the API's methods."""
 
     def __init__(self, *parts):
         super().__init__(*parts)
@@ -5642,7 +5648,7 @@ def _beat(store):
 
 
 def serve(settings: Settings) -> None:
-    """The life of the process: returns after SIGTERM or SIGINT, with everything settled."""
+    """The life of the process: returns after SIGTERM or SIGINT, everything settled."""
     # until it is ready a signal just ends it, which loses nothing
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     spare_memory()
@@ -5680,7 +5686,7 @@ class CommandError(Exception):
 
 @contextlib.contextmanager
 def database_beside_service(path: str, creates: bool = False):
-    """A connection in a transaction, while a service may be running; raises DatabaseError."""
+    """A connection in a transaction, beside a service; raises DatabaseError."""
     is_new = not os.path.exists(path)
     if is_new and not creates:
         raise DatabaseError(f"{path} does not exist")
@@ -5689,8 +5695,8 @@ def database_beside_service(path: str, creates: bool = False):
             version = schema_version(connection)
             if version not in (0, len(MIGRATIONS)):
                 raise DatabaseError(
-                    f"{path} has version {version}, this webhookd has {len(MIGRATIONS)}:"
-                    " let the service start with it first"
+                    f"{path} has version {version}, not {len(MIGRATIONS)} as this"
+                    " webhookd: let the service start with it first"
                 )
             migrate(connection)
             with transaction(connection):
@@ -5928,8 +5934,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="webhookd",
         allow_abbrev=False,
-        description="Webhooks for the applications of a small server. Without a subcommand: serve.",
-        epilog="Each setting may be given as the variable in brackets too; the flag wins.",
+        description="Webhooks for the applications of a small server."
+        " Without a subcommand: serve.",
+        epilog="Each setting may be given as the variable in brackets; the flag wins.",
         formatter_class=lambda prog: argparse.HelpFormatter(
             prog, max_help_position=34, width=160
         ),
