@@ -2688,7 +2688,7 @@ class Batch:
         return changed
 
     def redeliver_first(self, uuid: str, now_ms: int) -> int:
-        """Have a delivery attempted before all others; its webhook's id, or NotFound."""
+        """Have a delivery attempted before all others; the id of its webhook."""
         sql = "SELECT id, webhook_id FROM deliveries WHERE uuid = ?"
         row, name = self.connection.row(sql, uuid), f"delivery {uuid}"
         number, webhook_id = found(row, name)
