@@ -4019,6 +4019,16 @@ def test_ten_wrong_passwords_shut_an_address_out_for_the_rest_of_the_minute(api,
     assert api.get(WEBHOOKS).status_int == 200
 
 
+def test_a_failed_login_is_logged_with_the_user_if_it_is_one(api, caplog):
+    """Somebody may type a password where the name belongs."""
+    for login in (("Basic", ("viewer", "wrong")), ("Basic", ("pass-word", "x"))):
+        api.authorization = login
+        assert api.get(WEBHOOKS).status_int == 401
+
+    users = [line.rpartition("user=")[2] for line in caplog.messages]
+    assert users == ["viewer", "unknown"]
+
+
 def test_wrong_passwords_of_the_next_minute_are_counted_anew(api, clock):
     api.authorization = ("Basic", ("admin", "wrong"))
     for _ in range(2):

@@ -4047,6 +4047,16 @@ def ensure_admin(store: Store, password: str) -> str | None:
     return secret
 
 
+def read_login(header: str) -> tuple[str | None, str]:
+    """Name and password of an Authorization header; a Bearer's secret has no name."""
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            name, _, password = base64.b64decode(value).decode().partition(":")
+            return name, password
+    return None, value.strip() if scheme.lower() == "bearer" else ""
+
+
 class Logins:
     """Who sends a request; verified logins are remembered, wrong ones are counted."""
 
@@ -4070,9 +4080,11 @@ class Logins:
             return known
         with self._verifying:
             self._check_throttle(address)  # others may have been wrong meanwhile
-            known = self._verify(header, users)
+            name, password = read_login(header)
+            known = self._verify(name, password, users)
             if known is None:
-                self._count_wrong(address)
+                is_user = any(user.name == name for user in users)
+                self._count_wrong(address, name if is_user else "unknown")
                 raise Unauthorized("wrong user name or password")
             if len(self._verified) >= MAX_VERIFIED:
                 self._verified.clear()
@@ -4080,22 +4092,15 @@ class Logins:
         return known
 
     @staticmethod
-    def _verify(header, users):
-        scheme, _, value = header.partition(" ")
-        if scheme.lower() == "bearer":
+    def _verify(name, password, users):
+        if name is None:
             bearers = [user for user in users if user.record.startswith("secret$")]
-            return next((u for u in bearers if matches(value.strip(), u.record)), None)
-        if scheme.lower() != "basic":
-            return None
-        try:
-            name, _, given = base64.b64decode(value).decode().partition(":")
-        except ValueError:
-            return None
+            return next((u for u in bearers if matches(password, u.record)), None)
         user = next((user for user in users if user.name == name), None)
-        if user and matches(given, user.record):
+        if user and matches(password, user.record):
             return user
         if user is None or user.record.startswith("secret$"):
-            password_record(given)  # so that nobody learns from the time who exists
+            password_record(password)  # so that nobody learns from the time who exists
         return None
 
     def _check_throttle(self, address):
@@ -4107,13 +4112,13 @@ class Logins:
                 headers={"Retry-After": str(int(left) + 1)},
             )
 
-    def _count_wrong(self, address):
+    def _count_wrong(self, address, name):
         now = self._clock()
         oldest = now - WRONG_PASSWORDS_SECONDS
         self._wrong = {key: w for key, w in self._wrong.items() if w[0] > oldest}
         since, count = self._wrong.get(address, (now, 0))
         self._wrong[address] = since, count + 1
-        fact("wrong password", level=logging.WARNING, address=address)
+        fact("wrong password", level=logging.WARNING, address=address, user=name)
 
 
 # ======================================================================================
@@ -4335,7 +4340,8 @@ class Api:
         own = f"{bottle.request.environ['wsgi.url_scheme']}://{self._host()}"
         origin = self._header("Origin") or own
         if site not in ("none", "same-origin") or _site(origin) != _site(own):
-            raise Forbidden("requests from other sites are refused")
+            hint = "behind a reverse proxy it needs --trusted-proxy"
+            raise Forbidden(f"requests from other sites are refused; {hint}")
 
     def _log_in(self, roles):
         if roles == ANYBODY:
@@ -4964,7 +4970,7 @@ FORM_PAGE = page_template("""\
 <textarea rows="5" spellcheck="false" {{!shared}}>
 {{form.get(name, "")}}</textarea>
 % else:
-<input type="{{kind}}" value="{{form.get(name, "")}}" autocomplete="{{"new-password" if kind == "password" else "off"}}" {{!shared}}>
+<input type="{{kind}}" value="{{form.get(name) or ""}}" autocomplete="{{"new-password" if kind == "password" else "off"}}" {{!shared}}>
 % end
 <span class="fault" id="{{name}}-fault">{{wrong}}</span>
 <span class="soft" id="{{name}}-hint">{{hint}}</span></div>
@@ -5684,10 +5690,21 @@ class CommandError(Exception):
     """A subcommand cannot do what it was asked; the text says why."""
 
 
+def is_there(path: str) -> bool:
+    """Whether there is such a file; raises DatabaseError if that cannot be known."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise DatabaseError(f"{path}: {error.strerror}") from None
+    return True
+
+
 @contextlib.contextmanager
 def database_beside_service(path: str, creates: bool = False):
     """A connection in a transaction, beside a service; raises DatabaseError."""
-    is_new = not os.path.exists(path)
+    is_new = not is_there(path)
     if is_new and not creates:
         raise DatabaseError(f"{path} does not exist")
     try:
@@ -5761,7 +5778,7 @@ def remove_user(given: argparse.Namespace) -> None:
 
 
 def _check_backup(path, target):
-    if not os.path.exists(path):
+    if not is_there(path):
         raise DatabaseError(f"{path} does not exist")
     if os.path.exists(target) and not os.path.isfile(target):
         raise CommandError(f"{target} is not a file")
