@@ -6286,7 +6286,9 @@ def test_a_request_that_comes_slowly_gets_no_more_time():
     app = bottle.Bottle()
     server = webhookd.make_server(app, listener, webhookd.Settings())
     client = socket.create_connection(listener.getsockname())
-    thread = threading.Thread(target=webhookd.take_requests, args=(server,))
+    stopping = threading.Event()
+    running = (server, stopping)
+    thread = threading.Thread(target=webhookd.take_requests, args=running)
     with contextlib.closing(client), contextlib.closing(listener):
         thread.start()
         client.sendall(b"POST / HTTP/1.1\r\n")
@@ -6295,6 +6297,8 @@ def test_a_request_that_comes_slowly_gets_no_more_time():
         channel.last_activity = 7.0
         client.sendall(b"Content-Length: 5\r\n\r\n12")
         wait_until(lambda: channel.request.headers_finished)
+        webhookd.stop_server(*running)
+        thread.join()
         server.close()
 
     assert channel.last_activity == 7.0

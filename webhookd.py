@@ -1225,7 +1225,7 @@ def read_events(
     Raises Invalid with the faults of all of them, TooLarge for one over max_bytes."""
     if lines:
         found = re.finditer(rb"[^\n]+", body)
-        parts = ((_read_one, line[0]) for line in found if line[0].strip())
+        parts = ((_read_one, line[0].rstrip()) for line in found if line[0].strip())
     elif body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         parts = ((_read_event, item) for item in _items(decoded(body), max_bytes))
     else:
@@ -2616,7 +2616,10 @@ class Batch:
         return number, uuid
 
     def replay(self, webhook_id: int, event_ids: list[int], now_ms: int) -> int:
-        """Make deliveries of stored events that a webhook has none of; how many."""
+        """Make deliveries of stored events that a webhook has none of; how many.
+
+        Raises NotFound."""
+        self.webhooks.get(webhook_id)
         chosen = f"id IN {marks(event_ids)} AND {MISSED}"
         sql = f"SELECT id, event FROM events WHERE {chosen} ORDER BY id"
         events = self.connection.rows(sql, *event_ids, webhook_id)
@@ -2675,7 +2678,8 @@ class Batch:
     def redeliver(self, webhook_id: int, numbers: list[int], now_ms: int) -> int:
         """Have deliveries attempted at once, on a fresh schedule; how many there are.
 
-        If their webhook is paused, its probe is due."""
+        If their webhook is paused, its probe is due. Raises NotFound."""
+        self.webhooks.get(webhook_id)
         chosen = f"WHERE webhook_id = ? AND id IN {marks(numbers)}"
         sql = f"SELECT count(*) FROM deliveries {chosen} AND state = 'pending'"
         waiting = self.connection.row(sql, webhook_id, *numbers)[0]
@@ -2692,7 +2696,6 @@ class Batch:
         sql = "SELECT id, webhook_id FROM deliveries WHERE uuid = ?"
         row, name = self.connection.row(sql, uuid), f"delivery {uuid}"
         number, webhook_id = found(row, name)
-        found(webhook_id in self.webhooks.by_id, name)
         waiting = "state = 'pending' AND webhook_id = ?"
         sql = f"SELECT min(next_attempt) - 1 FROM deliveries WHERE {waiting}"
         [first] = self.connection.row(sql, webhook_id)
@@ -3403,7 +3406,7 @@ class Lane:
         self.proven = proven  # it had a success, and few failures since
         self.width = 1  # attempts at once: one more with each success, a failure: 1
         self.in_flight = 0  # attempts
-        self.stale = False  # somebody changed what attempts in flight are about
+        self.changes = 0  # how often others changed what attempts in flight are about
         self.waiting = False  # for its turn
         self.not_before = 0.0  # milliseconds, by its rateLimit
         self.alarm = math.inf  # milliseconds, when it is looked at again
@@ -3681,7 +3684,7 @@ class Dispatcher:
             return
         lane = self._lane(webhook_id)
         lane.put_back()
-        lane.stale = lane.in_flight > 0
+        lane.changes += 1
         if lane.unrecorded:
             lane.ask_after = lane.unrecorded[-1][0]
         # the limit may have changed, and the clock may have been set back
@@ -3725,6 +3728,9 @@ class Dispatcher:
 
     def _may_start(self, lane):
         """Whether it may have one more attempt now; if it rests, an alarm is set."""
+        webhook = self._store.webhooks.by_id.get(lane.webhook_id)
+        if webhook is None or not webhook.active:  # that it is will be told
+            return False
         if lane.in_flight and not self._may_widen(lane):
             return False
         health = self._health(lane)
@@ -3762,10 +3768,7 @@ class Dispatcher:
             if lane is None:
                 return
             webhook = self._store.webhooks.by_id.get(lane.webhook_id)
-            if webhook is None or not webhook.active:
-                lane.put_back()
-                lane.backlog = False  # until it is active again
-            elif not lane.ready and self._may_ask(lane):
+            if webhook and not lane.ready and self._may_ask(lane):
                 self._refill(lane, webhook)
             if lane.ready and self._may_start(lane):  # still
                 self._start(lane, lane.ready.popleft(), webhook)
@@ -3805,17 +3808,18 @@ class Dispatcher:
             lane.not_before = start + 1000 / webhook.rate_limit
         begun = self._turns.begin(lane, len(due.body))
         headers = attempt_headers(webhook, due.event, due.id, number, due.body, now_ms)
-        done = functools.partial(self._finish, lane, due, begun)
+        done = functools.partial(self._finish, lane, due, begun, lane.changes)
         start_attempt(self._client, webhook, headers, due.body, now_ms, done)
 
-    def _finish(self, lane, due, begun, attempt):
+    def _finish(self, lane, due, begun, changes, attempt):
         self._turns.end(lane, *begun)
-        self._settle(lane, due, attempt)
+        self._settle(lane, due, attempt, is_stale=changes != lane.changes)
         self._queue(lane)
         self._start_attempts()
         self._ended.set()
 
-    def _settle(self, lane, due, attempt):
+    def _settle(self, lane, due, attempt, is_stale):
+        """Hand the result in; is_stale: the delivery was changed during the attempt."""
         health = self._health(lane)
         settled = settlement(due, attempt, health, self._settings, self._jitter())
         number = self._store.settle(settled)
@@ -3825,13 +3829,14 @@ class Dispatcher:
         waits = settled.state == PENDING
         if waits:
             self._set_alarm(lane, settled.next_attempt)
-        if waits or settled.recovered or lane.stale:
+        if waits or settled.recovered or is_stale:
             lane.ask_after = number
         stays_first = waits and self._is_ordered(lane)
         rests = lane.health.paused_until or lane.health.disabled
-        if settled.recovered or stays_first or rests or lane.stale:
+        if settled.recovered or stays_first or rests or is_stale:
             lane.put_back()
-        lane.stale = lane.stale and lane.in_flight > 0
+        if settled.recovered:  # the others in flight were planned anew
+            lane.changes += 1
 
     def _count(self, lane, settled):
         attempt = settled.attempt
@@ -4677,13 +4682,15 @@ class Api:
     def _make_due(self, id, found, make_due, dry_run, words):
         matched = made = 0
         now = self._now_ms()
-        for ids in found:
-            matched += len(ids)
-            if ids and not dry_run:
-                made += make_due(id, ids, now)
-        if made:
-            self._dispatcher.reconsider(id)
-            self._log_change(words, webhook=id, count=made)
+        try:
+            for ids in found:
+                matched += len(ids)
+                if ids and not dry_run:
+                    made += make_due(id, ids, now)
+        finally:  # if one of the steps fails, those before it are done
+            if made:
+                self._dispatcher.reconsider(id)
+                self._log_change(words, webhook=id, count=made)
         return matched, made
 
     def replay(self, id):
@@ -5593,12 +5600,18 @@ def make_server(app, listener: socket.socket, settings: Settings):
     return server
 
 
-def take_requests(server) -> None:
-    """Run the server until a signal raises SystemExit."""
+def take_requests(server, stopping: threading.Event) -> None:
+    """Run the server until it is stopping, see `stop_server`."""
     timeout = server.adj.asyncore_loop_timeout
-    with contextlib.suppress(SystemExit):  # server.run() would drop what is queued then
+    while not stopping.is_set():  # server.run() would drop what is queued
         # select() would know file numbers below 1024 only
-        server.asyncore.loop(timeout, map=server._map, use_poll=True)
+        server.asyncore.loop(timeout, map=server._map, use_poll=True, count=1)
+
+
+def stop_server(server, stopping: threading.Event) -> None:
+    """Have `take_requests` return; from any thread, or a handler of signals."""
+    stopping.set()
+    server.pull_trigger()
 
 
 def finish_requests(server) -> None:
@@ -5642,12 +5655,6 @@ def on_stop(handler: collections.abc.Callable | int) -> None:
         signal.signal(number, handler)
 
 
-def _stop(number, frame):
-    on_stop(signal.SIG_IGN)  # once is enough
-    notify("STOPPING=1")
-    raise SystemExit(0)
-
-
 def _beat(store):
     if not store.stands_still():
         notify("WATCHDOG=1")
@@ -5674,10 +5681,13 @@ def serve(settings: Settings) -> None:
         parts.enter_context(Upkeep(store, dispatcher, settings))
         api = Pages(store, dispatcher, destinations, settings)
         server = make_server(api.app, listener, settings)
-        on_stop(_stop)
+        stopping = threading.Event()
+        on_stop(lambda *_: stop_server(server, stopping))
         notify("READY=1")
         fact("ready", listen=printable_address(*address))
-        take_requests(server)
+        take_requests(server, stopping)
+        on_stop(signal.SIG_IGN)  # once is enough
+        notify("STOPPING=1")
         fact("stopping")
         dispatcher.stop()
         finish_requests(server)
@@ -5866,9 +5876,13 @@ def backup(given: argparse.Namespace) -> None:
 # ---- sink ----
 
 
+def _exit(number, frame):
+    raise SystemExit(0)
+
+
 def run_sink(given: argparse.Namespace) -> None:
     """Receive deliveries until SIGTERM or SIGINT."""
-    on_stop(_stop)
+    on_stop(_exit)
     sys.stdout.reconfigure(errors="backslashreplace")
     where = given.listen or SINK_LISTEN
     try:
