@@ -684,6 +684,12 @@ def test_lines_are_events_and_blank_ones_are_passed_over():
     assert [event.name for event in events] == ["a", "b"]
 
 
+def test_the_end_of_a_line_is_no_part_of_its_event():
+    line = '{"event":"e"}'
+
+    assert len(read_event(f"{line}\r\n{line}\r\n", lines=True, max_bytes=13)) == 2
+
+
 def test_a_bad_line_is_named_by_its_place():
     with pytest.raises(webhookd.Invalid, match=r"\[1\]: the body is not valid JSON"):
         read_event('{"event":"a"}\n{', lines=True)
@@ -2673,6 +2679,18 @@ def test_who_is_told_of_a_disabled_webhook_may_be_deleted_in_the_same_commit(sto
     assert store._rows("SELECT event_id FROM deliveries") == [(1,)]
 
 
+@pytest.mark.parametrize("again", ["replay", "redeliver"])
+def test_nothing_is_made_due_for_a_webhook_that_is_gone(store, again):
+    webhook = add_webhook(store)
+    [event] = publish(store)
+    store.delete_webhook(webhook.id)
+
+    with pytest.raises(webhookd.NotFound):
+        getattr(store, again)(webhook.id, [event.id], 1000)
+
+    assert (store.pending[webhook.id], count(store, "deliveries")) == (0, 0)
+
+
 def test_an_event_beside_the_deletion_of_its_webhook_leaves_no_delivery(store):
     webhook = add_webhook(store)
 
@@ -3320,6 +3338,56 @@ def test_a_change_during_an_attempt_does_not_hide_that_it_is_gone(
     store.flush()
 
     assert api.get_webhook(webhook)["health"]["state"] == "disabled"
+
+
+def test_an_ordered_webhook_activated_beside_a_publication_keeps_its_order(
+    api, store, dispatcher, receiver, wall
+):
+    """The dispatcher hears of the publication before it hears of the change."""
+    api.create(receiver.url, ordered=True)
+    publish_numbers(api, 0, 1)
+    api.put_json(f"{WEBHOOKS}/1", {"active": False})
+    assert wall(0) == []
+
+    store.change_webhook(1, lambda old: dataclasses.replace(old, active=True))
+    publish_numbers(api, 2)
+
+    assert wall(0) == [0, 1, 2]
+
+
+def test_a_last_retry_in_flight_while_its_webhook_recovers_is_made_again(
+    api, store, dispatcher, receiver, wall, clock
+):
+    """The recovery planned it anew, so that it is due whatever the attempt brings."""
+    id = api.create(receiver.url)["id"]
+    webhook = store.webhooks.get(id)
+    publish_numbers(api, 0, 1)
+    retry, probe = due_deliveries(store, webhook, clock.ms)
+    retry = retry._replace(attempt_count=2, step=2, next_attempt=clock.ms + 1)
+    planned = {"state": "pending", "next_attempt": clock.ms + 1, "step": 2}
+    paused = webhookd.Health(5, clock.ms, clock.ms, "500")
+    settle(
+        store, retry._replace(step=0, next_attempt=clock.ms), **planned, health=paused
+    )
+    clock.advance(1)
+    lane = dispatcher._lane(webhook.id)
+
+    async def end_both():
+        dispatcher._enter_loop()
+        dispatcher._stop.set()  # nothing is to start here
+        lane.held |= {retry.number, probe.number}
+        lane.backlog, lane.newest = False, probe.number
+        begun = [dispatcher._turns.begin(lane, 0) for _ in range(2)]
+        ends = ((probe, "SUCCESS", 200), (retry, "FAILURE", 500))
+        for places, (due, outcome, status) in zip(begun, ends):
+            lane.backlog = False  # it has read what there was
+            args = (clock.ms, 1, "http://x/", "", outcome, str(status), status)
+            dispatcher._finish(lane, due, places, 0, webhookd.Attempt(*args))
+            store.flush()
+
+    asyncio.run(end_both())
+
+    assert wall(1) == [0]
 
 
 def test_those_that_come_last_have_a_turn_now_and_then():
@@ -4941,6 +5009,24 @@ def test_redelivering_many_ends_the_pause(api, receiver, wall):
     api.post_json(f"{WEBHOOKS}/1/redeliver", {"outcome": "FAILURE"})
 
     assert sorted(wall(0)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_a_replay_made_before_it_failed_is_attempted(
+    api, store, receiver, wall, monkeypatch
+):
+    api.post_json(EVENTS, [{"event": "e", "n": n} for n in range(501)])
+    api.create(receiver.url)
+    replay, steps = store.replay, iter([None, webhookd.StorageFull("the disk is full")])
+
+    def fail_second(*args):
+        if failure := next(steps):
+            raise failure
+        return replay(*args)
+
+    monkeypatch.setattr(store, "replay", fail_second)
+    assert api.post(f"{WEBHOOKS}/1/replay").status_int == 507
+
+    assert len(wall(0)) == 500
 
 
 def test_redelivering_one_does_not_wait_for_those_before_it(api, receiver, wall):

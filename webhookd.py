@@ -2553,7 +2553,7 @@ class Batch:
         if state in (SUCCEEDED, FAILED):
             self.pending_change[webhook.id] -= 1
         if settled.recovered:
-            self._end_waits(webhook.id)
+            self._end_waits(webhook.id, settled.attempt.finish)
         before, after = self._health_of(webhook.id), settled.health
         if before == HEALTHY != settled.before:
             return  # it was activated meanwhile, and starts clean
@@ -2562,12 +2562,12 @@ class Batch:
         if after.disabled and not before.disabled:
             self._disable(webhook, after.reason, settled.attempt.finish)
 
-    def _end_waits(self, webhook_id):
+    def _end_waits(self, webhook_id, now_ms):
         self.connection.change(  # oldest first; and at no cost of their schedule
-            "UPDATE deliveries SET next_attempt = created, step = step - 1"
+            "UPDATE deliveries SET next_attempt = min(created, ?), step = step - 1"
             " WHERE state = 'pending' AND webhook_id = ? AND next_attempt > created"
             " AND step > 0",  # else it was redelivered, and is due
-            webhook_id,
+            *(now_ms, webhook_id),
         )
 
     # ---- events ----
@@ -2651,7 +2651,7 @@ class Batch:
         new = change(old)
         self._replace(new)
         if activates and new.active or new.url != old.url:
-            self._start_clean(id)
+            self._start_clean(id, new.updated)
         return old, new
 
     def _replace(self, webhook):
@@ -2659,11 +2659,11 @@ class Batch:
         self.connection.change(sql, definition_of(webhook), webhook.id)
         self.webhooks = self.webhooks.put(webhook)
 
-    def _start_clean(self, webhook_id):
+    def _start_clean(self, webhook_id, now_ms):
         """Forget a webhook's failures; what they made wait is due."""
         if self._health_of(webhook_id) != HEALTHY:
             self.changed_health[webhook_id] = HEALTHY
-            self._end_waits(webhook_id)
+            self._end_waits(webhook_id, now_ms)
 
     def _disable(self, webhook, reason, now_ms):
         self._replace(dataclasses.replace(webhook, active=False))
@@ -2724,6 +2724,7 @@ class Batch:
         rows = self.connection.rows(sql, id)
         self._forget(self.delete_deliveries([number for number, *_ in rows]))
         found(self.delete_events([id]), f"event {id}")
+        rows = [row for row in rows if row[1] in self.webhooks.by_id]
         waiting = [webhook_id for _, webhook_id, state in rows if state == PENDING]
         self.pending_change.subtract(waiting)
         return sorted({webhook_id for _, webhook_id, _ in rows})
@@ -3088,7 +3089,10 @@ class Store:
     def empty_log(self) -> None:
         """Move what SQLite's log holds into the database, and cut the log off, so that
         no trace of what was deleted stays in the files."""
-        with contextlib.closing(connect(self._path)) as connection:
+        with (
+            contextlib.suppress(sqlite3.Error),  # the deletion is done all the same
+            contextlib.closing(connect(self._path)) as connection,
+        ):
             connection.execute("PRAGMA busy_timeout = 50")  # the writer waits as long
             for _ in range(50):
                 busy, *_ = connection.row("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -3639,6 +3643,7 @@ class Dispatcher:
             await self._all_ended()
             self._store.flush()
             self.step()
+        self._stop.set()
         self._client.close()
         self._loop = None
 
@@ -3731,12 +3736,12 @@ class Dispatcher:
         webhook = self._store.webhooks.by_id.get(lane.webhook_id)
         if webhook is None or not webhook.active:  # that it is will be told
             return False
-        if lane.in_flight and not self._may_widen(lane):
+        if lane.in_flight and not self._may_widen(lane, webhook):
             return False
         health = self._health(lane)
         if health.disabled:
             return False
-        rests_until = max(lane.not_before, self._due(lane, health))
+        rests_until = max(lane.not_before, self._due(lane, webhook, health))
         if rests_until > self._clock() * 1000:
             self._set_alarm(lane, rests_until)
             return False
@@ -3748,19 +3753,16 @@ class Dispatcher:
         return lane.health if lane.unrecorded else self._store.health[lane.webhook_id]
 
     @staticmethod
-    def _due(lane, health):
+    def _due(lane, webhook, health):
         """When its next delivery is due; a probe is, whatever is planned for it."""
         if health.paused_until:
             return health.paused_until
-        return lane.ready[0].next_attempt if lane.ready else 0
+        waits = webhook.ordered and lane.ready  # else what is ready is due
+        return lane.ready[0].next_attempt if waits else 0
 
-    def _may_widen(self, lane):
+    def _may_widen(self, lane, webhook):
         most = min(lane.width, self._turns.share())
-        return lane.in_flight < most and not self._is_ordered(lane)
-
-    def _is_ordered(self, lane):
-        webhook = self._store.webhooks.by_id.get(lane.webhook_id)
-        return webhook is not None and webhook.ordered
+        return lane.in_flight < most and not webhook.ordered
 
     def _start_attempts(self):
         while not self._stop.is_set() and not self._store.problem:
@@ -3831,7 +3833,8 @@ class Dispatcher:
             self._set_alarm(lane, settled.next_attempt)
         if waits or settled.recovered or is_stale:
             lane.ask_after = number
-        stays_first = waits and self._is_ordered(lane)
+        webhook = self._store.webhooks.by_id.get(lane.webhook_id)
+        stays_first = waits and webhook is not None and webhook.ordered
         rests = lane.health.paused_until or lane.health.disabled
         if settled.recovered or stays_first or rests or is_stale:
             lane.put_back()
