@@ -5658,6 +5658,11 @@ def on_stop(handler: collections.abc.Callable | int) -> None:
         signal.signal(number, handler)
 
 
+def _stop(server, stopping):
+    on_stop(signal.SIG_IGN)  # once is enough, and Event.set() is not to be interrupted
+    stop_server(server, stopping)
+
+
 def _beat(store):
     if not store.stands_still():
         notify("WATCHDOG=1")
@@ -5685,11 +5690,10 @@ def serve(settings: Settings) -> None:
         api = Pages(store, dispatcher, destinations, settings)
         server = make_server(api.app, listener, settings)
         stopping = threading.Event()
-        on_stop(lambda *_: stop_server(server, stopping))
+        on_stop(lambda *_: _stop(server, stopping))
         notify("READY=1")
         fact("ready", listen=printable_address(*address))
         take_requests(server, stopping)
-        on_stop(signal.SIG_IGN)  # once is enough
         notify("STOPPING=1")
         fact("stopping")
         dispatcher.stop()
