@@ -2745,7 +2745,7 @@ def test_a_database_of_the_first_release_opens_migrated(tmp_path):
     connection.close()
 
     with webhookd.Store(path) as store:
-        webhook = store.webhook(7)
+        webhook = store.webhooks.get(7)
         [due] = due_deliveries(store, webhook, 5000)
         delivery, _, [attempt] = store.delivery(due.id)
 
@@ -5457,11 +5457,11 @@ def test_editing_changes_only_what_was_edited(browser, receiver, dispatcher, sto
     browser.create(url, configuration={"secret": "s", "k": "v"}, rateLimit=5)
     browser.publish()
     dispatcher.run_until_idle()
-    before = store.webhook(1)
+    before = store.webhooks.get(1)
 
     fill_in(browser.get("/webhooks/1").click("Edit"), name="new")
 
-    assert store.webhook(1) == dataclasses.replace(before, name="new")
+    assert store.webhooks.get(1) == dataclasses.replace(before, name="new")
     assert store.health[1].failures == 1
 
 
@@ -5472,9 +5472,9 @@ def test_a_secret_is_changed_and_removed_but_never_shown(browser, store):
     assert "old-secret" not in page.text
     assert "the one that is set stays" in words(page)
     fill_in(page, secret="new-secret")
-    assert store.webhook(1).secret == "new-secret"
+    assert store.webhooks.get(1).secret == "new-secret"
     fill_in(browser.get("/webhooks/1/edit"), removeSecret=True)
-    assert store.webhook(1).secret is None
+    assert store.webhooks.get(1).secret is None
     assert "Remove the secret" not in browser.get("/webhooks/1/edit").text
 
 

@@ -12,19 +12,19 @@ SQLite file.
 
 The way of an event, left to right and down; nothing below calls anything above:
 
-    POST /rest/api/events ─ Api ─ Store.publish ──────┐ event + a delivery per webhook
-                                  (waits for commit)  │ that wants it, ONE transaction
-                                                      │ shared with whoever publishes at
-                                 202 ◄────────────────┤ the same moment, fsynced
-                                                      ▼
-                                                 Dispatcher   due deliveries by webhook;
-                                                      │       the database holds the rest
-                                                      ▼       and is the only truth
-                        sign ─ connect to a checked address ─ send ─ judge the outcome
-                                                      │
-                                                      ▼
-                                                 Store.settle  attempt + next state, with
-                                                               the next commit
+   POST /rest/api/events ─ Api ─ Store.publish ──────┐ event + a delivery per webhook
+                                 (waits for commit)  │ that wants it, ONE transaction
+                                                     │ shared with whoever publishes at
+                                202 ◄────────────────┤ the same moment, fsynced
+                                                     ▼
+                                                Dispatcher   due deliveries by webhook;
+                                                     │       the database holds the rest
+                                                     ▼       and is the only truth
+                       sign ─ connect to a checked address ─ send ─ judge the outcome
+                                                     │
+                                                     ▼
+                                                Store.settle  attempt + next state, with
+                                                              the next commit
 
     pending ──2xx──► succeeded ─┐   being in flight is known to memory only: after a
      ▲   └─ given up ──► failed ┤   crash what was not settled is pending, and is
@@ -722,7 +722,7 @@ def _refuse_constant(name):
 _event_decoder = json.JSONDecoder(
     parse_float=_json_number, parse_int=_json_integer, parse_constant=_refuse_constant
 )
-_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant)
+_decode = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant).decode
 _marked_number = re.compile(f'"{NUMBER_MARK}([^"]*)"')
 
 
@@ -740,10 +740,10 @@ def decoded(body: bytes) -> str:
         raise Invalid(f"the body is not UTF-8: {error.reason}") from None
 
 
-def json_value(text: str, decoder: json.JSONDecoder = _decoder):
-    """The value of a JSON text; raises Invalid."""
+def json_value(text: str, decode: collections.abc.Callable = _decode):
+    """What decode, which raises ValueError, makes of a JSON text; raises Invalid."""
     try:
-        return decoder.decode(text)
+        return decode(text)
     except RecursionError:
         raise Invalid("the JSON is nested too deeply") from None
     except ValueError as error:
@@ -835,21 +835,21 @@ def rate(value: object) -> float | None:
 
 
 EVENT_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+EVENT_NAME_RULE = "must be 1 to 64 characters out of A-Z a-z 0-9 _ . : -"
 
 
 def event_name(value: object) -> str:
     """The name of an event."""
     if isinstance(value, str) and EVENT_NAME.fullmatch(value):
         return value
-    raise Invalid("must be 1 to 64 characters out of A-Z a-z 0-9 _ . : -")
+    raise Invalid(EVENT_NAME_RULE)
 
 
 def _check_subscription(name):
-    """The name of an event, or `*`, or a prefix and `*`."""
+    """Raise Invalid unless it is the name of an event, or `*`, or a prefix and `*`."""
     prefix = name.removesuffix("*") if isinstance(name, str) else ""
     is_name = name == "*" or EVENT_NAME.fullmatch(prefix) and len(name) <= 64
-    rule = "must be 1 to 64 characters out of A-Z a-z 0-9 _ . : -, or end in *"
-    require(is_name, f"{json.dumps(name)[:80]} {rule}")
+    require(is_name, f"{json.dumps(name)[:80]} {EVENT_NAME_RULE}, or end in *")
 
 
 def subscriptions(value: object) -> tuple[str, ...]:
@@ -1117,7 +1117,7 @@ def _field_at(fields, path):
 
 def event_fields(body: bytes) -> dict:
     """The fields of an event's body, for filters."""
-    return json_value(body.decode(), _event_decoder)
+    return json_value(body.decode(), _event_decoder.decode)
 
 
 def wants(webhook: Webhook, fields: dict) -> bool:
@@ -1177,7 +1177,7 @@ def _read_event(value, now_ms, max_bytes):
 
 def _read_one(body, now_ms, max_bytes):
     _check_size(len(body), max_bytes)
-    value = json_value(decoded(body), _event_decoder)
+    value = json_value(decoded(body), _event_decoder.decode)
     return _read_event(value, now_ms, max_bytes)
 
 
@@ -1185,19 +1185,14 @@ _blank = re.compile(r"[ \t\r\n]*").match
 
 
 def _item(text, start, max_bytes, place):
-    """The JSON value at a position of a text, and where it ends."""
+    """The JSON value at a position of a text, and where it ends; raises ValueError."""
     part = text[start : start + max_bytes + 1]
     try:
         item, length = _event_decoder.raw_decode(part)
-    except RecursionError:
-        raise Invalid("the JSON is nested too deeply") from None
     except json.JSONDecodeError as error:
         is_at_end = error.pos > len(part) - 16 or "Unterminated" in error.msg
         _check_size(len(part) if is_at_end else 0, max_bytes, place)  # it was cut off
-        where = f"char {start + error.pos}"
-        raise Invalid(f"the body is not valid JSON: {error.msg}: {where}") from None
-    except ValueError as error:
-        raise Invalid(f"the body is not valid JSON: {error}") from None
+        raise ValueError(f"{error.msg}: char {start + error.pos}") from None
     return item, start + length
 
 
@@ -1208,7 +1203,8 @@ def _items(text, max_bytes):
         at = _blank(text, at + 1).end()  # after the bracket or the comma
         if not index and text.startswith("]", at):
             break
-        item, at = _item(text, at, max_bytes, f"[{index}]")
+        what = {"start": at, "max_bytes": max_bytes, "place": f"[{index}]"}
+        item, at = json_value(text, functools.partial(_item, **what))
         yield item
         at = _blank(text, at).end()
         if not text.startswith(",", at):
@@ -3027,8 +3023,8 @@ class Store:
 
     # ---- writing: called by any thread ----
 
-    def _submit(self, work, *args):
-        write = Write(lambda batch: work(batch, *args))
+    def _submit(self, run):
+        write = Write(run)
         with self._wakeup:
             if self._closing:
                 raise Unavailable("webhookd is stopping")
@@ -3049,7 +3045,8 @@ class Store:
         Raises KeyReused, StorageFull or Unavailable; then nothing was stored."""
         if self.full:
             raise StorageFull(FULL)
-        return self._submit(Batch.publish, events, now_ms, answer, idempotency)
+        what = events, now_ms, answer, idempotency
+        return self._submit(lambda batch: batch.publish(*what))
 
     def settle(self, settlement: Settlement) -> int:
         """Take an attempt's result for one of the next commits; does not wait.
@@ -3197,11 +3194,7 @@ class Store:
             yield rows
             last = rows[-1][0]
 
-    # ---- reading webhooks, events and deliveries ----
-
-    def webhook(self, id: int) -> Webhook:
-        """The webhook; raises NotFound."""
-        return self.webhooks.get(id)
+    # ---- reading events and deliveries ----
 
     def events(self, wanted: Filter, page: Page) -> tuple[list[Event], int]:
         """A page of events, newest first, and how many there are in all."""
@@ -4488,16 +4481,18 @@ class Api:
     def get_webhook(self, id):
         with Reader(self._query()) as query:
             statistics = query.field("statistics", False, boolean)
-        return self._json(self._shown([self._store.webhook(id)], statistics)[0])
+        return self._json(self._shown([self._store.webhooks.get(id)], statistics)[0])
 
     def update_webhook(self, id):
-        self._store.webhook(id)  # that there is none comes before a fault in the body
+        self._store.webhooks.get(
+            id
+        )  # that there is none comes before a fault in the body
         return self._json(self._shown([self.change(id, self._object())])[0])
 
     def change(self, id: int, fields: dict) -> Webhook:
         """Change the fields of a webhook that are given; raises NotFound, Invalid."""
         # looking its host up takes time, so the writer reads it again without that
-        read_webhook(fields, self._store.webhook(id), self._destinations.check_url)
+        read_webhook(fields, self._store.webhooks.get(id), self._destinations.check_url)
         now, activates = self._now_ms(), fields.get("active") is not None
 
         def change(old):
@@ -4537,7 +4532,7 @@ class Api:
 
     def latest(self, id):
         wanted = self._filter()
-        invocation = self._store.latest(self._store.webhook(id).id, wanted)
+        invocation = self._store.latest(self._store.webhooks.get(id).id, wanted)
         if invocation is None:
             bottle.response.status = 204
             return None
@@ -4545,11 +4540,11 @@ class Api:
 
     def statistics(self, id):
         wanted, now = self._filter(), self._now_ms()
-        webhook = self._store.webhook(id)
+        webhook = self._store.webhooks.get(id)
         return self._json(self._store.statistics(webhook.id, wanted.events, now))
 
     def statistics_summary(self, id):
-        webhook, now = self._store.webhook(id), self._now_ms()
+        webhook, now = self._store.webhooks.get(id), self._now_ms()
         events = self._store.attempted_events(webhook.id)
         of_event = functools.partial(self._store.statistics, webhook.id, now_ms=now)
         return self._json({event: of_event((event,)) for event in events})
@@ -4579,7 +4574,7 @@ class Api:
         with Reader(self._query()) as query:
             id = query.field("webhookId", None, whole_number, 1)
         if id is not None:
-            return self._store.webhook(id)
+            return self._store.webhooks.get(id)
         with Reader(self._query()) as query:
             url = query.field("url", "", read_url, "", self._destinations.check_url)
             query.check("url", url != "", "url or webhookId is needed")
@@ -4643,7 +4638,7 @@ class Api:
     def list_deliveries(self, id):
         with Reader(self._query()) as query:
             page, wanted = read_page(query), read_filter(query)
-        webhook = self._store.webhook(id)
+        webhook = self._store.webhooks.get(id)
         deliveries, total = self._store.deliveries(webhook.id, wanted, page)
         return self._page_of(page, total, [delivery.shown() for delivery in deliveries])
 
@@ -4666,7 +4661,9 @@ class Api:
         return self._store.delivery(uuid)[0]
 
     def redeliver_many(self, id):
-        self._store.webhook(id)  # that there is none comes before a fault in the body
+        self._store.webhooks.get(
+            id
+        )  # that there is none comes before a fault in the body
         counts = self.redeliver_all(id, *self._selection())
         return self._json(dict(zip(("matched", "redelivered"), counts)), 202)
 
@@ -4676,7 +4673,7 @@ class Api:
         """Have those wanted, or else all that failed, attempted at once.
 
         Returns how many matched and how many are redelivered; raises NotFound."""
-        self._store.webhook(id)
+        self._store.webhooks.get(id)
         if not wanted.outcomes:
             wanted = wanted._replace(states=(FAILED,))
         found, words = self._store.redeliverable(id, wanted), "deliveries redelivered"
@@ -4697,7 +4694,7 @@ class Api:
         return matched, made
 
     def replay(self, id):
-        webhook = self._store.webhook(id)
+        webhook = self._store.webhooks.get(id)
         wanted, dry_run = self._selection()
         found, words = self._store.missed_events(webhook, wanted), "events replayed"
         counts = self._make_due(id, found, self._store.replay, dry_run, words)
@@ -5266,7 +5263,7 @@ class Pages(Api):
         with Reader(self._query()) as query:
             page, wanted = read_page(query, DELIVERIES_PER_PAGE), read_filter(query)
             redelivered = query.field("redelivered", None, whole_number, 0)
-        [webhook] = self._shown([self._store.webhook(id)], statistics=True)
+        [webhook] = self._shown([self._store.webhooks.get(id)], statistics=True)
         deliveries, total = self._store.deliveries(id, wanted, page)
         return self._page(
             WEBHOOK_PAGE,
@@ -5287,14 +5284,14 @@ class Pages(Api):
 
     def show_delivery(self, uuid):
         delivery, body, attempts = self._store.delivery(uuid.lower())
-        [webhook] = self._shown([self._store.webhook(delivery.webhook_id)])
+        [webhook] = self._shown([self._store.webhooks.get(delivery.webhook_id)])
         values = {"delivery": delivery, "body": body, "attempts": attempts}
         return self._page(DELIVERY_PAGE, webhook=webhook, **values)
 
     # ---- changing ----
 
     def _edited(self, id):
-        return Webhook() if id is None else self._store.webhook(id)
+        return Webhook() if id is None else self._store.webhooks.get(id)
 
     def show_form(self, id=None):
         old = self._edited(id)
@@ -5314,7 +5311,7 @@ class Pages(Api):
         self._see(f"/webhooks/{webhook.id}")
 
     def show_delete(self, id):
-        webhook, pending = self._store.webhook(id), self._store.pending[id]
+        webhook, pending = self._store.webhooks.get(id), self._store.pending[id]
         return self._page(DELETE_PAGE, webhook=webhook, pending=pending)
 
     def submit_delete(self, id):
@@ -5322,7 +5319,7 @@ class Pages(Api):
         self._see("/")
 
     def submit_test(self, id):
-        webhook = self._store.webhook(id)
+        webhook = self._store.webhooks.get(id)
         return self._page(TEST_PAGE, webhook=webhook, test=self.test(webhook))
 
     def submit_pause(self, id):
