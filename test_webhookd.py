@@ -247,13 +247,7 @@ class Daemon:
 
     def start(self, *flags, **variables):
         command = [sys.executable, str(HERE / "webhookd.py"), "--listen", "127.0.0.1:0"]
-        command += [
-            "--database",
-            self.database,
-            "--allow-networks",
-            "127.0.0.0/8",
-            *flags,
-        ]
+        command += ["--database", self.database, "--allow-networks", "127.0.0.0/8", *flags]
         self.process = subprocess.Popen(
             command,
             env=os.environ | {"WEBHOOKD_ADMIN_PASSWORD": "pw"} | variables,
@@ -272,10 +266,7 @@ class Daemon:
         """Status and parsed answer of one request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         with contextlib.closing(connection):
-            headers = {
-                "Authorization": BASIC,
-                "Content-Type": "application/json",
-            } | headers
+            headers = {"Authorization": BASIC, "Content-Type": "application/json"} | headers
             content = None if body is None else json.dumps(body)
             connection.request(method, path, content, headers)
             answer = connection.getresponse()
@@ -368,8 +359,7 @@ def test_the_docstring_lists_the_sections_in_their_order():
     listed = webhookd.__doc__.partition("finds them):")[2]
 
     assert re.split(r"\s{2,}", listed.strip()) == [
-        name if name in ("REST API",) else name[0].lower() + name[1:]
-        for name in banners
+        name if name in ("REST API",) else name[0].lower() + name[1:] for name in banners
     ]
 
 
@@ -434,27 +424,20 @@ def test_a_value_that_could_be_taken_for_something_else_is_quoted(caplog, text):
 
 
 @pytest.mark.parametrize(
-    "text, seconds",
-    [("500ms", 0.5), ("5s", 5), ("5m", 300), ("2h", 7200), ("30d", 2592000)],
+    "text, seconds", [("500ms", 0.5), ("5s", 5), ("5m", 300), ("2h", 7200), ("30d", 2592000)]
 )
 def test_durations_have_units(text, seconds):
     assert webhookd.duration(text) == seconds
 
 
-@pytest.mark.parametrize(
-    "text, size", [("64K", 65536), ("1M", 1 << 20), ("2G", 2 << 30)]
-)
+@pytest.mark.parametrize("text, size", [("64K", 65536), ("1M", 1 << 20), ("2G", 2 << 30)])
 def test_sizes_have_units(text, size):
     assert webhookd.size(text) == size
 
 
 @pytest.mark.parametrize(
     "text, address",
-    [
-        ("127.0.0.1:8090", ("127.0.0.1", 8090)),
-        ("[::1]:0", ("::1", 0)),
-        ("a:1", ("a", 1)),
-    ],
+    [("127.0.0.1:8090", ("127.0.0.1", 8090)), ("[::1]:0", ("::1", 0)), ("a:1", ("a", 1))],
 )
 def test_listen_addresses(text, address):
     assert webhookd.listen_address(text) == address
@@ -611,14 +594,8 @@ def read_event(text, **options):
             '{"event":"e","n":[1.10, -0, -0.0, 1E5, 1e400, 123456789012345678901234567890]}',
             '{"timestamp":7,"event":"e","n":[1.10,-0,-0.0,1E5,1e400,123456789012345678901234567890]}',
         ),
-        (
-            '{"event":"e","n":%s}' % ("9" * 900),
-            '{"timestamp":7,"event":"e","n":%s}' % ("9" * 900),
-        ),
-        (
-            '{"event":"e","s":"\\u00e4\\n\\ud800"}',
-            '{"timestamp":7,"event":"e","s":"ä\\n\\ud800"}',
-        ),
+        ('{"event":"e","n":%s}' % ("9" * 900), '{"timestamp":7,"event":"e","n":%s}' % ("9" * 900)),
+        ('{"event":"e","s":"\\u00e4\\n\\ud800"}', '{"timestamp":7,"event":"e","s":"ä\\n\\ud800"}'),
         (
             '{"event":"e","o":{"b": null, "a": [true, {}]}}',
             '{"timestamp":7,"event":"e","o":{"b":null,"a":[true,{}]}}',
@@ -654,10 +631,7 @@ def test_an_event_is_delivered_as_it_was_sent(sent, delivered):
         ('{"event":"e","timestamp":null}', "timestamp: must be a number"),
         ('{"event":"e","timestamp":1e400}', "timestamp: is out of range"),
         ('{"event":"e","timestamp":%s}' % ("9" * 5000), "timestamp: is out of range"),
-        (
-            '[{"event":"e"},{"event":""},7]',
-            r"\[1\]\.event: must be.*\[2\]: an event must be",
-        ),
+        ('[{"event":"e"},{"event":""},7]', r"\[1\]\.event: must be.*\[2\]: an event must be"),
     ],
 )
 def test_what_is_not_an_event_is_refused(text, fault):
@@ -726,11 +700,7 @@ def read_webhook(old=webhookd.Webhook(), **fields):
 def test_what_is_left_out_has_defaults():
     webhook = read_webhook()
 
-    assert (webhook.name, webhook.active, webhook.verify_tls) == (
-        "http://x/",
-        True,
-        True,
-    )
+    assert (webhook.name, webhook.active, webhook.verify_tls) == ("http://x/", True, True)
 
 
 @pytest.mark.parametrize("value", [True, "true", "True"])
@@ -750,12 +720,7 @@ def test_a_name_left_out_is_as_much_of_the_url_as_a_name_may_have():
 
 
 def test_events_are_a_set():
-    assert read_webhook(events=["b", "a", "b", "page_*", "*"]).events == (
-        "b",
-        "a",
-        "page_*",
-        "*",
-    )
+    assert read_webhook(events=["b", "a", "b", "page_*", "*"]).events == ("b", "a", "page_*", "*")
 
 
 @pytest.mark.parametrize(
@@ -824,9 +789,7 @@ def test_a_field_at_fault_is_named(fields, context):
 
 def test_all_fields_at_fault_are_named_at_once():
     with pytest.raises(webhookd.Invalid) as refused:
-        read_webhook(
-            url="x", name="", events=["", "e", "a b"], headers={"Te": "x", "b": 1}
-        )
+        read_webhook(url="x", name="", events=["", "e", "a b"], headers={"Te": "x", "b": 1})
 
     assert [fault.context for fault in refused.value.faults] == [
         *("name", "url", "events", "events", "headers.Te", "headers.b")
@@ -847,9 +810,7 @@ def test_a_fault_in_a_url_does_not_tell_a_part_of_its_password():
 def test_a_masked_header_keeps_its_value_whatever_its_case():
     old = read_webhook(headers={"X-Token": "t"})
 
-    assert read_webhook(old, headers={"x-token": "********"}).headers == {
-        "x-token": "t"
-    }
+    assert read_webhook(old, headers={"x-token": "********"}).headers == {"x-token": "t"}
 
 
 def test_a_mask_elsewhere_in_a_url_stands_for_nothing():
@@ -904,10 +865,7 @@ def test_a_password_left_out_or_masked_stays(password):
 
 @pytest.mark.parametrize(
     "name",
-    """Connection Content-Length Expect Host Keep-Alive Proxy-Authenticate
-    Proxy-Authorization Proxy-Connection TE Trailer Transfer-Encoding Upgrade webhook-id
-    webhook-signature webhook-timestamp X-Attempt X-Event-Key X-Hub-Signature
-    X-Hub-Signature-256 X-Request-Id""".split(),
+    ["Connection", "Content-Length", "Expect", "Host", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade", "webhook-id", "webhook-signature", "webhook-timestamp", "X-Attempt", "X-Event-Key", "X-Hub-Signature", "X-Hub-Signature-256", "X-Request-Id"],
 )
 def test_headers_of_the_connection_or_of_webhookd_cannot_be_set(name):
     with pytest.raises(webhookd.Invalid) as refused:
@@ -1021,18 +979,14 @@ def test_ids_are_uuids_that_sort_by_time():
 
     assert ids == sorted(ids)
     assert all(
-        re.fullmatch(
-            r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", i
-        )
+        re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", i)
         for i in ids
     )
 
 
 def headers_of(**fields):
     webhook = webhookd.Webhook(url="http://x/", **fields)
-    lines = webhookd.attempt_headers(
-        webhook, "e", "the-id", 2, b"{}", 1_700_000_000_999
-    )
+    lines = webhookd.attempt_headers(webhook, "e", "the-id", 2, b"{}", 1_700_000_000_999)
     return dict(webhookd.header_fields(webhook.fixed_headers + lines).values())
 
 
@@ -1081,13 +1035,7 @@ def test_credentials_are_basic_authentication():
 
 @pytest.mark.parametrize(
     "status, outcome",
-    [
-        (200, "SUCCESS"),
-        (299, "SUCCESS"),
-        (199, "FAILURE"),
-        (300, "FAILURE"),
-        (410, "FAILURE"),
-    ],
+    [(200, "SUCCESS"), (299, "SUCCESS"), (199, "FAILURE"), (300, "FAILURE"), (410, "FAILURE")],
 )
 def test_any_2xx_is_a_success_and_nothing_else(status, outcome):
     assert webhookd.outcome_of(status) == outcome
@@ -1107,9 +1055,7 @@ def test_any_2xx_is_a_success_and_nothing_else(status, outcome):
         (3, 60, 1.0, None),
     ],
 )
-def test_waits_follow_the_schedule_and_never_fall_below_it(
-    attempts, retry_after, jitter, wait
-):
+def test_waits_follow_the_schedule_and_never_fall_below_it(attempts, retry_after, jitter, wait):
     found = webhookd.next_wait(attempts, (5, 300), retry_after, jitter)
 
     assert found == (wait and pytest.approx(wait))
@@ -1156,11 +1102,7 @@ def test_a_probe_ahead_of_its_time_does_not_use_the_schedule_up():
     settings = webhookd.Settings()
 
     early = webhookd.settlement(
-        due_delivery(next_attempt=9_000_000),
-        failed_attempt(),
-        webhookd.Health(5),
-        settings,
-        1.0,
+        due_delivery(next_attempt=9_000_000), failed_attempt(), webhookd.Health(5), settings, 1.0
     )
     in_time = webhookd.settlement(
         due_delivery(), failed_attempt(), webhookd.Health(5), settings, 1.0
@@ -1179,9 +1121,7 @@ def test_a_probe_ahead_of_its_time_waits_as_long_as_it_is_asked_to():
     ahead = due_delivery(next_attempt=9_000_000)
     asked = {"status": 503, "retry_after": "20000"}
     settled = settled_failure(ahead, webhookd.Health(5), **asked)
-    longest = settled_failure(
-        ahead, webhookd.Health(5), **asked | {"retry_after": "1" * 9}
-    )
+    longest = settled_failure(ahead, webhookd.Health(5), **asked | {"retry_after": "1" * 9})
 
     assert settled.next_attempt == 1_000_000 + 20_000_000
     assert longest.next_attempt == 1_000_000 + webhookd.DAY_MS
@@ -1220,9 +1160,7 @@ def test_what_was_in_flight_does_not_enable_a_disabled_webhook():
     disabled = webhookd.Health(9, 1, None, "gone", disabled=True)
     success = failed_attempt(outcome="SUCCESS", status=200)
 
-    assert (
-        webhookd.health_after(disabled, success, webhookd.Settings(), 1.0) == disabled
-    )
+    assert webhookd.health_after(disabled, success, webhookd.Settings(), 1.0) == disabled
 
 
 # ======================================================================================
@@ -1232,13 +1170,7 @@ def test_what_was_in_flight_does_not_enable_a_disabled_webhook():
 
 @pytest.mark.parametrize(
     "address",
-    """0.0.0.0 10.0.0.1 100.64.0.1 127.0.0.1 127.255.255.255 168.63.129.16 169.254.169.254
-    172.16.0.1 172.31.255.255 192.0.0.1 192.0.2.1 192.88.99.1 192.168.1.1 198.18.0.1
-    198.19.255.255 198.51.100.1 203.0.113.1 224.0.0.1 240.0.0.1 255.255.255.255
-    :: ::1 ::7f00:1 ::ffff:127.0.0.1 ::ffff:0:7f00:1 64:ff9b::7f00:1 64:ff9b::a9fe:a9fe
-    64:ff9b:1::1 100::1 2001::1 2001:db8::1 2002:7f00:1::1 2002:c0a8:101::1 3fff::1 5f00::1
-    fc00::1 fd00::1 fe80::1 fec0::1 ff02::1 fe80::1%eth0
-    2001:0:4136:e378:8000:63bf:80ff:fffe""".split(),
+    ["0.0.0.0", "10.0.0.1", "100.64.0.1", "127.0.0.1", "127.255.255.255", "168.63.129.16", "169.254.169.254", "172.16.0.1", "172.31.255.255", "192.0.0.1", "192.0.2.1", "192.88.99.1", "192.168.1.1", "198.18.0.1", "198.19.255.255", "198.51.100.1", "203.0.113.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::", "::1", "::7f00:1", "::ffff:127.0.0.1", "::ffff:0:7f00:1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1", "100::1", "2001::1", "2001:db8::1", "2002:7f00:1::1", "2002:c0a8:101::1", "3fff::1", "5f00::1", "fc00::1", "fd00::1", "fe80::1", "fec0::1", "ff02::1", "fe80::1%eth0", "2001:0:4136:e378:8000:63bf:80ff:fffe"],
 )
 def test_addresses_that_are_not_public_are_refused(address):
     with pytest.raises(webhookd.AddressRefused, match=re.escape(address)):
@@ -1247,9 +1179,7 @@ def test_addresses_that_are_not_public_are_refused(address):
 
 @pytest.mark.parametrize(
     "address",
-    """1.1.1.1 172.15.255.255 172.32.0.1 100.63.255.255 198.20.0.1 2606:4700::1111
-    ::ffff:1.1.1.1 64:ff9b::101:101 2002:101:101::1 2001:0:4136:e378:8000:63bf:fefe:fefe
-    """.split(),
+    ["1.1.1.1", "172.15.255.255", "172.32.0.1", "100.63.255.255", "198.20.0.1", "2606:4700::1111", "::ffff:1.1.1.1", "64:ff9b::101:101", "2002:101:101::1", "2001:0:4136:e378:8000:63bf:fefe:fefe"],
 )
 def test_public_addresses_are_allowed(address):
     webhookd.Destinations(()).check(address, 80)
@@ -1267,11 +1197,7 @@ def test_a_refusal_names_the_address_and_the_setting():
 
 @pytest.mark.parametrize(
     "address, network",
-    [
-        ("::1", "::1/128"),
-        ("::7f00:1", "127.0.0.0/8"),
-        ("64:ff9b:1::1", "64:ff9b:1::/48"),
-    ],
+    [("::1", "::1/128"), ("::7f00:1", "127.0.0.0/8"), ("64:ff9b:1::1", "64:ff9b:1::/48")],
 )
 def test_a_refusal_advises_no_more_than_is_needed(address, network):
     with pytest.raises(webhookd.AddressRefused, match=f"--allow-networks {network}$"):
@@ -1293,9 +1219,7 @@ def test_allowing_what_ipv4_is_inside_of_does_not_allow_it(address):
         wide.check(address, 80)
 
 
-@pytest.mark.parametrize(
-    "address", ["127.0.0.1", "::ffff:127.0.0.1", "64:ff9b::7f00:1"]
-)
+@pytest.mark.parametrize("address", ["127.0.0.1", "::ffff:127.0.0.1", "64:ff9b::7f00:1"])
 def test_allowed_networks_hold_for_the_ipv4_address_inside_too(address):
     webhookd.Destinations(LOOPBACK).check(address, 80)
 
@@ -1364,9 +1288,7 @@ def silent_resolver(monkeypatch):
     let_go.set()
 
 
-def test_a_lookup_that_hangs_keeps_nobody_from_registering(
-    silent_resolver, monkeypatch
-):
+def test_a_lookup_that_hangs_keeps_nobody_from_registering(silent_resolver, monkeypatch):
     monkeypatch.setattr(webhookd, "LOOKUP_SECONDS_AT_REGISTRATION", 0.01)
     destinations = webhookd.Destinations(())
     lookup = destinations.lookup("slow.example")
@@ -1385,9 +1307,7 @@ def test_a_lookup_is_shared_and_nobody_who_waits_can_cancel_it(silent_resolver):
     assert not first.cancel()
 
 
-def test_no_more_lookups_hang_than_are_allowed_and_none_keeps_the_process(
-    silent_resolver,
-):
+def test_no_more_lookups_hang_than_are_allowed_and_none_keeps_the_process(silent_resolver):
     destinations = webhookd.Destinations(())
     for number in range(webhookd.MAX_LOOKUPS):
         destinations.lookup(f"{number}.example")
@@ -1453,23 +1373,15 @@ GOOD_RESPONSES = [
     (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", False, b"", True),
     (OK + b"\r\nuntil the end", True, b"until the end", False),
     (b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok", False, b"ok", True),
+    (OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", False, b"ok", True),
     (
-        OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        OK + b"Transfer-Encoding: Chunked\r\n\r\n1;x=y\r\no\r\n1 \r\nk\r\n000\r\nT: 1\r\n\r\n",
         False,
         b"ok",
         True,
     ),
     (
-        OK
-        + b"Transfer-Encoding: Chunked\r\n\r\n1;x=y\r\no\r\n1 \r\nk\r\n000\r\nT: 1\r\n\r\n",
-        False,
-        b"ok",
-        True,
-    ),
-    (
-        b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
-        + OK
-        + b"Content-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + OK + b"Content-Length: 2\r\n\r\nok",
         False,
         b"ok",
         True,
@@ -1571,9 +1483,7 @@ def attempt(destinations, clock):
 
         async def run():
             made = asyncio.get_running_loop().create_future()
-            webhookd.start_attempt(
-                client, webhook, headers, b"{}", clock.ms, made.set_result
-            )
+            webhookd.start_attempt(client, webhook, headers, b"{}", clock.ms, made.set_result)
             try:
                 return await made
             finally:
@@ -1590,11 +1500,7 @@ def test_an_attempt_records_what_was_sent_and_what_came_back(attempt, receiver, 
     made = attempt(receiver.url)
 
     assert (made.outcome, made.description, made.status) == ("SUCCESS", "201", 201)
-    assert (made.start, made.url, made.response_body) == (
-        clock.ms,
-        receiver.url,
-        "made",
-    )
+    assert (made.start, made.url, made.response_body) == (clock.ms, receiver.url, "made")
     assert made.response()["headers"]["Content-Type"] == "text/plain"
     [request] = receiver.received
     assert request.body == b"{}"
@@ -1643,9 +1549,7 @@ def test_however_a_receiver_spells_a_secret_it_is_masked(attempt, receiver, echo
 
 
 def test_secrets_that_a_receiver_sends_back_are_masked(attempt, receiver):
-    receiver.answers(
-        302, {"Location": "/?key=own-value"}, b"own-value pass-word the-secret"
-    )
+    receiver.answers(302, {"Location": "/?key=own-value"}, b"own-value pass-word the-secret")
 
     made = attempt(
         receiver.url,
@@ -1655,9 +1559,7 @@ def test_secrets_that_a_receiver_sends_back_are_masked(attempt, receiver):
     )
 
     assert receiver.received[0].headers["X-Own"] == "own-value"
-    assert not any(
-        text in str(made) for text in ("own-value", "pass-word", "the-secret")
-    )
+    assert not any(text in str(made) for text in ("own-value", "pass-word", "the-secret"))
 
 
 def test_what_is_too_short_for_a_secret_does_not_spoil_the_answer(attempt, receiver):
@@ -1676,9 +1578,7 @@ def test_what_is_too_short_for_a_secret_does_not_spoil_the_answer(attempt, recei
         ("", {"secret": "long-secret", "headers": {"X-A": "long"}}, b"long-secret"),
     ],
 )
-def test_every_kind_of_secret_is_masked_as_a_whole(
-    attempt, receiver, login, fields, echo
-):
+def test_every_kind_of_secret_is_masked_as_a_whole(attempt, receiver, login, fields, echo):
     receiver.answers(200, {}, echo)
 
     made = attempt(receiver.url.replace("//", f"//{login}"), **fields)
@@ -1705,9 +1605,7 @@ def test_a_broken_answer_is_an_error_in_words(attempt, receiver, raw, descriptio
     assert (made.outcome, made.description, made.status) == ("ERROR", description, None)
 
 
-def test_a_connection_on_which_a_request_was_not_sent_whole_is_not_used_again(
-    destinations,
-):
+def test_a_connection_on_which_a_request_was_not_sent_whole_is_not_used_again(destinations):
     client, kept = webhookd.Client(destinations, 5.0), []
 
     def answer_before_all_was_read(server):
@@ -1746,9 +1644,7 @@ def test_a_refused_connection_is_an_error_in_words(attempt, closed_url):
     assert attempt(closed_url).description == "connection refused"
 
 
-def test_a_connection_that_is_known_to_be_closed_is_not_used_again(
-    destinations, receiver
-):
+def test_a_connection_that_is_known_to_be_closed_is_not_used_again(destinations, receiver):
     client = webhookd.Client(destinations, 2.0)
     webhook = webhookd.Webhook(url=receiver.url)
     receiver.raw = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"  # and it closes
@@ -1785,9 +1681,7 @@ def test_a_refused_address_is_an_error_in_words(attempt):
     assert "--allow-networks 10.0.0.0/8" in made.description
 
 
-def test_an_attempt_is_refused_if_one_address_of_its_name_is(
-    attempt, receiver, destinations
-):
+def test_an_attempt_is_refused_if_one_address_of_its_name_is(attempt, receiver, destinations):
     being_looked_up(destinations, "several.example", "127.0.0.1", "10.0.0.1")
 
     made = attempt(receiver.url.replace("127.0.0.1", "several.example"))
@@ -1796,9 +1690,7 @@ def test_an_attempt_is_refused_if_one_address_of_its_name_is(
     assert receiver.received == []
 
 
-def test_where_one_address_of_a_name_refuses_the_next_is_tried(
-    attempt, receiver, destinations
-):
+def test_where_one_address_of_a_name_refuses_the_next_is_tried(attempt, receiver, destinations):
     being_looked_up(destinations, "several.example", "127.0.0.2", "127.0.0.1")
 
     made = attempt(receiver.url.replace("127.0.0.1", "several.example"))
@@ -1832,9 +1724,7 @@ def test_the_time_limit_holds_for_a_receiver_that_drips(attempt):
         dripping = threading.Thread(target=drip, args=(server,))
         dripping.start()
 
-        made = attempt(
-            f"http://127.0.0.1:{server.getsockname()[1]}/", timeout_seconds=0.3
-        )
+        made = attempt(f"http://127.0.0.1:{server.getsockname()[1]}/", timeout_seconds=0.3)
 
         assert made.description == "timed out"
         dripping.join()
@@ -1897,9 +1787,7 @@ def test_it_is_accepted_when_verification_is_switched_off(attempt, tls_receiver)
     assert attempt(tls_receiver.url, verify_tls=False).outcome == "SUCCESS"
 
 
-def test_ssl_cert_file_names_whom_to_trust(
-    attempt, tls_receiver, certificate, monkeypatch
-):
+def test_ssl_cert_file_names_whom_to_trust(attempt, tls_receiver, certificate, monkeypatch):
     trusting(certificate, monkeypatch)
 
     assert attempt(tls_receiver.url).outcome == "SUCCESS"
@@ -1923,9 +1811,7 @@ def new_event(name="e", body=b'{"timestamp":1,"event":"e"}'):
 
 
 def publish(store, *events, now_ms=1000, **options):
-    return store.publish(
-        list(events) or [new_event()], now_ms, lambda stored: stored, **options
-    )[0]
+    return store.publish(list(events) or [new_event()], now_ms, lambda stored: stored, **options)[0]
 
 
 def add_webhook(store, *events, **fields):
@@ -1978,10 +1864,7 @@ def test_what_is_due_is_read_up_to_a_number_and_to_a_size(store):
     webhook = add_webhook(store)
     publish(store, *[new_event(body=b"x" * 600_000)] * 3)
 
-    assert [len(store.due(webhook, 1000, held, 10)[0]) for held in (set(), {1, 2})] == [
-        2,
-        1,
-    ]
+    assert [len(store.due(webhook, 1000, held, 10)[0]) for held in (set(), {1, 2})] == [2, 1]
     assert store.due(webhook, 1000, set(), 1)[1] is True
     assert store.due(webhook, 1000, {1, 2}, 10)[1] is False
 
@@ -1999,9 +1882,7 @@ def test_a_delivery_is_due_at_its_time(store):
 
 
 @pytest.mark.parametrize("step, afterwards", [(2, 1), (1, 0)])
-def test_a_wait_that_a_recovery_ends_costs_nothing_of_the_schedule(
-    store, step, afterwards
-):
+def test_a_wait_that_a_recovery_ends_costs_nothing_of_the_schedule(store, step, afterwards):
     webhook = add_webhook(store)
     publish(store, new_event(), new_event())
     waiting, probe = due_deliveries(store, webhook)
@@ -2023,11 +1904,7 @@ def test_an_attempt_to_a_webhook_deleted_meanwhile_leaves_nothing_behind(store):
     settle(store, due)
 
     tables = ("deliveries", "attempts", "statistics")
-    assert [store._row(f"SELECT count(*) FROM {table}")[0] for table in tables] == [
-        0,
-        0,
-        0,
-    ]
+    assert [store._row(f"SELECT count(*) FROM {table}")[0] for table in tables] == [0, 0, 0]
 
 
 def test_one_write_that_fails_does_not_take_the_others_with_it(store):
@@ -2084,9 +1961,7 @@ def test_a_settlement_that_cannot_be_written_waits_until_it_can(store, monkeypat
     publish(store)
     [due] = due_deliveries(store, webhook)
 
-    store.write(
-        lambda batch: batch.connection.execute("ALTER TABLE attempts RENAME TO gone")
-    )
+    store.write(lambda batch: batch.connection.execute("ALTER TABLE attempts RENAME TO gone"))
     with pytest.raises(webhookd.Unavailable):
         settle(store, due)
     with sqlite3.connect(store._path, isolation_level=None) as other:
@@ -2213,25 +2088,17 @@ def test_ids_are_never_used_again(tmp_path):
 
 
 def test_a_second_store_on_the_same_file_is_refused(store):
-    with (
-        pytest.raises(webhookd.DatabaseError, match="in use"),
-        webhookd.Store(store._path),
-    ):
+    with pytest.raises(webhookd.DatabaseError, match="in use"), webhookd.Store(store._path):
         pass
 
 
 def test_a_database_of_a_newer_version_is_refused_and_left_alone(tmp_path):
     path, newer = str(tmp_path / "newer.db"), len(webhookd.MIGRATIONS) + 1
     with webhookd.Store(path) as store:
-        store.write(
-            lambda batch: batch.connection.execute(f"PRAGMA user_version = {newer}")
-        )
+        store.write(lambda batch: batch.connection.execute(f"PRAGMA user_version = {newer}"))
     before = pathlib.Path(path).read_bytes()
 
-    with (
-        pytest.raises(webhookd.DatabaseError, match=f"version {newer}"),
-        webhookd.Store(path),
-    ):
+    with pytest.raises(webhookd.DatabaseError, match=f"version {newer}"), webhookd.Store(path):
         pass
 
     assert pathlib.Path(path).read_bytes() == before
@@ -2261,10 +2128,7 @@ def test_a_migration_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     broken = (*webhookd.MIGRATIONS, "CREATE TABLE more (a);\nCREATE TABLE users (a);\n")
     monkeypatch.setattr(webhookd, "MIGRATIONS", broken)
 
-    with (
-        pytest.raises(webhookd.SettingError, match="already exists"),
-        webhookd.Store(path),
-    ):
+    with pytest.raises(webhookd.SettingError, match="already exists"), webhookd.Store(path):
         pass
 
     connection = sqlite3.connect(path)
@@ -2273,14 +2137,9 @@ def test_a_migration_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_what_is_not_a_database_is_refused(tmp_path):
-    (tmp_path / "text.db").write_text(
-        "not a database, but long enough to look at " * 20
-    )
+    (tmp_path / "text.db").write_text("not a database, but long enough to look at " * 20)
 
-    with (
-        pytest.raises(webhookd.SettingError),
-        webhookd.Store(str(tmp_path / "text.db")),
-    ):
+    with pytest.raises(webhookd.SettingError), webhookd.Store(str(tmp_path / "text.db")):
         pass
 
 
@@ -2341,9 +2200,7 @@ def settled(due, clock):
     return webhookd.Settlement(due, attempt, "succeeded", None, 0, webhookd.Health())
 
 
-def test_finished_deliveries_are_kept_as_long_as_is_set(
-    store, dispatcher, settings, clock
-):
+def test_finished_deliveries_are_kept_as_long_as_is_set(store, dispatcher, settings, clock):
     ten_days = dataclasses.replace(settings, retention=10 * 86400.0)
     upkeep = webhookd.Upkeep(store, dispatcher, ten_days, clock, clock)
     webhook = add_webhook(store)
@@ -2401,9 +2258,7 @@ def test_a_webhook_has_succeeded_unless_it_has_failed_since(store):
     assert store.succeeded_webhooks() == {webhooks[0].id}
 
 
-def test_the_latest_attempt_is_known_as_long_as_it_is_kept(
-    store, dispatcher, settings, clock
-):
+def test_the_latest_attempt_is_known_as_long_as_it_is_kept(store, dispatcher, settings, clock):
     long = dataclasses.replace(settings, retention=90 * 86400.0)
     upkeep = webhookd.Upkeep(store, dispatcher, long, clock, clock)
     webhook = add_webhook(store)
@@ -2529,9 +2384,7 @@ def test_pruning_reads_no_further_than_the_first_that_is_young(store):
     assert len(steps) == 2  # one of the deliveries, one of the events
 
 
-def test_a_deleted_webhook_with_many_deliveries_is_gone_at_once_and_swept_later(
-    store, upkeep
-):
+def test_a_deleted_webhook_with_many_deliveries_is_gone_at_once_and_swept_later(store, upkeep):
     upkeep.run_once()  # its next pruning is a minute away
     webhook = add_webhook(store)
     [*_, event] = publish(store, *[new_event()] * 1200)
@@ -2562,9 +2415,7 @@ def test_what_a_deleted_webhook_has_left_is_swept_after_a_restart_too(tmp_path):
         assert (left > 1200, count(store, "deliveries")) == (True, 1200)
 
 
-def test_publications_that_fill_the_database_wake_upkeep(
-    store, dispatcher, settings, monkeypatch
-):
+def test_publications_that_fill_the_database_wake_upkeep(store, dispatcher, settings, monkeypatch):
     monkeypatch.setattr(webhookd, "UPKEEP_SECONDS", 1000)
     small = dataclasses.replace(settings, max_database_size=1 << 20)
     add_webhook(store)
@@ -2671,9 +2522,7 @@ def test_who_is_told_of_a_disabled_webhook_may_be_deleted_in_the_same_commit(sto
     gone = {"state": "failed", "health": webhookd.Health(1, disabled=True)}
 
     in_one_commit(
-        store,
-        lambda: settle(store, due, "FAILURE", **gone),
-        lambda: store.delete_webhook(told.id),
+        store, lambda: settle(store, due, "FAILURE", **gone), lambda: store.delete_webhook(told.id)
     )
 
     assert store._rows("SELECT event_id FROM deliveries") == [(1,)]
@@ -2694,9 +2543,7 @@ def test_nothing_is_made_due_for_a_webhook_that_is_gone(store, again):
 def test_an_event_beside_the_deletion_of_its_webhook_leaves_no_delivery(store):
     webhook = add_webhook(store)
 
-    in_one_commit(
-        store, lambda: publish(store), lambda: store.delete_webhook(webhook.id)
-    )
+    in_one_commit(store, lambda: publish(store), lambda: store.delete_webhook(webhook.id))
 
     assert (store.pending[webhook.id], count(store, "deliveries")) == (0, 0)
 
@@ -2816,9 +2663,7 @@ def test_deliveries_to_one_webhook_start_in_publish_order(
     assert [body["n"] for body in receiver.bodies()] == list(range(250))
 
 
-def test_a_delivery_is_retried_on_schedule_and_then_given_up(
-    api, receiver, dispatcher, clock
-):
+def test_a_delivery_is_retried_on_schedule_and_then_given_up(api, receiver, dispatcher, clock):
     receiver.answers(500)
     webhook = api.create(receiver.url)
     api.publish()
@@ -2852,17 +2697,13 @@ def test_every_attempt_is_signed_at_its_own_time(api, receiver, dispatcher, cloc
         assert request.headers["webhook-signature"] == webhookd.standard_signature(
             "s", request.headers["X-Request-Id"], seconds, request.body
         )
-        assert request.headers["X-Hub-Signature"] == webhookd.hub_signature(
-            "s", request.body
-        )
+        assert request.headers["X-Hub-Signature"] == webhookd.hub_signature("s", request.body)
     first, second = (int(r.headers["webhook-timestamp"]) for r in receiver.received)
     assert second - first == 10
 
 
 @pytest.mark.parametrize("status, seconds", [(429, 60), (503, 60), (500, 10)])
-def test_retry_after_counts_on_429_and_503(
-    api, receiver, dispatcher, clock, status, seconds
-):
+def test_retry_after_counts_on_429_and_503(api, receiver, dispatcher, clock, status, seconds):
     receiver.answers(status, {"Retry-After": "60"})
     webhook = api.create(receiver.url)
     api.publish()
@@ -2875,9 +2716,7 @@ def test_retry_after_counts_on_429_and_503(
 
 def test_every_wait_varies_by_a_tenth(store, destinations, settings):
     client = webhookd.Client(destinations, 1.0)
-    jitters = [
-        webhookd.Dispatcher(store, client, settings)._jitter() for _ in range(1000)
-    ]
+    jitters = [webhookd.Dispatcher(store, client, settings)._jitter() for _ in range(1000)]
 
     assert 0.9 <= min(jitters) < 0.92
     assert 1.08 < max(jitters) <= 1.1
@@ -2930,9 +2769,7 @@ def test_a_connection_that_the_receiver_closed_is_replaced(api, dispatcher):
         dispatcher.run_until_idle()
 
         answering.join()
-    assert {(d["state"], d["attemptCount"]) for d in api.deliveries(webhook)} == {
-        ("succeeded", 1)
-    }
+    assert {(d["state"], d["attemptCount"]) for d in api.deliveries(webhook)} == {("succeeded", 1)}
 
 
 def answer_and_close_silently(server, times):
@@ -2994,9 +2831,7 @@ def answer_one_and_a_half(server):
         connection.sendall(OK_AND_NO_BODY[:20])
 
 
-def test_who_verifies_does_not_share_a_connection_with_who_does_not(
-    api, dispatcher, tls_receiver
-):
+def test_who_verifies_does_not_share_a_connection_with_who_does_not(api, dispatcher, tls_receiver):
     careless = api.create(tls_receiver.url, "first", sslVerificationRequired=False)
     careful = api.create(tls_receiver.url, "second")
     with dispatcher:
@@ -3009,9 +2844,7 @@ def test_who_verifies_does_not_share_a_connection_with_who_does_not(
     assert api.deliveries(careful)[0]["outcome"] == "ERROR"
 
 
-def test_an_inactive_webhook_gets_nothing_new_and_what_it_has_waits(
-    api, receiver, dispatcher
-):
+def test_an_inactive_webhook_gets_nothing_new_and_what_it_has_waits(api, receiver, dispatcher):
     webhook = api.create(receiver.url)
     api.publish(n=1)
     path = f"{WEBHOOKS}/{webhook['id']}"
@@ -3129,9 +2962,7 @@ def test_receivers_that_hang_leave_room_for_those_that_work(
             wait_until(lambda: len(receiver.received) == 31)
 
 
-def test_first_attempts_come_before_retries(
-    api, receiver, store, destinations, settings, clock
-):
+def test_first_attempts_come_before_retries(api, receiver, store, destinations, settings, clock):
     receiver.answers(500, times=1)
     api.create(receiver.url + "/late", "late")
     api.publish("late")
@@ -3160,16 +2991,12 @@ def test_a_crash_in_flight_repeats_the_attempt_and_loses_nothing(
     receiver.hold.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(webhookd, "STOP_SECONDS", 0)
-        with webhookd.Dispatcher(
-            store, webhookd.Client(destinations, 5.0), settings, clock
-        ):
+        with webhookd.Dispatcher(store, webhookd.Client(destinations, 5.0), settings, clock):
             wait_until(lambda: receiver.received)
     receiver.hold.set()
     assert api.deliveries(webhook)[0]["state"] == "pending"
 
-    webhookd.Dispatcher(
-        store, webhookd.Client(destinations, 5.0), settings, clock
-    ).run_until_idle()
+    webhookd.Dispatcher(store, webhookd.Client(destinations, 5.0), settings, clock).run_until_idle()
 
     assert [r.headers["X-Attempt"] for r in receiver.received] == ["1", "1"]
     assert api.deliveries(webhook)[0]["state"] == "succeeded"
@@ -3181,9 +3008,7 @@ def test_attempts_in_flight_may_end_before_the_loop_does(
     webhook = api.create(receiver.url)
     api.publish()
     receiver.hold.clear()
-    with webhookd.Dispatcher(
-        store, webhookd.Client(destinations, 5.0), settings, clock
-    ):
+    with webhookd.Dispatcher(store, webhookd.Client(destinations, 5.0), settings, clock):
         wait_until(lambda: receiver.received)
         threading.Timer(0.2, receiver.hold.set).start()
     store.flush()
@@ -3219,12 +3044,7 @@ def test_five_failures_in_a_row_pause_a_webhook(api, receiver, wall, clock):
     assert wall(0) == [0, 1, 2, 3, 4]
     health = api.get_webhook(webhook)["health"]
     until = health.pop("pausedUntil")
-    assert health == {
-        "state": "paused",
-        "consecutiveFailures": 5,
-        "reason": "500",
-        "pending": 9,
-    }
+    assert health == {"state": "paused", "consecutiveFailures": 5, "reason": "500", "pending": 9}
     assert 10_000 <= until - clock.ms < 11_000
     assert wall(9) == []
     assert wall(2) == [5]
@@ -3265,9 +3085,7 @@ def test_the_probe_goes_whatever_its_schedule_says(api, receiver, wall):
     assert len(wall(22)) == 5
 
 
-def test_a_pause_outlives_a_restart(
-    api, receiver, wall, store, destinations, settings, clock
-):
+def test_a_pause_outlives_a_restart(api, receiver, wall, store, destinations, settings, clock):
     receiver.answers(500)
     webhook = api.create(receiver.url)
     publish_numbers(api, *range(9))
@@ -3366,9 +3184,7 @@ def test_a_last_retry_in_flight_while_its_webhook_recovers_is_made_again(
     retry = retry._replace(attempt_count=2, step=2, next_attempt=clock.ms + 1)
     planned = {"state": "pending", "next_attempt": clock.ms + 1, "step": 2}
     paused = webhookd.Health(5, clock.ms, clock.ms, "500")
-    settle(
-        store, retry._replace(step=0, next_attempt=clock.ms), **planned, health=paused
-    )
+    settle(store, retry._replace(step=0, next_attempt=clock.ms), **planned, health=paused)
     clock.advance(1)
     lane = dispatcher._lane(webhook.id)
 
@@ -3464,9 +3280,7 @@ def test_an_ordered_webhook_waits_for_the_one_before(api, receiver, wall):
     assert wall(51) == [0, 1, 2, 3]
 
 
-def test_an_ordered_webhook_goes_on_when_the_one_before_is_given_up(
-    api, receiver, wall
-):
+def test_an_ordered_webhook_goes_on_when_the_one_before_is_given_up(api, receiver, wall):
     receiver.answers(500, times=3)
     api.create(receiver.url, ordered=True)
     publish_numbers(api, 0, 1)
@@ -3483,9 +3297,7 @@ def test_an_ordered_webhook_keeps_its_order_through_a_restart(
     wall(0)
     clock.advance(11)
 
-    webhookd.Dispatcher(
-        store, webhookd.Client(destinations, 5.0), settings, clock
-    ).run_until_idle()
+    webhookd.Dispatcher(store, webhookd.Client(destinations, 5.0), settings, clock).run_until_idle()
 
     assert [body["n"] for body in receiver.bodies()] == [0, *range(150)]
 
@@ -3516,9 +3328,7 @@ def test_a_change_does_not_begin_the_rate_limit_anew(api, receiver, wall):
     assert wall(1) == []
 
 
-def test_a_rate_limit_does_not_wait_for_a_clock_that_was_set_back(
-    api, receiver, wall, dispatcher
-):
+def test_a_rate_limit_does_not_wait_for_a_clock_that_was_set_back(api, receiver, wall, dispatcher):
     api.create(receiver.url, rateLimit=0.5)
     publish_numbers(api, 0, 1)
     assert wall(0) == [0]
@@ -3562,9 +3372,7 @@ def test_after_a_change_the_old_secret_signs_for_a_day_too(api, receiver, wall):
             webhookd.standard_signature(secret, id, int(time), request.body): secret
             for secret in ("old", "new")
         }
-        assert request.headers["X-Hub-Signature"] == webhookd.hub_signature(
-            "new", request.body
-        )
+        assert request.headers["X-Hub-Signature"] == webhookd.hub_signature("new", request.body)
         return [signed[s] for s in request.headers["webhook-signature"].split(" ")]
 
     assert signatures_after(0) == ["new", "old"]
@@ -3583,9 +3391,7 @@ def test_a_change_of_something_else_leaves_the_signatures_alone(api, receiver, w
         headers, body = receiver.received[-1].headers, receiver.received[-1].body
         id, time = headers["webhook-id"], int(headers["webhook-timestamp"])
         signatures = headers["webhook-signature"].split(" ")
-        of = functools.partial(
-            webhookd.standard_signature, id=id, seconds=time, body=body
-        )
+        of = functools.partial(webhookd.standard_signature, id=id, seconds=time, body=body)
         return [{of("old"): "old", of("new"): "new"}[s] for s in signatures]
 
     assert signers_after(name="other") == ["old"]
@@ -3593,9 +3399,7 @@ def test_a_change_of_something_else_leaves_the_signatures_alone(api, receiver, w
     assert signers_after(name="another") == ["new", "old"]
 
 
-def test_nothing_is_started_while_the_database_cannot_be_written(
-    api, receiver, dispatcher, store
-):
+def test_nothing_is_started_while_the_database_cannot_be_written(api, receiver, dispatcher, store):
     api.create(receiver.url)
     api.publish()
     store.problem = "the disk is full"
@@ -3610,9 +3414,7 @@ def test_nothing_is_started_while_the_database_cannot_be_written(
 def test_a_watchdog_that_is_told_of_progress_only(store, destinations, settings, clock):
     beats = []
     client = webhookd.Client(destinations, 5.0)
-    with webhookd.Dispatcher(
-        store, client, settings, clock, heartbeat=lambda: beats.append(1)
-    ):
+    with webhookd.Dispatcher(store, client, settings, clock, heartbeat=lambda: beats.append(1)):
         wait_until(lambda: beats)
 
     assert not store.stands_still()
@@ -3639,9 +3441,7 @@ def meanwhile(receiver, dispatcher, act):
     thread.join()
 
 
-def test_410_disables_even_if_its_event_was_deleted_meanwhile(
-    api, receiver, dispatcher
-):
+def test_410_disables_even_if_its_event_was_deleted_meanwhile(api, receiver, dispatcher):
     webhook = api.create(receiver.url)
     api.publish()
     receiver.answers(410)
@@ -3671,9 +3471,7 @@ def test_a_redelivery_during_the_last_attempt_gets_its_fresh_schedule(
     assert api.get_webhook(webhook)["health"]["pending"] == 0
 
 
-def test_activating_during_an_attempt_is_not_undone_by_it(
-    api, receiver, dispatcher, wall, clock
-):
+def test_activating_during_an_attempt_is_not_undone_by_it(api, receiver, dispatcher, wall, clock):
     receiver.answers(500, times=5)
     api.create(receiver.url)
     publish_numbers(api, *range(6))
@@ -3690,23 +3488,17 @@ def test_activating_during_an_attempt_is_not_undone_by_it(
     assert api.get(f"{WEBHOOKS}/1").json["health"]["consecutiveFailures"] == 0
 
 
-def test_a_read_error_does_not_end_the_loop(
-    api, receiver, store, destinations, settings
-):
+def test_a_read_error_does_not_end_the_loop(api, receiver, store, destinations, settings):
     api.create(receiver.url)
     api.publish()
     client = webhookd.Client(destinations, 5.0)
     with webhookd.Dispatcher(store, client, settings) as dispatcher:
         wait_until(lambda: len(receiver.received) == 1)
-        store.write(
-            lambda batch: batch.connection.execute("ALTER TABLE payloads RENAME TO p")
-        )
+        store.write(lambda batch: batch.connection.execute("ALTER TABLE payloads RENAME TO p"))
         dispatcher.reconsider(1)
         time_of_tick = dispatcher._ticked
         wait_until(lambda: dispatcher._ticked > time_of_tick)
-        store.write(
-            lambda batch: batch.connection.execute("ALTER TABLE p RENAME TO payloads")
-        )
+        store.write(lambda batch: batch.connection.execute("ALTER TABLE p RENAME TO payloads"))
         api.publish()
         wait_until(lambda: len(receiver.received) == 2)
 
@@ -3926,9 +3718,7 @@ def test_promtool_has_nothing_to_say_about_the_metrics(api, receiver, dispatcher
     dispatcher.run_until_idle()
 
     text = api.get("/metrics").body
-    result = subprocess.run(
-        ["promtool", "check", "metrics"], input=text, capture_output=True
-    )
+    result = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
 
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
 
@@ -3981,16 +3771,7 @@ def test_without_a_login_the_answer_says_how_to_log_in(api):
 
 @pytest.mark.parametrize(
     "header",
-    [
-        "Basic",
-        "Basic !!!",
-        "Basic YQ==",
-        "Basic /////w==",
-        "Bearer",
-        "Bearer x",
-        "Digest x",
-        "ä",
-    ],
+    ["Basic", "Basic !!!", "Basic YQ==", "Basic /////w==", "Bearer", "Bearer x", "Digest x", "ä"],
 )
 def test_a_login_that_makes_no_sense_is_a_wrong_one(api, header):
     api.authorization = None
@@ -3999,10 +3780,7 @@ def test_a_login_that_makes_no_sense_is_a_wrong_one(api, header):
 
 
 def test_a_secret_works_as_basic_password_and_as_bearer_token(api):
-    for authorization in (
-        ("Basic", ("viewer", SECRETS["viewer"])),
-        ("Bearer", SECRETS["viewer"]),
-    ):
+    for authorization in (("Basic", ("viewer", SECRETS["viewer"])), ("Bearer", SECRETS["viewer"])):
         api.authorization = authorization
         assert api.get(WEBHOOKS).status_int == 200
 
@@ -4021,11 +3799,7 @@ def test_a_user_removed_or_changed_is_out_at_once(api, store):
     api.log_in("viewer")
     assert api.get(WEBHOOKS).status_int == 200
 
-    store.write(
-        lambda batch: batch.connection.execute(
-            "DELETE FROM users WHERE name = 'viewer'"
-        )
-    )
+    store.write(lambda batch: batch.connection.execute("DELETE FROM users WHERE name = 'viewer'"))
 
     assert api.get(WEBHOOKS).status_int == 401
 
@@ -4177,9 +3951,7 @@ def test_requests_that_another_site_makes_are_refused(api, headers, status):
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_other_sites_may_read_what_a_login_allows(api, method):
-    answer = api.request(
-        WEBHOOKS, method=method, headers={"Sec-Fetch-Site": "cross-site"}
-    )
+    answer = api.request(WEBHOOKS, method=method, headers={"Sec-Fetch-Site": "cross-site"})
 
     assert answer.status_int == 200
 
@@ -4211,11 +3983,7 @@ def test_what_is_not_there_is_an_error_in_json(api, method, path, status):
 
 
 def test_405_names_what_is_allowed(api):
-    assert set(api.delete(WEBHOOKS).headers["Allow"].split(",")) == {
-        "GET",
-        "HEAD",
-        "POST",
-    }
+    assert set(api.delete(WEBHOOKS).headers["Allow"].split(",")) == {"GET", "HEAD", "POST"}
 
 
 def test_a_bug_is_an_error_in_json_too(api, store, caplog):
@@ -4247,9 +4015,7 @@ def test_a_trailing_slash_and_head_are_the_same_resource(api):
     assert head.headers["Content-Length"] == plain.headers["Content-Length"]
 
 
-@pytest.mark.parametrize(
-    "kind", ["", "text/plain", "application/x-www-form-urlencoded", "x"]
-)
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "x"])
 @pytest.mark.parametrize("path", [WEBHOOKS, EVENTS])
 def test_a_body_that_is_not_sent_as_json_is_refused(api, path, kind):
     answer = api.request(path, method="POST", body=b'{"event": "e"}', content_type=kind)
@@ -4267,32 +4033,18 @@ def test_a_body_that_is_not_sent_as_json_is_refused(api, path, kind):
     ],
 )
 def test_json_has_several_names(api, kind):
-    answer = api.request(
-        EVENTS, method="POST", body=b'{"event": "e"}', content_type=kind
-    )
+    answer = api.request(EVENTS, method="POST", body=b'{"event": "e"}', content_type=kind)
 
     assert answer.status_int == 202
 
 
 @pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"{",
-        b"\xff",
-        b'{"url": NaN}',
-        b'{"url": 1e999}',
-        b"[" * 100_000,
-        b"[]",
-        b"7",
-    ],
+    "body", [b"", b"{", b"\xff", b'{"url": NaN}', b'{"url": 1e999}', b"[" * 100_000, b"[]", b"7"]
 )
 def test_bad_json_is_refused(api, body):
     for method, path in (("POST", WEBHOOKS), ("PUT", f"{WEBHOOKS}/1")):
         api.create("http://127.0.0.1:1/")
-        answer = api.request(
-            path, method=method, body=body, content_type="application/json"
-        )
+        answer = api.request(path, method=method, body=body, content_type="application/json")
         assert (answer.status_int, contexts(answer)) == (400, [None])
 
 
@@ -4309,9 +4061,7 @@ def test_the_body_of_a_webhook_has_at_most_a_mebibyte(api):
     "method, path", [("PUT", "/9"), ("POST", "/9/redeliver"), ("POST", "/9/replay")]
 )
 def test_that_there_is_no_webhook_comes_before_a_fault_in_the_body(api, method, path):
-    answer = api.request(
-        WEBHOOKS + path, method=method, body=b"{", content_type="application/json"
-    )
+    answer = api.request(WEBHOOKS + path, method=method, body=b"{", content_type="application/json")
 
     assert answer.status_int == 404
 
@@ -4459,9 +4209,7 @@ def test_a_deleted_webhook_is_gone_with_its_deliveries(api, receiver, dispatcher
 def test_a_fault_changes_nothing(api):
     before = api.create("http://127.0.0.1:1/")
 
-    answer = api.put_json(
-        f"{WEBHOOKS}/1", {"name": "new", "url": "http://10.0.0.1/", "events": []}
-    )
+    answer = api.put_json(f"{WEBHOOKS}/1", {"name": "new", "url": "http://10.0.0.1/", "events": []})
 
     assert (answer.status_int, contexts(answer)) == (400, ["url", "events"])
     assert "--allow-networks 10.0.0.0/8" in answer.json["message"]
@@ -4482,9 +4230,7 @@ def test_webhooks_are_listed_by_the_events_they_take(api):
         api.create("http://127.0.0.1:1/", *events)
 
     def listed(query):
-        return [
-            webhook["id"] for webhook in api.get(f"{WEBHOOKS}{query}").json["results"]
-        ]
+        return [webhook["id"] for webhook in api.get(f"{WEBHOOKS}{query}").json["results"]]
 
     assert listed("") == listed("?event=") == [1, 2, 3, 4]
     assert listed("?event=a") == [1, 3, 4]
@@ -4516,10 +4262,7 @@ def test_secrets_never_come_out(api, receiver, dispatcher, caplog):
             f"/rest/api/deliveries/{delivery['id']}",
         )
     ]
-    pages += [
-        api.put_json(f"{WEBHOOKS}/1", {}).text,
-        api.post(f"{WEBHOOKS}/test?webhookId=1").text,
-    ]
+    pages += [api.put_json(f"{WEBHOOKS}/1", {}).text, api.post(f"{WEBHOOKS}/test?webhookId=1").text]
 
     assert receiver.received[0].headers["X-Token"] == "HEADER-SECRET"
     for text in [*pages, caplog.text]:
@@ -4556,9 +4299,7 @@ def test_latest_is_the_last_invocation_that_matches(api, receiver, dispatcher, c
     assert latest["result"]["headers"]["Content-Type"] == "text/plain"
     assert latest["result"]["body"] == "ok"
     assert api.get(path + "?event=a").json["result"]["statusCode"] == 500
-    assert (
-        api.get(path + "?event=a&outcome=SUCCESS").json["result"]["statusCode"] == 200
-    )
+    assert api.get(path + "?event=a&outcome=SUCCESS").json["result"]["statusCode"] == 200
     assert api.get(path + "?outcome=FAILURE&outcome=ERROR").json["event"] == "a"
     assert api.get(path + "?event=b&outcome=FAILURE").status_int == 204
     assert contexts(api.get(path + "?outcome=GOOD")) == ["outcome"]
@@ -4577,29 +4318,15 @@ def test_statistics_count_attempts_of_30_days(api, receiver, dispatcher, clock):
 
     found = api.get(path).json
     window = {"start": clock.ms - 2592000000, "duration": 2592000000}
-    assert found["counts"] == {
-        "successes": 2,
-        "failures": 1,
-        "errors": 0,
-        "window": window,
-    }
+    assert found["counts"] == {"successes": 2, "failures": 1, "errors": 0, "window": window}
     assert (found["lastSuccess"]["event"], found["lastFailure"]["event"]) == ("b", "a")
     assert "lastError" not in found
     assert set(found["lastSuccess"]["request"]) == {"method", "url"}
-    assert set(found["lastSuccess"]["result"]) == {
-        "description",
-        "outcome",
-        "statusCode",
-    }
+    assert set(found["lastSuccess"]["result"]) == {"description", "outcome", "statusCode"}
     assert api.get(path + "?event=a").json["counts"]["successes"] == 1
     summary = api.get(path + "/summary").json
-    assert {event: s["counts"]["failures"] for event, s in summary.items()} == {
-        "a": 1,
-        "b": 0,
-    }
-    assert (
-        api.get(f"{WEBHOOKS}?statistics=true").json["results"][0]["statistics"] == found
-    )
+    assert {event: s["counts"]["failures"] for event, s in summary.items()} == {"a": 1, "b": 0}
+    assert api.get(f"{WEBHOOKS}?statistics=true").json["results"][0]["statistics"] == found
     assert "statistics" not in api.get(f"{WEBHOOKS}/1?statistics=false").json
 
     clock.advance(32 * 86400)
@@ -4616,27 +4343,16 @@ def test_a_test_of_a_url_sends_an_unsigned_ping(api, receiver):
     assert request.headers["X-Event-Key"] == "diagnostics:ping"
     assert not [name for name in request.headers if "signature" in name.lower()]
     sent = answer.json["request"]
-    assert (sent["method"], sent["url"], sent["body"]) == (
-        "POST",
-        receiver.url,
-        '{"test": true}',
-    )
+    assert (sent["method"], sent["url"], sent["body"]) == ("POST", receiver.url, '{"test": true}')
     assert sent["headers"]["X-Event-Key"] == "diagnostics:ping"
-    assert (answer.json["response"]["status"], answer.json["response"]["body"]) == (
-        200,
-        "ok",
-    )
+    assert (answer.json["response"]["status"], answer.json["response"]["body"]) == (200, "ok")
     assert "error" not in answer.json
 
 
 def test_a_test_of_a_webhook_is_signed_and_leaves_no_trace(api, receiver):
-    webhook = api.create(
-        receiver.url, configuration={"secret": "secret"}, headers={"X-A": "abcd"}
-    )
+    webhook = api.create(receiver.url, configuration={"secret": "secret"}, headers={"X-A": "abcd"})
 
-    answer = api.post(
-        f"{WEBHOOKS}/test?webhookId={webhook['id']}", content_type="application/json"
-    )
+    answer = api.post(f"{WEBHOOKS}/test?webhookId={webhook['id']}", content_type="application/json")
 
     [request] = receiver.received
     assert request.headers["X-Hub-Signature"].endswith("c954")
@@ -4693,12 +4409,7 @@ def test_publishing_answers_what_was_published(api, clock):
     answer = api.post_json(EVENTS, {"event": "e"})
 
     assert answer.status_int == 202
-    assert answer.json == {
-        "id": 1,
-        "event": "e",
-        "timestamp": clock.ms,
-        "deliveries": 2,
-    }
+    assert answer.json == {"id": 1, "event": "e", "timestamp": clock.ms, "deliveries": 2}
 
 
 @pytest.mark.parametrize(
@@ -4721,9 +4432,7 @@ def test_an_array_and_lines_publish_many(api, clock, body, kind):
 
 
 def test_one_bad_event_and_none_is_taken(api):
-    answer = api.post_json(
-        EVENTS, [{"event": "a"}, {"event": "b"}, {}, {"event": "a b"}]
-    )
+    answer = api.post_json(EVENTS, [{"event": "a"}, {"event": "b"}, {}, {"event": "a b"}])
 
     assert (answer.status_int, contexts(answer)) == (400, ["[2].event", "[3].event"])
     assert api.get(EVENTS).json["totalCount"] == 0
@@ -4733,9 +4442,7 @@ def test_an_event_that_is_too_large_gets_413(api, settings):
     answer = api.post_json(EVENTS, {"event": "e", "x": "x" * settings.max_event_size})
 
     assert (answer.status_int, contexts(answer)) == (413, [None])
-    answer = api.post_json(
-        EVENTS, [{"event": "e"}, {"event": "e", "x": "x" * (1 << 20)}]
-    )
+    answer = api.post_json(EVENTS, [{"event": "e"}, {"event": "e", "x": "x" * (1 << 20)}])
     assert (answer.status_int, contexts(answer)) == (413, ["[1]"])
     assert api.get(EVENTS).json["totalCount"] == 0
 
@@ -4751,9 +4458,7 @@ def test_one_event_may_be_larger_than_many_if_that_is_set(api, monkeypatch):
 def test_a_key_repeats_the_first_answer(api, store):
     def publish(key, user="publisher", **event):
         headers = {"Idempotency-Key": key}
-        return api.log_in(user).post_json(
-            EVENTS, {"event": "e"} | event, headers=headers
-        )
+        return api.log_in(user).post_json(EVENTS, {"event": "e"} | event, headers=headers)
 
     first, again = publish("k"), publish("k")
 
@@ -5011,9 +4716,7 @@ def test_redelivering_many_ends_the_pause(api, receiver, wall):
     assert sorted(wall(0)) == [0, 1, 2, 3, 4, 5]
 
 
-def test_what_a_replay_made_before_it_failed_is_attempted(
-    api, store, receiver, wall, monkeypatch
-):
+def test_what_a_replay_made_before_it_failed_is_attempted(api, store, receiver, wall, monkeypatch):
     api.post_json(EVENTS, [{"event": "e", "n": n} for n in range(501)])
     api.create(receiver.url)
     replay, steps = store.replay, iter([None, webhookd.StorageFull("the disk is full")])
@@ -5050,9 +4753,7 @@ def fail_three_and_succeed_once(api, receiver, wall):
         wall(1000)
     api.publish("b", n="ok")
     wall(0)
-    assert [d["state"] for d in api.deliveries(webhook)] == ["succeeded"] + [
-        "failed"
-    ] * 3
+    assert [d["state"] for d in api.deliveries(webhook)] == ["succeeded"] + ["failed"] * 3
     return webhook
 
 
@@ -5070,9 +4771,7 @@ def fail_three_and_succeed_once(api, receiver, wall):
         ({"since": "2023-11-14T00:00:00Z", "until": 1_700_000_000_000}, 3),
     ],
 )
-def test_many_are_redelivered_by_what_became_of_them(
-    api, receiver, wall, selection, matched
-):
+def test_many_are_redelivered_by_what_became_of_them(api, receiver, wall, selection, matched):
     webhook = fail_three_and_succeed_once(api, receiver, wall)
     path = f"{WEBHOOKS}/{webhook['id']}/redeliver"
 
@@ -5083,10 +4782,7 @@ def test_many_are_redelivered_by_what_became_of_them(
     assert wall(0) == []
     answer = api.post(path) if selection is None else api.post_json(path, selection)
 
-    assert (answer.status_int, answer.json) == (
-        202,
-        {"matched": matched, "redelivered": matched},
-    )
+    assert (answer.status_int, answer.json) == (202, {"matched": matched, "redelivered": matched})
     assert len(wall(0)) == matched
 
 
@@ -5130,9 +4826,7 @@ def test_a_replay_brings_what_a_webhook_never_got(api, receiver, wall, clock):
     assert api.get_webhook(webhook)["health"]["pending"] == 0
 
 
-def test_an_event_that_is_deleted_before_its_attempt_is_not_sent(
-    api, receiver, dispatcher
-):
+def test_an_event_that_is_deleted_before_its_attempt_is_not_sent(api, receiver, dispatcher):
     api.create(receiver.url)
     api.publish()
     dispatcher.run_until_idle()
@@ -5157,18 +4851,14 @@ def test_an_event_deleted_leaves_no_trace_in_the_files(api, receiver, wall, stor
 
     assert (answer.status_int, answer.body) == (204, b"")
     assert b"PRIVATE-DATA" not in files_of(store)
-    assert (
-        api.get(f"{EVENTS}/1").status_int == api.delete(f"{EVENTS}/1").status_int == 404
-    )
+    assert api.get(f"{EVENTS}/1").status_int == api.delete(f"{EVENTS}/1").status_int == 404
     assert [d["eventId"] for d in api.deliveries(webhook)] == [2]
     assert api.get_webhook(webhook)["health"]["pending"] == 1
     assert json.loads(api.get(f"{WEBHOOKS}/1/latest").json["request"]["body"])["n"] == 2
     assert wall(11) == [2]
 
 
-def test_the_latest_attempt_left_is_the_latest_when_an_event_is_deleted(
-    api, receiver, wall
-):
+def test_the_latest_attempt_left_is_the_latest_when_an_event_is_deleted(api, receiver, wall):
     api.create(receiver.url)
     for n in range(3):
         api.publish(n=n)
@@ -5309,9 +4999,7 @@ def test_a_webhook_is_shown_with_its_figures(browser, receiver, dispatcher, cloc
     assert "Last success 2023-11-16 22:13:20 e : 200" in words(page)
 
 
-def test_the_deliveries_of_a_webhook_come_by_state_and_in_parts(
-    browser, receiver, wall, store
-):
+def test_the_deliveries_of_a_webhook_come_by_state_and_in_parts(browser, receiver, wall, store):
     receiver.answers(400, times=3)
     browser.create(receiver.url)
     publish_numbers(browser, *range(60))
@@ -5327,9 +5015,7 @@ def test_the_deliveries_of_a_webhook_come_by_state_and_in_parts(
     assert "None." in words(page.click("failed"))
 
 
-def test_a_delivery_is_shown_with_every_request_and_response(
-    browser, receiver, dispatcher, clock
-):
+def test_a_delivery_is_shown_with_every_request_and_response(browser, receiver, dispatcher, clock):
     receiver.answers(503, {"X-Why": "busy"}, b"not now", times=1)
     _, delivery = attempted(browser, receiver, dispatcher)
     clock.advance(11)
@@ -5523,17 +5209,13 @@ def test_deleting_asks_first(browser):
     assert "None yet." in words(page)
 
 
-def test_what_a_webhook_paused_after_failures_holds_back_is_resumed(
-    browser, receiver, wall
-):
+def test_what_a_webhook_paused_after_failures_holds_back_is_resumed(browser, receiver, wall):
     receiver.answers(500, times=5)
     webhook = browser.create(receiver.url)
     publish_numbers(browser, *range(8))
     wall(0)
     waiting = browser.deliveries(webhook)[0]
-    assert "waits while the webhook is paused" in browser.get(
-        f"/deliveries/{waiting['id']}"
-    )
+    assert "waits while the webhook is paused" in browser.get(f"/deliveries/{waiting['id']}")
 
     press(browser.get("/webhooks/1"), "Resume")
 
@@ -5548,9 +5230,7 @@ def test_changes_by_pages_are_logged_as_those_by_the_api(browser, receiver, capl
     press(browser.get("/webhooks/1/delete"), "Delete")
 
     lines = [line for line in caplog.messages if line.startswith("webhook ")]
-    assert [
-        line.split()[1] for line in lines
-    ] == "created deactivated tested deleted".split()
+    assert [line.split()[1] for line in lines] == ["created", "deactivated", "tested", "deleted"]
     assert all("id=1" in line and "by=admin" in line for line in lines)
 
 
@@ -5637,9 +5317,7 @@ def test_a_form_that_another_site_sends_is_refused(browser):
     ],
 )
 def test_what_is_no_form_is_refused(browser, body, kind, status):
-    answer = browser.request(
-        "/webhooks/new", method="POST", body=body, content_type=kind
-    )
+    answer = browser.request("/webhooks/new", method="POST", body=body, content_type=kind)
 
     assert (answer.status_int, answer.content_type) == (status, "text/html")
 
@@ -5678,9 +5356,7 @@ def test_errors_of_pages_are_pages(browser, method, path, status):
     assert (answer.status_int, answer.content_type) == (status, "text/html")
 
 
-def test_a_button_for_what_is_gone_leads_to_a_page_that_says_so(
-    browser, receiver, dispatcher
-):
+def test_a_button_for_what_is_gone_leads_to_a_page_that_says_so(browser, receiver, dispatcher):
     webhook, delivery = attempted(browser, receiver, dispatcher)
     pages = [
         browser.get(path)
@@ -5738,10 +5414,10 @@ def test_nothing_that_was_sent_is_markup(browser, receiver, dispatcher):
     for path, page in pages.items():
         assert page.html.find_all(["script", "img", "b"]) == [], path
         assert {a for tag in page.html.find_all(True) for a in tag.attrs} <= {
-            *"action alt aria-current aria-describedby aria-invalid aria-label".split(),
-            *"autocomplete autofocus charset checked class content datetime for".split(),
-            *"height href id lang method name open preserveaspectratio rel role".split(),
-            *"rows scope spellcheck tabindex type value viewbox width x y".split(),
+            *["action", "alt", "aria-current", "aria-describedby", "aria-invalid", "aria-label"],
+            *["autocomplete", "autofocus", "charset", "checked", "class", "content", "datetime", "for"],
+            *["height", "href", "id", "lang", "method", "name", "open", "preserveaspectratio", "rel", "role"],
+            *["rows", "scope", "spellcheck", "tabindex", "type", "value", "viewbox", "width", "x", "y"],
         }, path
     assert HOSTILE in pages["/"].html.a.find_next("table").a.get_text()
 
@@ -5768,9 +5444,7 @@ def test_why_a_test_got_no_answer_is_no_markup(browser):
     assert "None: unknown host <b>.invalid" in words(page)
 
 
-def test_a_text_that_turns_its_direction_turns_nothing_beside_it(
-    browser, receiver, dispatcher
-):
+def test_a_text_that_turns_its_direction_turns_nothing_beside_it(browser, receiver, dispatcher):
     attempted(browser, receiver, dispatcher, name=HOSTILE)
     [isolated] = re.findall(r"\n(.+) { unicode-bidi: isolate; }", webhookd.STYLE)
 
@@ -5788,8 +5462,7 @@ def test_every_page_is_locked_down_and_has_its_style(browser, receiver, dispatch
 
     for page in every_page(browser).values():
         policy = dict(
-            part.split(None, 1)
-            for part in page.headers["Content-Security-Policy"].split("; ")
+            part.split(None, 1) for part in page.headers["Content-Security-Policy"].split("; ")
         )
         digest = hashlib.sha256(page.html.style.string.encode()).digest()
         assert policy == {
@@ -5882,11 +5555,7 @@ def test_stderr_is_the_journal_only_if_systemd_says_so_of_it(tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     "journal, level, line",
-    [
-        (True, 30, r"<4>a\nb"),
-        (True, 50, r"<3>a\nb"),
-        (False, 30, r"\d{4}-.* a\\nb"),
-    ],
+    [(True, 30, r"<4>a\nb"), (True, 50, r"<3>a\nb"), (False, 30, r"\d{4}-.* a\\nb")],
 )
 def test_a_log_line_is_one_line_with_a_priority_or_a_time(journal, level, line):
     record = webhookd.logging.makeLogRecord({"levelno": level, "msg": "a\nb"})
@@ -5987,9 +5656,7 @@ def now(clock):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_sink_prints_a_delivery_and_that_it_is_genuine(
-    api, dispatcher, sink, now, number
-):
+def test_a_sink_prints_a_delivery_and_that_it_is_genuine(api, dispatcher, sink, now, number):
     sink = sink("--secret", "s")
 
     result = deliver(api, dispatcher, sink.url, configuration={"secret": "s"})
@@ -6044,9 +5711,7 @@ def test_a_sink_answers_what_it_is_told(api, dispatcher, sink, now, status):
     assert deliver(api, dispatcher, sink.url)["statusCode"] == status
 
 
-@pytest.mark.parametrize(
-    "status, has_length", [(200, True), (204, False), (304, False)]
-)
+@pytest.mark.parametrize("status, has_length", [(200, True), (204, False), (304, False)])
 def test_a_sink_says_no_length_where_there_can_be_no_body(sink, status, has_length):
     sink = sink("--answer", str(status))
     port = int(sink.url.rstrip("/").rpartition(":")[2])
@@ -6108,9 +5773,7 @@ def test_a_sink_keeps_connections_and_survives_bad_requests(sink):
 def test_nothing_that_arrives_reaches_the_terminal_as_a_command(sink):
     sink = sink()
     request = urllib.request.Request(
-        sink.url,
-        b'{"a": "\x1b[2J\x07\x9b\xe2\x80\xae\xff"}\r\nb',
-        {"X-Colour": "\x1b[31m"},
+        sink.url, b'{"a": "\x1b[2J\x07\x9b\xe2\x80\xae\xff"}\r\nb', {"X-Colour": "\x1b[31m"}
     )
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert answer.status == 200
@@ -6138,9 +5801,7 @@ def test_a_sink_asks_no_resolver_what_it_is_called(monkeypatch):
         assert asked == []
 
 
-@pytest.mark.skipif(
-    not os.path.exists("/proc/net/if_inet6"), reason="needs a machine with IPv6"
-)
+@pytest.mark.skipif(not os.path.exists("/proc/net/if_inet6"), reason="needs a machine with IPv6")
 def test_a_sink_listens_on_ipv6_too():
     with webhookd.Sink(("::1", 0), None, 200) as sink:
         assert sink.server_address[0] == "::1"
@@ -6171,9 +5832,7 @@ def test_a_sink_that_cannot_start_names_the_flag_in_one_line(receiver, flag, tex
 
 def run(*arguments, **options):
     command = [sys.executable, str(HERE / "webhookd.py"), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, **options
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
 
 def test_version_and_help():
@@ -6439,13 +6098,9 @@ def test_users_come_and_go_beside_the_running_service(daemon):
     on_it = ["--database", daemon.database]
 
     secret = run("user", "add", "app", "--role", "publisher", *on_it).stdout.strip()
-    viewer = run(
-        "user", "add", "eve", "--role", "viewer", "--password", *on_it, input="pa:ss\n"
-    )
+    viewer = run("user", "add", "eve", "--role", "viewer", "--password", *on_it, input="pa:ss\n")
     assert (viewer.returncode, viewer.stdout) == (0, "")
-    assert (
-        run("user", "list", *on_it).stdout == "admin admin\napp publisher\neve viewer\n"
-    )
+    assert run("user", "list", *on_it).stdout == "admin admin\napp publisher\neve viewer\n"
 
     bearer = {"Authorization": f"Bearer {secret}"}
     assert daemon.call("POST", EVENTS, {"event": "e"}, **bearer)[0] == 202
@@ -6511,9 +6166,7 @@ def test_systemd_is_told_of_start_progress_and_stop(daemon, tmp_path):
     assert set(told) == {b"READY=1", b"WATCHDOG=1", b"STOPPING=1"}
 
 
-def test_the_watchdog_is_fed_only_while_the_writer_gets_on(
-    store, tmp_path, monkeypatch
-):
+def test_the_watchdog_is_fed_only_while_the_writer_gets_on(store, tmp_path, monkeypatch):
     name = str(tmp_path / "notify")
     monkeypatch.setenv("NOTIFY_SOCKET", name)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
@@ -6609,9 +6262,7 @@ def test_a_backup_to_a_link_replaces_what_it_leads_to(daemon, back_up, tmp_path)
     assert (tmp_path / "elsewhere.db").stat().st_size > 1 << 20
 
 
-def test_a_copy_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(
-    tmp_path, monkeypatch
-):
+def test_a_copy_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
 
@@ -6644,9 +6295,7 @@ def test_a_backup_replaces_the_one_before(daemon, back_up):
     assert back_up.file.read_bytes().startswith(b"SQLite format 3\0")
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_a_backup_that_is_ended_leaves_the_one_before(daemon, back_up, number):
     fill(daemon.database, 50)
     back_up.file.write_text("the one before")
@@ -6724,9 +6373,7 @@ def raw_request(port, request):
         (b"POST /rest/api/events HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", 413),
     ],
 )
-def test_the_servers_own_errors_have_the_same_shape(
-    shared_daemon, request_bytes, status
-):
+def test_the_servers_own_errors_have_the_same_shape(shared_daemon, request_bytes, status):
     found, document = raw_request(shared_daemon.port, request_bytes)
 
     assert (found, document["statusCode"]) == (status, status)
@@ -6760,10 +6407,7 @@ def test_the_trusted_proxy_says_where_a_request_came_from(shared_daemon):
 
     assert page["_links"]["self"].startswith(f"https://hooks.example{WEBHOOKS}")
     origin = {"Origin": "https://hooks.example"}
-    assert (
-        shared_daemon.call("POST", EVENTS, {"event": "e"}, **headers, **origin)[0]
-        == 202
-    )
+    assert shared_daemon.call("POST", EVENTS, {"event": "e"}, **headers, **origin)[0] == 202
 
 
 def test_nobody_else_is_believed(daemon):
@@ -6883,9 +6527,7 @@ def percentiles_ms(latencies_ns):
 class CheapReceiver:
     """Answers every POST with 200, and knows how long each was under way."""
 
-    ANSWER = (
-        b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok"
-    )
+    ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok"
     SENT = re.compile(rb'"sent":"(\d{20})"')
 
     def __init__(self, expected, tls_folder=None):
@@ -6959,9 +6601,7 @@ class Publisher:
     def __init__(self, port, request):
         address = "127.0.0.1", port
         connect = socket.create_connection
-        self._idle = collections.deque(
-            connect(address) for _ in range(PUBLISHING_CONNECTIONS)
-        )
+        self._idle = collections.deque(connect(address) for _ in range(PUBLISHING_CONNECTIONS))
         for connection in self._idle:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._request = request
@@ -7009,9 +6649,7 @@ def run_load(port, batch_size, count, rate):
         publisher.send(stamps_ns)
         open_loop = rate and due < count
         publisher.receive(
-            max(0, begun + due / rate - time.monotonic())
-            if open_loop
-            else STALL_SECONDS
+            max(0, begun + due / rate - time.monotonic()) if open_loop else STALL_SECONDS
         )
     elapsed = time.monotonic() - begun
     latency_ms = percentiles_ms(publisher.latencies_ns)
@@ -7179,8 +6817,7 @@ class Service:
         self._process = subprocess.Popen(
             [sys.executable, webhookd.__file__, "--listen", "127.0.0.1:0"]
             + ["--allow-networks", "127.0.0.0/8,::1/128", "--database", "webhookd.db"],
-            env=os.environ
-            | {"WEBHOOKD_ADMIN_PASSWORD": PASSWORD, "SSL_CERT_FILE": "cert.pem"},
+            env=os.environ | {"WEBHOOKD_ADMIN_PASSWORD": PASSWORD, "SSL_CERT_FILE": "cert.pem"},
             cwd=self._folder,
             stderr=subprocess.PIPE,
             text=True,
@@ -7237,9 +6874,7 @@ class Service:
         """How often each thread has waited for something."""
         wait = re.compile(r"\nvoluntary_ctxt_switches:\s+(\d+)")
         tasks = pathlib.Path(f"/proc/{self._process.pid}/task").iterdir()
-        return {
-            task: int(wait.search((task / "status").read_text())[1]) for task in tasks
-        }
+        return {task: int(wait.search((task / "status").read_text())[1]) for task in tasks}
 
     def _written_bytes(self):
         text = pathlib.Path(f"/proc/{self._process.pid}/io").read_text()
@@ -7266,9 +6901,7 @@ class Service:
 # ---- measurements: each returns named figures ----
 
 
-def measure_publishing(
-    count, batch_size=1, webhooks=1, rate=0, others=0, finished=0, tls=False
-):
+def measure_publishing(count, batch_size=1, webhooks=1, rate=0, others=0, finished=0, tls=False):
     """Publish so many events, and wait until all is delivered and recorded.
 
     others: webhooks that do not want them; finished: deliveries from long ago."""
@@ -7279,9 +6912,7 @@ def measure_publishing(
             make_certificate(folder)
         if finished:
             result_of("--prepare-finished", f"{folder}/webhookd.db", finished)
-        receiver, port = stack.enter_context(
-            receiver_process(expected, folder if tls else None)
-        )
+        receiver, port = stack.enter_context(receiver_process(expected, folder if tls else None))
         service = stack.enter_context(Service(folder))
         url = f"https://localhost:{port}" if tls else f"http://127.0.0.1:{port}"
         service.register(url, webhooks)
@@ -7331,10 +6962,7 @@ def measure_commits(count):
 
 def measure_delivering(count):
     """The delivery loop alone: a service that finds a backlog when it starts."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        receiver_process(count) as (receiver, port),
-    ):
+    with tempfile.TemporaryDirectory() as folder, receiver_process(count) as (receiver, port):
         result_of("--prepare-backlog", f"{folder}/webhookd.db", port, count)
         with Service(folder) as service:
             report = told(receiver)
@@ -7346,9 +6974,7 @@ def medians(measure, rounds, *arguments, **named):
     """The median of each figure over some rounds."""
     results = [measure(*arguments, **named) for _ in range(rounds)]
     median = statistics.median
-    return {
-        key: median(one[key] for one in results) for key in keys_of_numbers(results)
-    }
+    return {key: median(one[key] for one in results) for key in keys_of_numbers(results)}
 
 
 def keys_of_numbers(results):

@@ -207,10 +207,7 @@ class Settings:
     """Everything that can be set; durations in seconds, sizes in bytes."""
 
     listen: tuple[str, int] = setting(
-        "127.0.0.1:8090",
-        listen_address,
-        "HOST:PORT",
-        "address to serve on, port 0 picks one",
+        "127.0.0.1:8090", listen_address, "HOST:PORT", "address to serve on, port 0 picks one"
     )
     database: str = setting("webhookd.db", str, "FILE", "the SQLite file")
     admin_password: str = setting(
@@ -226,9 +223,7 @@ class Settings:
         "20s", duration, "TIME", "for a whole attempt: resolve, connect, send, receive"
     )
     max_in_flight: int = setting("256", positive, "N", "most attempts in flight in all")
-    webhook_concurrency: int = setting(
-        "8", positive, "N", "most attempts in flight to one webhook"
-    )
+    webhook_concurrency: int = setting("8", positive, "N", "most attempts in flight to one webhook")
     pause_initial: float = setting(
         "10s", duration, "TIME", "first pause of a webhook after 5 failures in a row"
     )
@@ -237,17 +232,12 @@ class Settings:
         "5d", duration, "TIME", "a webhook failing without a break so long is disabled"
     )
     max_event_size: int = setting("1M", size, "SIZE", "a larger event gets 413")
-    retention: float = setting(
-        "30d", duration, "TIME", "how long finished deliveries are kept"
-    )
+    retention: float = setting("30d", duration, "TIME", "how long finished deliveries are kept")
     max_database_size: int = setting(
         "2G", size, "SIZE", "past it the oldest finished deliveries go early"
     )
     trusted_proxy: str = setting(
-        "",
-        ip_address,
-        "IP",
-        "reverse proxy whose X-Forwarded-For/-Proto/-Host are believed",
+        "", ip_address, "IP", "reverse proxy whose X-Forwarded-For/-Proto/-Host are believed"
     )
 
 
@@ -578,8 +568,7 @@ def payload_of(body: bytes, name: str) -> bytes:
 
 
 DELIVERY_KEYS = (
-    "id webhookId eventId event state attemptCount nextAttempt createdDate"
-    " outcome description duration".split()
+    ["id", "webhookId", "eventId", "event", "state", "attemptCount", "nextAttempt", "createdDate", "outcome", "description", "duration"]
 )
 
 
@@ -941,10 +930,7 @@ def read_credentials(value: object, previous: dict | None) -> dict | None:
 
 
 HEADERS_NOT_TO_SET = frozenset(
-    "connection content-length expect host keep-alive proxy-authenticate"
-    " proxy-authorization proxy-connection te trailer transfer-encoding upgrade"
-    " webhook-id webhook-signature webhook-timestamp x-attempt x-event-key"
-    " x-hub-signature x-hub-signature-256 x-request-id".split()
+    ["connection", "content-length", "expect", "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "webhook-id", "webhook-signature", "webhook-timestamp", "x-attempt", "x-event-key", "x-hub-signature", "x-hub-signature-256", "x-request-id"]
 )
 
 
@@ -999,7 +985,7 @@ def epoch_ms(text: str) -> int:
     except ValueError:
         raise Invalid("must be epoch milliseconds or an ISO 8601 time") from None
     if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.timezone.utc)
+        moment = moment.replace(tzinfo=datetime.UTC)
     return round(moment.timestamp() * 1000)
 
 
@@ -1123,8 +1109,7 @@ def event_fields(body: bytes) -> dict:
 def wants(webhook: Webhook, fields: dict) -> bool:
     """Whether an event of these fields passes the webhook's filters."""
     return all(
-        _accepts(accepted, _field_at(fields, path))
-        for path, accepted in webhook.filters.items()
+        _accepts(accepted, _field_at(fields, path)) for path, accepted in webhook.filters.items()
     )
 
 
@@ -1213,9 +1198,7 @@ def _items(text, max_bytes):
     require(is_end, f"the body is not valid JSON: Expecting ',' or ']': char {at}")
 
 
-def read_events(
-    body: bytes, lines: bool, now_ms: int, max_bytes: int
-) -> NewEvent | list[NewEvent]:
+def read_events(body: bytes, lines: bool, now_ms: int, max_bytes: int) -> NewEvent | list[NewEvent]:
     """The event of a JSON object; a list of those of an array, or of NDJSON lines.
 
     Raises Invalid with the faults of all of them, TooLarge for one over max_bytes."""
@@ -1229,8 +1212,7 @@ def read_events(
     parts = itertools.islice(parts, MAX_EVENTS_PER_REQUEST + 1)
     with Reader() as reader:
         events = [
-            reader.read(f"[{index}]", *part, now_ms, max_bytes)
-            for index, part in enumerate(parts)
+            reader.read(f"[{index}]", *part, now_ms, max_bytes) for index, part in enumerate(parts)
         ]
     require(events, "at least one event is needed")
     is_few = len(events) <= MAX_EVENTS_PER_REQUEST
@@ -1383,9 +1365,7 @@ def pause_seconds(failures: int, initial: float, maximum: float) -> float | None
     return min(maximum, initial * growth)
 
 
-def reason_to_disable(
-    attempt: Attempt, failing_since: int, disable_after: float
-) -> str | None:
+def reason_to_disable(attempt: Attempt, failing_since: int, disable_after: float) -> str | None:
     """Why a webhook is given up after this attempt, or None."""
     if attempt.status == http.HTTPStatus.GONE:
         return "the receiver answered 410 Gone"
@@ -1396,9 +1376,7 @@ def reason_to_disable(
     return None
 
 
-def health_after(
-    health: Health, attempt: Attempt, settings: Settings, jitter: float
-) -> Health:
+def health_after(health: Health, attempt: Attempt, settings: Settings, jitter: float) -> Health:
     """The health of a webhook after one more attempt."""
     if health.disabled:  # what was in flight then does not enable it
         return health
@@ -1414,11 +1392,7 @@ def health_after(
 
 
 def settlement(
-    due: DueDelivery,
-    attempt: Attempt,
-    health: Health,
-    settings: Settings,
-    jitter: float,
+    due: DueDelivery, attempt: Attempt, health: Health, settings: Settings, jitter: float
 ) -> Settlement:
     """What becomes of a delivery and its webhook's health after an attempt."""
     after = health_after(health, attempt, settings, jitter)
@@ -1949,11 +1923,7 @@ class Client:
         self._idle_count = 0
 
     def send(
-        self,
-        webhook: Webhook,
-        headers: str,
-        body: bytes,
-        done: collections.abc.Callable,
+        self, webhook: Webhook, headers: str, body: bytes, done: collections.abc.Callable
     ) -> None:
         """POST to a webhook, and call done with what an Exchange ends in."""
         place = endpoint(webhook.url)
@@ -2635,10 +2605,7 @@ class Batch:
         return webhook
 
     def change_webhook(
-        self,
-        id: int,
-        change: collections.abc.Callable[[Webhook], Webhook],
-        activates: bool = False,
+        self, id: int, change: collections.abc.Callable[[Webhook], Webhook], activates: bool = False
     ) -> tuple[Webhook, Webhook]:
         """Replace a webhook by change(it), which no other comes between; both of them.
 
@@ -3135,9 +3102,7 @@ class Store:
 
     def _delete_rest(self, rows, limit):
         if self._row(f"SELECT 1 FROM {rows} LIMIT 1", limit):  # else nothing is written
-            self.write(
-                lambda batch: batch.connection.change(f"DELETE FROM {rows}", limit)
-            )
+            self.write(lambda batch: batch.connection.change(f"DELETE FROM {rows}", limit))
 
     def give_back(self) -> Steps:
         """Return free pages to the file system, and with them the log's."""
@@ -3213,9 +3178,7 @@ class Store:
         deliveries = self._models(Delivery, sql, id)
         return Event(id, name, timestamp, len(deliveries)), body, deliveries
 
-    def deliveries(
-        self, webhook_id: int, wanted: Filter, page: Page
-    ) -> tuple[list[Delivery], int]:
+    def deliveries(self, webhook_id: int, wanted: Filter, page: Page) -> tuple[list[Delivery], int]:
         """A page of a webhook's deliveries, newest first, and how many there are."""
         tests = delivery_tests(webhook_id, wanted)
         return self._page(Delivery, DELIVERY_COLUMNS, "deliveries", tests, page)
@@ -3244,9 +3207,7 @@ class Store:
         tests = event_tests(wanted, "timestamp") | {MISSED: webhook.id}
         for rows in self._steps("id, event", "events", tests):
             named = [id for id, name in rows if webhook.subscribed(name)]
-            yield [
-                id for id in named if not webhook.filters or self._passes(webhook, id)
-            ]
+            yield [id for id in named if not webhook.filters or self._passes(webhook, id)]
 
     def _passes(self, webhook, event_id):
         """Whether an event passes; it is read by itself because it may be large."""
@@ -3261,9 +3222,7 @@ class Store:
         ids = self.reader().column(sql, SUCCESS)
         return {id for id in ids if not self.health[id].failures}
 
-    def latest(
-        self, webhook_id: int, wanted: Filter, bodies: bool = True
-    ) -> dict | None:
+    def latest(self, webhook_id: int, wanted: Filter, bodies: bool = True) -> dict | None:
         """The last invocation that matches, as the API shows it, or None."""
         tests = {"webhook_id = ?": webhook_id, "event IN": wanted.events}
         clause, values = where(tests | {"statistics.outcome IN": wanted.outcomes})
@@ -4015,9 +3974,7 @@ def user_name(text: str) -> str:
     """A name that Basic authentication can carry; raises ValueError."""
     is_text = 1 <= len(text) <= 100 and text.isprintable() and text.strip()
     if not is_text or ":" in text:
-        raise ValueError(
-            f"{text!r} is not a name of 1 to 100 characters without a colon"
-        )
+        raise ValueError(f"{text!r} is not a name of 1 to 100 characters without a colon")
     return text
 
 
@@ -4204,9 +4161,7 @@ def _of_webhooks(store, dispatcher, now_ms):
     yield gauge("webhook_paused", "1: paused after failures.", is_in("paused"))
     yield gauge("webhook_disabled", "1: disabled after failures.", is_in("disabled"))
     text = "Failures in a row."
-    yield gauge(
-        "webhook_consecutive_failures", text, lambda i: store.health[i].failures
-    )
+    yield gauge("webhook_consecutive_failures", text, lambda i: store.health[i].failures)
     yield counter("attempts", "Attempts by outcome.", 0)
     yield counter("deliveries", "Done or given up, by the last outcome.", 1)
     names = {w.id: w.name.translate(LABEL_ESCAPES) for w in webhooks}
@@ -4214,9 +4169,7 @@ def _of_webhooks(store, dispatcher, now_ms):
     yield family("webhookd_webhook_info", "Always 1; the name.", samples)
 
 
-def metrics_text(
-    store: Store, dispatcher: Dispatcher, settings: Settings, now_ms: int
-) -> bytes:
+def metrics_text(store: Store, dispatcher: Dispatcher, settings: Settings, now_ms: int) -> bytes:
     """What GET /metrics answers. Nothing is counted here, but where it happens."""
     of_process = _of_process(store, dispatcher, settings)
     families = itertools.chain(of_process, _of_webhooks(store, dispatcher, now_ms))
@@ -4484,9 +4437,7 @@ class Api:
         return self._json(self._shown([self._store.webhooks.get(id)], statistics)[0])
 
     def update_webhook(self, id):
-        self._store.webhooks.get(
-            id
-        )  # that there is none comes before a fault in the body
+        self._store.webhooks.get(id)  # that there is none comes before a fault in the body
         return self._json(self._shown([self.change(id, self._object())])[0])
 
     def change(self, id: int, fields: dict) -> Webhook:
@@ -4519,10 +4470,7 @@ class Api:
         """The webhooks as the API shows them, with their health."""
         shown = []
         for webhook in webhooks:
-            health, pending = (
-                self._store.health[webhook.id],
-                self._store.pending[webhook.id],
-            )
+            health, pending = (self._store.health[webhook.id], self._store.pending[webhook.id])
             shown.append(webhook.shown())
             shown[-1]["health"] = health.shown(webhook.active, pending)
             if statistics:
@@ -4555,9 +4503,7 @@ class Api:
     def test(self, webhook: Webhook) -> dict:
         """Send a ping now; what was sent and what came back. Raises TooManyRequests."""
         if not self._tests.acquire(blocking=False):
-            raise TooManyRequests(
-                "too many tests at once", headers={"Retry-After": "5"}
-            )
+            raise TooManyRequests("too many tests at once", headers={"Retry-After": "5"})
         try:
             attempt = asyncio.run(self._ping(webhook))
         finally:
@@ -4661,15 +4607,11 @@ class Api:
         return self._store.delivery(uuid)[0]
 
     def redeliver_many(self, id):
-        self._store.webhooks.get(
-            id
-        )  # that there is none comes before a fault in the body
+        self._store.webhooks.get(id)  # that there is none comes before a fault in the body
         counts = self.redeliver_all(id, *self._selection())
         return self._json(dict(zip(("matched", "redelivered"), counts)), 202)
 
-    def redeliver_all(
-        self, id: int, wanted: Filter, dry_run: bool = False
-    ) -> tuple[int, int]:
+    def redeliver_all(self, id: int, wanted: Filter, dry_run: bool = False) -> tuple[int, int]:
         """Have those wanted, or else all that failed, attempted at once.
 
         Returns how many matched and how many are redelivered; raises NotFound."""
@@ -4735,9 +4677,7 @@ class Api:
 # ---- the server's own errors ----
 
 
-def render_server_error(
-    error: waitress.utilities.Error, ident: str | None = None
-) -> tuple:
+def render_server_error(error: waitress.utilities.Error, ident: str | None = None) -> tuple:
     """What waitress answers to a request that does not reach the application."""
     faults = [Fault(None, str(error.body))]
     body = json_bytes(error_document(error.code, faults) | {"reason": error.reason})
@@ -4754,7 +4694,7 @@ DELIVERIES_PER_PAGE = 50
 
 def utc(ms: int) -> str:
     """A moment as people read it, to the second."""
-    moment = datetime.datetime.fromtimestamp(ms // 1000, datetime.timezone.utc)
+    moment = datetime.datetime.fromtimestamp(ms // 1000, datetime.UTC)
     return f"{moment:%Y-%m-%d %H:%M:%S}"
 
 
@@ -5580,9 +5520,7 @@ def make_server(app, listener: socket.socket, settings: Settings):
     proxy = {"clear_untrusted_proxy_headers": True}
     if settings.trusted_proxy:
         proxy["trusted_proxy"] = settings.trusted_proxy
-        proxy["trusted_proxy_headers"] = {
-            f"x-forwarded-{x}" for x in ("for", "proto", "host")
-        }
+        proxy["trusted_proxy_headers"] = {f"x-forwarded-{x}" for x in ("for", "proto", "host")}
     server = waitress.create_server(
         app,
         sockets=[listener],
@@ -5862,10 +5800,7 @@ def backup(given: argparse.Namespace) -> None:
     os.nice(10)
     try:
         _check_backup(path, target)
-        with (
-            contextlib.closing(connect(path)) as source,
-            new_file(target) as (handle, partial),
-        ):
+        with contextlib.closing(connect(path)) as source, new_file(target) as (handle, partial):
             source.execute("BEGIN")  # one moment, however long the steps take
             if not schema_version(source):
                 raise DatabaseError(f"{path} is not a database of webhookd")
@@ -5958,9 +5893,7 @@ def _add_sink_command(commands):
     help = "of the webhook, to verify signatures"
     sink.add_argument("--secret", type=_argument(password), help=help)
     help = "default 200"
-    sink.add_argument(
-        "--answer", type=_argument(_status), default=200, metavar="STATUS", help=help
-    )
+    sink.add_argument("--answer", type=_argument(_status), default=200, metavar="STATUS", help=help)
     sink.set_defaults(run=run_sink)
 
 
@@ -5969,12 +5902,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="webhookd",
         allow_abbrev=False,
-        description="Webhooks for the applications of a small server."
-        " Without a subcommand: serve.",
+        description="Webhooks for the applications of a small server. Without a subcommand: serve.",
         epilog="Each setting may be given as the variable in brackets; the flag wins.",
-        formatter_class=lambda prog: argparse.HelpFormatter(
-            prog, max_help_position=34, width=160
-        ),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=160),
     )
     parser.add_argument("--version", action="version", version=f"webhookd {VERSION}")
     settings = parser.add_argument_group("settings")
