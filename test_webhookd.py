@@ -175,13 +175,13 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def destinations():
-    return webhookd.Destinations(LOOPBACK, ("127.0.0.1", 2))
+def address_policy():
+    return webhookd.AddressPolicy(LOOPBACK, ("127.0.0.1", 2))
 
 
 @pytest.fixture
-def dispatcher(store, destinations, settings, clock):
-    client = webhookd.Client(destinations, settings.delivery_timeout)
+def dispatcher(store, address_policy, settings, clock):
+    client = webhookd.Client(address_policy, settings.delivery_timeout)
     return webhookd.Dispatcher(store, client, settings, clock, jitter=lambda: 1.0)
 
 
@@ -218,11 +218,11 @@ class App(webtest.TestApp):
 
 
 @pytest.fixture
-def wsgi(store, dispatcher, destinations, settings, clock):
+def wsgi(store, dispatcher, address_policy, settings, clock):
     for role in webhookd.ROLES:
         user = webhookd.User(role, role, webhookd.secret_record(SECRETS[role]))
         store.write(lambda batch, user=user: webhookd.save_user(batch.connection, user))
-    app = webhookd.Pages(store, dispatcher, destinations, settings, clock).app
+    app = webhookd.Pages(store, dispatcher, address_policy, settings, clock).app
     return app
 
 
@@ -403,7 +403,7 @@ def test_the_unit_passes_systemd_analyze_verify(tmp_path):
 
 def test_a_fact_is_one_line_of_words_and_values(caplog):
     with caplog.at_level("INFO"):
-        webhookd.fact("webhook created", id=3, name='a "b"\nc', url="http://x/")
+        webhookd.log_fact("webhook created", id=3, name='a "b"\nc', url="http://x/")
 
     assert caplog.messages == [r'webhook created id=3 name="a \"b\"\nc" url=http://x/']
 
@@ -411,7 +411,7 @@ def test_a_fact_is_one_line_of_words_and_values(caplog):
 @pytest.mark.parametrize("text", ['a"b', "\x1b[2J", "\u202e", "a\u2028b", ""])
 def test_a_value_that_could_be_taken_for_something_else_is_quoted(caplog, text):
     with caplog.at_level("INFO"):
-        webhookd.fact("tested", id=text)
+        webhookd.log_fact("tested", id=text)
 
     [line] = caplog.messages
     assert line.isprintable()
@@ -556,8 +556,8 @@ def test_names_and_wildcards_take_events(names, event, expected):
 def test_a_webhook_that_is_not_active_is_not_paused_until_some_moment():
     health = webhookd.Health(failures=5, paused_until=1000)
 
-    assert health.shown(active=True, pending=0)["pausedUntil"] == 1000
-    assert health.shown(active=False, pending=0)["pausedUntil"] is None
+    assert health.as_json(active=True, pending=0)["pausedUntil"] == 1000
+    assert health.as_json(active=False, pending=0)["pausedUntil"] is None
 
 
 @pytest.mark.parametrize(
@@ -853,7 +853,7 @@ def test_null_takes_credentials_headers_and_filters_away():
 
 
 def test_what_is_shown_can_be_sent_back_and_changes_nothing():
-    assert read_webhook(FULL, **FULL.shown()) == FULL
+    assert read_webhook(FULL, **FULL.as_json()) == FULL
 
 
 @pytest.mark.parametrize("password", [{}, {"password": "********"}])
@@ -865,7 +865,28 @@ def test_a_password_left_out_or_masked_stays(password):
 
 @pytest.mark.parametrize(
     "name",
-    ["Connection", "Content-Length", "Expect", "Host", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade", "webhook-id", "webhook-signature", "webhook-timestamp", "X-Attempt", "X-Event-Key", "X-Hub-Signature", "X-Hub-Signature-256", "X-Request-Id"],
+    [
+        "Connection",
+        "Content-Length",
+        "Expect",
+        "Host",
+        "Keep-Alive",
+        "Proxy-Authenticate",
+        "Proxy-Authorization",
+        "Proxy-Connection",
+        "TE",
+        "Trailer",
+        "Transfer-Encoding",
+        "Upgrade",
+        "webhook-id",
+        "webhook-signature",
+        "webhook-timestamp",
+        "X-Attempt",
+        "X-Event-Key",
+        "X-Hub-Signature",
+        "X-Hub-Signature-256",
+        "X-Request-Id",
+    ],
 )
 def test_headers_of_the_connection_or_of_webhookd_cannot_be_set(name):
     with pytest.raises(webhookd.Invalid) as refused:
@@ -891,7 +912,7 @@ def test_nothing_that_is_shown_holds_a_secret():
         headers={"A": "header-secret"},
     )
 
-    assert "secret" not in json.dumps(webhook.shown()).replace("secretSet", "")
+    assert "secret" not in json.dumps(webhook.as_json()).replace("secretSet", "")
 
 
 @pytest.mark.parametrize(
@@ -1170,24 +1191,78 @@ def test_what_was_in_flight_does_not_enable_a_disabled_webhook():
 
 @pytest.mark.parametrize(
     "address",
-    ["0.0.0.0", "10.0.0.1", "100.64.0.1", "127.0.0.1", "127.255.255.255", "168.63.129.16", "169.254.169.254", "172.16.0.1", "172.31.255.255", "192.0.0.1", "192.0.2.1", "192.88.99.1", "192.168.1.1", "198.18.0.1", "198.19.255.255", "198.51.100.1", "203.0.113.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::", "::1", "::7f00:1", "::ffff:127.0.0.1", "::ffff:0:7f00:1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1", "100::1", "2001::1", "2001:db8::1", "2002:7f00:1::1", "2002:c0a8:101::1", "3fff::1", "5f00::1", "fc00::1", "fd00::1", "fe80::1", "fec0::1", "ff02::1", "fe80::1%eth0", "2001:0:4136:e378:8000:63bf:80ff:fffe"],
+    [
+        "0.0.0.0",
+        "10.0.0.1",
+        "100.64.0.1",
+        "127.0.0.1",
+        "127.255.255.255",
+        "168.63.129.16",
+        "169.254.169.254",
+        "172.16.0.1",
+        "172.31.255.255",
+        "192.0.0.1",
+        "192.0.2.1",
+        "192.88.99.1",
+        "192.168.1.1",
+        "198.18.0.1",
+        "198.19.255.255",
+        "198.51.100.1",
+        "203.0.113.1",
+        "224.0.0.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::",
+        "::1",
+        "::7f00:1",
+        "::ffff:127.0.0.1",
+        "::ffff:0:7f00:1",
+        "64:ff9b::7f00:1",
+        "64:ff9b::a9fe:a9fe",
+        "64:ff9b:1::1",
+        "100::1",
+        "2001::1",
+        "2001:db8::1",
+        "2002:7f00:1::1",
+        "2002:c0a8:101::1",
+        "3fff::1",
+        "5f00::1",
+        "fc00::1",
+        "fd00::1",
+        "fe80::1",
+        "fec0::1",
+        "ff02::1",
+        "fe80::1%eth0",
+        "2001:0:4136:e378:8000:63bf:80ff:fffe",
+    ],
 )
 def test_addresses_that_are_not_public_are_refused(address):
     with pytest.raises(webhookd.AddressRefused, match=re.escape(address)):
-        webhookd.Destinations(()).check(address, 80)
+        webhookd.AddressPolicy(()).check(address, 80)
 
 
 @pytest.mark.parametrize(
     "address",
-    ["1.1.1.1", "172.15.255.255", "172.32.0.1", "100.63.255.255", "198.20.0.1", "2606:4700::1111", "::ffff:1.1.1.1", "64:ff9b::101:101", "2002:101:101::1", "2001:0:4136:e378:8000:63bf:fefe:fefe"],
+    [
+        "1.1.1.1",
+        "172.15.255.255",
+        "172.32.0.1",
+        "100.63.255.255",
+        "198.20.0.1",
+        "2606:4700::1111",
+        "::ffff:1.1.1.1",
+        "64:ff9b::101:101",
+        "2002:101:101::1",
+        "2001:0:4136:e378:8000:63bf:fefe:fefe",
+    ],
 )
 def test_public_addresses_are_allowed(address):
-    webhookd.Destinations(()).check(address, 80)
+    webhookd.AddressPolicy(()).check(address, 80)
 
 
 def test_a_refusal_names_the_address_and_the_setting():
     with pytest.raises(webhookd.AddressRefused) as refused:
-        webhookd.Destinations(()).check("127.0.0.1", 80)
+        webhookd.AddressPolicy(()).check("127.0.0.1", 80)
 
     assert str(refused.value) == (
         "127.0.0.1 is not a public address;"
@@ -1201,7 +1276,7 @@ def test_a_refusal_names_the_address_and_the_setting():
 )
 def test_a_refusal_advises_no_more_than_is_needed(address, network):
     with pytest.raises(webhookd.AddressRefused, match=f"--allow-networks {network}$"):
-        webhookd.Destinations(()).check(address, 80)
+        webhookd.AddressPolicy(()).check(address, 80)
 
 
 @pytest.mark.parametrize(
@@ -1213,7 +1288,7 @@ def test_a_refusal_advises_no_more_than_is_needed(address, network):
 )
 def test_allowing_what_ipv4_is_inside_of_does_not_allow_it(address):
     wide = "::/8,64:ff9b::/96,2002::/16,2001::/32"
-    wide = webhookd.Destinations(webhookd.networks(wide))
+    wide = webhookd.AddressPolicy(webhookd.networks(wide))
 
     with pytest.raises(webhookd.AddressRefused):
         wide.check(address, 80)
@@ -1221,7 +1296,7 @@ def test_allowing_what_ipv4_is_inside_of_does_not_allow_it(address):
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::ffff:127.0.0.1", "64:ff9b::7f00:1"])
 def test_allowed_networks_hold_for_the_ipv4_address_inside_too(address):
-    webhookd.Destinations(LOOPBACK).check(address, 80)
+    webhookd.AddressPolicy(LOOPBACK).check(address, 80)
 
 
 @pytest.mark.parametrize(
@@ -1237,46 +1312,46 @@ def test_allowed_networks_hold_for_the_ipv4_address_inside_too(address):
 )
 def test_webhookd_itself_is_refused_even_in_an_allowed_network(own, address):
     everything = webhookd.networks("0.0.0.0/0,::/0")
-    destinations = webhookd.Destinations(everything, (own, 8090))
+    address_policy = webhookd.AddressPolicy(everything, (own, 8090))
 
-    destinations.check(address, 8091)
+    address_policy.check(address, 8091)
     with pytest.raises(webhookd.AddressRefused, match="webhookd itself"):
-        destinations.check(address, 8090)
+        address_policy.check(address, 8090)
 
 
 def test_listening_everywhere_is_no_reason_to_refuse_the_port_of_others():
-    webhookd.Destinations((), ("0.0.0.0", 8090)).check("8.8.8.8", 8090)
+    webhookd.AddressPolicy((), ("0.0.0.0", 8090)).check("8.8.8.8", 8090)
 
 
 def test_a_zone_id_is_refused_even_in_an_allowed_network():
-    destinations = webhookd.Destinations(webhookd.networks("fe80::/10"))
+    address_policy = webhookd.AddressPolicy(webhookd.networks("fe80::/10"))
 
-    destinations.check("fe80::1", 80)
+    address_policy.check("fe80::1", 80)
     with pytest.raises(webhookd.AddressRefused, match="has a zone id"):
-        destinations.check("fe80::1%eth0", 80)
+        address_policy.check("fe80::1%eth0", 80)
 
 
 @pytest.mark.parametrize("host", ["127.1", "0x7f000001", "2130706433", "localhost"])
 def test_names_and_odd_spellings_are_judged_by_what_they_resolve_to(host):
     with pytest.raises(webhookd.AddressRefused, match="is not a public address"):
-        webhookd.Destinations(()).check_url(f"http://{host}/")
+        webhookd.AddressPolicy(()).check_url(f"http://{host}/")
 
 
 def test_a_name_that_does_not_resolve_passes_the_check_of_its_url():
-    webhookd.Destinations(()).check_url("http://name.invalid/")
+    webhookd.AddressPolicy(()).check_url("http://name.invalid/")
 
 
 def test_a_name_is_looked_up_anew_for_each_connection():
-    destinations = webhookd.Destinations(())
-    first = destinations.lookup("localhost")
+    address_policy = webhookd.AddressPolicy(())
+    first = address_policy.lookup("localhost")
     first.result()
 
-    assert destinations.lookup("localhost") is not first
+    assert address_policy.lookup("localhost") is not first
 
 
 def test_a_name_that_the_resolver_chokes_on_is_an_unknown_host():
     with pytest.raises(webhookd.UnknownHost):
-        webhookd.Destinations(()).lookup("x" * 64).result(20)
+        webhookd.AddressPolicy(()).lookup("x" * 64).result(20)
 
 
 @pytest.fixture
@@ -1290,47 +1365,47 @@ def silent_resolver(monkeypatch):
 
 def test_a_lookup_that_hangs_keeps_nobody_from_registering(silent_resolver, monkeypatch):
     monkeypatch.setattr(webhookd, "LOOKUP_SECONDS_AT_REGISTRATION", 0.01)
-    destinations = webhookd.Destinations(())
-    lookup = destinations.lookup("slow.example")
+    address_policy = webhookd.AddressPolicy(())
+    lookup = address_policy.lookup("slow.example")
 
-    destinations.check_url("http://slow.example/")
+    address_policy.check_url("http://slow.example/")
 
     assert lookup.running()
 
 
 def test_a_lookup_is_shared_and_nobody_who_waits_can_cancel_it(silent_resolver):
-    destinations = webhookd.Destinations(())
+    address_policy = webhookd.AddressPolicy(())
 
-    first, second = (destinations.lookup("slow.example") for _ in range(2))
+    first, second = (address_policy.lookup("slow.example") for _ in range(2))
 
     assert first is second
     assert not first.cancel()
 
 
 def test_no_more_lookups_hang_than_are_allowed_and_none_keeps_the_process(silent_resolver):
-    destinations = webhookd.Destinations(())
+    address_policy = webhookd.AddressPolicy(())
     for number in range(webhookd.MAX_LOOKUPS):
-        destinations.lookup(f"{number}.example")
+        address_policy.lookup(f"{number}.example")
 
     with pytest.raises(webhookd.UnknownHost, match="too many"):
-        destinations.lookup("one.more.example")
+        address_policy.lookup("one.more.example")
 
     hanging = [t for t in threading.enumerate() if t.name == "lookup"]
     assert all(thread.daemon for thread in hanging)
 
 
-def being_looked_up(destinations, host, *addresses):
+def being_looked_up(address_policy, host, *addresses):
     """Let a name have these addresses, as if they had just been found."""
-    destinations._lookups[host] = concurrent.futures.Future()
-    destinations._lookups[host].set_result(list(addresses))
+    address_policy._lookups[host] = concurrent.futures.Future()
+    address_policy._lookups[host].set_result(list(addresses))
 
 
 @pytest.mark.parametrize("addresses", [["127.0.0.1", "10.0.0.1"], ["10.0.0.1"]])
-def test_a_name_is_refused_if_one_of_its_addresses_is(destinations, addresses):
-    being_looked_up(destinations, "several.example", *addresses)
+def test_a_name_is_refused_if_one_of_its_addresses_is(address_policy, addresses):
+    being_looked_up(address_policy, "several.example", *addresses)
 
     with pytest.raises(webhookd.AddressRefused, match="10.0.0.1 is not a public"):
-        destinations.check_url("http://several.example/")
+        address_policy.check_url("http://several.example/")
 
 
 @pytest.mark.parametrize(
@@ -1473,12 +1548,12 @@ def test_of_a_body_16_kib_of_text_are_kept(body, content_type, kept):
 
 
 @pytest.fixture
-def attempt(destinations, clock):
+def attempt(address_policy, clock):
     """Makes one attempt to a URL, by a client of its own."""
 
     def make(url, timeout_seconds=5.0, **fields):
         webhook = webhookd.Webhook(url=url, **fields)
-        client = webhookd.Client(destinations, timeout_seconds)
+        client = webhookd.Client(address_policy, timeout_seconds)
         headers = webhookd.attempt_headers(webhook, "e", "the-id", 1, b"{}", clock.ms)
 
         async def run():
@@ -1605,8 +1680,8 @@ def test_a_broken_answer_is_an_error_in_words(attempt, receiver, raw, descriptio
     assert (made.outcome, made.description, made.status) == ("ERROR", description, None)
 
 
-def test_a_connection_on_which_a_request_was_not_sent_whole_is_not_used_again(destinations):
-    client, kept = webhookd.Client(destinations, 5.0), []
+def test_a_connection_on_which_a_request_was_not_sent_whole_is_not_used_again(address_policy):
+    client, kept = webhookd.Client(address_policy, 5.0), []
 
     def answer_before_all_was_read(server):
         for _ in range(2):
@@ -1644,8 +1719,8 @@ def test_a_refused_connection_is_an_error_in_words(attempt, closed_url):
     assert attempt(closed_url).description == "connection refused"
 
 
-def test_a_connection_that_is_known_to_be_closed_is_not_used_again(destinations, receiver):
-    client = webhookd.Client(destinations, 2.0)
+def test_a_connection_that_is_known_to_be_closed_is_not_used_again(address_policy, receiver):
+    client = webhookd.Client(address_policy, 2.0)
     webhook = webhookd.Webhook(url=receiver.url)
     receiver.raw = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"  # and it closes
 
@@ -1681,8 +1756,8 @@ def test_a_refused_address_is_an_error_in_words(attempt):
     assert "--allow-networks 10.0.0.0/8" in made.description
 
 
-def test_an_attempt_is_refused_if_one_address_of_its_name_is(attempt, receiver, destinations):
-    being_looked_up(destinations, "several.example", "127.0.0.1", "10.0.0.1")
+def test_an_attempt_is_refused_if_one_address_of_its_name_is(attempt, receiver, address_policy):
+    being_looked_up(address_policy, "several.example", "127.0.0.1", "10.0.0.1")
 
     made = attempt(receiver.url.replace("127.0.0.1", "several.example"))
 
@@ -1690,8 +1765,8 @@ def test_an_attempt_is_refused_if_one_address_of_its_name_is(attempt, receiver, 
     assert receiver.received == []
 
 
-def test_where_one_address_of_a_name_refuses_the_next_is_tried(attempt, receiver, destinations):
-    being_looked_up(destinations, "several.example", "127.0.0.2", "127.0.0.1")
+def test_where_one_address_of_a_name_refuses_the_next_is_tried(attempt, receiver, address_policy):
+    being_looked_up(address_policy, "several.example", "127.0.0.2", "127.0.0.1")
 
     made = attempt(receiver.url.replace("127.0.0.1", "several.example"))
 
@@ -1699,11 +1774,11 @@ def test_where_one_address_of_a_name_refuses_the_next_is_tried(attempt, receiver
 
 
 def test_where_one_address_of_a_name_hangs_there_is_time_for_the_next(
-    attempt, destinations, receiver
+    attempt, address_policy, receiver
 ):
     hangs = socket.create_server(("127.0.0.2", receiver.server_port), backlog=0)
     url = f"http://two.example:{receiver.server_port}/"
-    being_looked_up(destinations, "two.example", "127.0.0.2", "127.0.0.1")
+    being_looked_up(address_policy, "two.example", "127.0.0.2", "127.0.0.1")
 
     with hangs, socket.create_connection(hangs.getsockname()):  # the queue is full
         made = attempt(url, timeout_seconds=1.0)
@@ -1816,7 +1891,7 @@ def publish(store, *events, now_ms=1000, **options):
 
 def add_webhook(store, *events, **fields):
     fields = {"url": "http://127.0.0.1:1/", "events": events or ("e",)} | fields
-    return store.add_webhook(webhookd.Webhook(**fields))
+    return store.write(webhookd.Batch.add_webhook, webhookd.Webhook(**fields))
 
 
 def settle(store, due, outcome="SUCCESS", **fields):
@@ -1900,7 +1975,7 @@ def test_an_attempt_to_a_webhook_deleted_meanwhile_leaves_nothing_behind(store):
     publish(store)
     [due] = due_deliveries(store, webhook)
 
-    store.delete_webhook(webhook.id)
+    store.write(webhookd.Batch.delete_webhook, webhook.id)
     settle(store, due)
 
     tables = ("deliveries", "attempts", "statistics")
@@ -2077,7 +2152,7 @@ def test_ids_are_never_used_again(tmp_path):
     with webhookd.Store(path) as store:
         webhook = add_webhook(store)
         publish(store)
-        store.delete_webhook(webhook.id)
+        store.write(webhookd.Batch.delete_webhook, webhook.id)
 
     with webhookd.Store(path) as store:
         second = add_webhook(store)
@@ -2180,15 +2255,15 @@ def test_the_file_is_for_its_owner_only(store):
     assert os.stat(store._path).st_mode & 0o077 == 0
 
 
-# ---- upkeep ----
+# ---- maintenance ----
 
 
 @pytest.fixture
-def upkeep(store, dispatcher, settings, clock):
+def maintenance(store, dispatcher, settings, clock):
     steady = Clock()
-    upkeep = webhookd.Upkeep(store, dispatcher, settings, clock, steady)
-    upkeep.steady = steady
-    return upkeep
+    maintenance = webhookd.Maintenance(store, dispatcher, settings, clock, steady)
+    maintenance.steady = steady
+    return maintenance
 
 
 def count(store, table):
@@ -2202,17 +2277,17 @@ def settled(due, clock):
 
 def test_finished_deliveries_are_kept_as_long_as_is_set(store, dispatcher, settings, clock):
     ten_days = dataclasses.replace(settings, retention=10 * 86400.0)
-    upkeep = webhookd.Upkeep(store, dispatcher, ten_days, clock, clock)
+    maintenance = webhookd.Maintenance(store, dispatcher, ten_days, clock, clock)
     webhook = add_webhook(store)
     publish(store, *[new_event()] * 1200, now_ms=clock.ms)
     for due in due_deliveries(store, webhook, clock.ms)[:700]:
         store.settle(settled(due, clock))
     store.flush()
 
-    upkeep.run_once()
+    maintenance.run_once()
     assert count(store, "deliveries") == 1200
     clock.advance(10 * 86400 + 1)
-    upkeep.run_once()
+    maintenance.run_once()
 
     assert [count(store, t) for t in ("deliveries", "events", "payloads")] == [500] * 3
     assert count(store, "attempts") == 0
@@ -2226,7 +2301,7 @@ def test_the_statistics_of_a_deleted_webhook_are_gone(store):
     settle(store, due_deliveries(store, webhook)[0])
     assert count(store, "statistics") == 1
 
-    store.delete_webhook(webhook.id)
+    store.write(webhookd.Batch.delete_webhook, webhook.id)
 
     assert count(store, "statistics") == 0
 
@@ -2260,31 +2335,31 @@ def test_a_webhook_has_succeeded_unless_it_has_failed_since(store):
 
 def test_the_latest_attempt_is_known_as_long_as_it_is_kept(store, dispatcher, settings, clock):
     long = dataclasses.replace(settings, retention=90 * 86400.0)
-    upkeep = webhookd.Upkeep(store, dispatcher, long, clock, clock)
+    maintenance = webhookd.Maintenance(store, dispatcher, long, clock, clock)
     webhook = add_webhook(store)
     publish(store, now_ms=clock.ms)
     store.settle(settled(due_deliveries(store, webhook, clock.ms)[0], clock))
     store.flush()
 
     clock.advance(60 * 86400)
-    upkeep.run_once()
+    maintenance.run_once()
 
     assert store.latest(webhook.id, webhookd.Filter())["result"]["outcome"] == "SUCCESS"
 
 
-def pass_time(upkeep, clock, seconds):
+def pass_time(maintenance, clock, seconds):
     clock.advance(seconds)
-    upkeep.steady.advance(seconds)
-    upkeep.run_once()
+    maintenance.steady.advance(seconds)
+    maintenance.run_once()
 
 
-def test_events_without_deliveries_and_old_keys_go_too(store, upkeep, clock):
+def test_events_without_deliveries_and_old_keys_go_too(store, maintenance, clock):
     key = webhookd.IdempotencyKey("u", "k", b"f")
     store.publish([new_event()], clock.ms, lambda events: b"answer", key)
 
-    pass_time(upkeep, clock, 29 * 86400)
+    pass_time(maintenance, clock, 29 * 86400)
     assert (count(store, "events"), count(store, "answers")) == (1, 1)
-    pass_time(upkeep, clock, 2 * 86400)
+    pass_time(maintenance, clock, 2 * 86400)
 
     assert [count(store, t) for t in ("events", "payloads", "answers")] == [0, 0, 0]
 
@@ -2293,14 +2368,14 @@ def test_past_its_size_the_database_lets_the_oldest_go_and_then_takes_nothing_mo
     store, dispatcher, settings, clock
 ):
     small = dataclasses.replace(settings, max_database_size=1 << 20)
-    upkeep = webhookd.Upkeep(store, dispatcher, small, clock)
+    maintenance = webhookd.Maintenance(store, dispatcher, small, clock)
     webhook = add_webhook(store)
     publish(store, *[new_event(body=b"x" * 10_000)] * 200, now_ms=clock.ms)
     for due in store.due(webhook, clock.ms, set(), 1000)[0][:60]:
         store.settle(settled(due, clock))
     store.flush()
 
-    upkeep.run_once()
+    maintenance.run_once()
     assert count(store, "deliveries") == 140
     with pytest.raises(webhookd.StorageFull, match="--max-database-size"):
         publish(store)
@@ -2309,12 +2384,12 @@ def test_past_its_size_the_database_lets_the_oldest_go_and_then_takes_nothing_mo
         for due in found:
             store.settle(settled(due, clock))
         store.flush()
-    upkeep.run_once()
+    maintenance.run_once()
     assert store.size_bytes <= 1 << 20
     assert publish(store)
 
 
-def test_what_a_webhook_has_that_upkeep_does_not_know_yet_stays(store):
+def test_what_a_webhook_has_that_maintenance_does_not_know_yet_stays(store):
     webhook = add_webhook(store)
     publish(store)
 
@@ -2323,12 +2398,12 @@ def test_what_a_webhook_has_that_upkeep_does_not_know_yet_stays(store):
     assert (deleted, count(store, "deliveries")) == (0, 1)
 
 
-def test_what_a_wrong_clock_made_does_not_keep_the_rest(store, upkeep, clock):
+def test_what_a_wrong_clock_made_does_not_keep_the_rest(store, maintenance, clock):
     publish(store, now_ms=clock.ms + 10**9)
     publish(store, *[new_event()] * 1000, now_ms=clock.ms)
     clock.advance(40 * 86400)
 
-    upkeep.run_once()
+    maintenance.run_once()
 
     assert count(store, "events") == 1
 
@@ -2345,7 +2420,7 @@ def test_past_its_size_the_database_lets_no_more_go_than_it_has_to(
         store.flush()
     small = dataclasses.replace(settings, max_database_size=store.size_bytes - 1)
 
-    webhookd.Upkeep(store, dispatcher, small, clock).run_once()
+    webhookd.Maintenance(store, dispatcher, small, clock).run_once()
 
     # one step: the oldest deliveries, and with them their events and payloads
     kept = 1500 - webhookd.ROWS_PER_STEP
@@ -2353,12 +2428,12 @@ def test_past_its_size_the_database_lets_no_more_go_than_it_has_to(
     assert count(store, "payloads") == kept
 
 
-def test_free_space_is_given_back_to_the_file_system(store, upkeep, clock):
+def test_free_space_is_given_back_to_the_file_system(store, maintenance, clock):
     publish(store, *[new_event(body=b"x" * 100_000)] * 100, now_ms=clock.ms)
     store.empty_log()
     before = os.stat(store._path).st_size
 
-    pass_time(upkeep, clock, 31 * 86400)
+    pass_time(maintenance, clock, 31 * 86400)
 
     assert os.stat(store._path).st_size < before / 5
     assert os.stat(store._path + "-wal").st_size == 0
@@ -2384,19 +2459,19 @@ def test_pruning_reads_no_further_than_the_first_that_is_young(store):
     assert len(steps) == 2  # one of the deliveries, one of the events
 
 
-def test_a_deleted_webhook_with_many_deliveries_is_gone_at_once_and_swept_later(store, upkeep):
-    upkeep.run_once()  # its next pruning is a minute away
+def test_a_deleted_webhook_with_many_deliveries_is_gone_at_once_and_swept_later(store, maintenance):
+    maintenance.run_once()  # its next pruning is a minute away
     webhook = add_webhook(store)
     [*_, event] = publish(store, *[new_event()] * 1200)
     [due, *_] = reversed(due_deliveries(store, webhook))
 
-    store.delete_webhook(webhook.id)
+    store.write(webhookd.Batch.delete_webhook, webhook.id)
 
     assert count(store, "deliveries") > 0
     assert store.event(event.id)[2] == []
     with pytest.raises(webhookd.NotFound):
         store.delivery(due.id)
-    upkeep.run_once()
+    maintenance.run_once()
     assert count(store, "deliveries") == 0
 
 
@@ -2406,7 +2481,7 @@ def test_what_a_deleted_webhook_has_left_is_swept_after_a_restart_too(tmp_path):
         webhooks = [add_webhook(store) for _ in range(4)]
         publish(store, *[new_event()] * 600)
         for webhook in (webhooks[0], webhooks[2]):
-            store.delete_webhook(webhook.id)
+            store.write(webhookd.Batch.delete_webhook, webhook.id)
 
     with webhookd.Store(path) as store:
         left = count(store, "deliveries")
@@ -2415,12 +2490,14 @@ def test_what_a_deleted_webhook_has_left_is_swept_after_a_restart_too(tmp_path):
         assert (left > 1200, count(store, "deliveries")) == (True, 1200)
 
 
-def test_publications_that_fill_the_database_wake_upkeep(store, dispatcher, settings, monkeypatch):
-    monkeypatch.setattr(webhookd, "UPKEEP_SECONDS", 1000)
+def test_publications_that_fill_the_database_wake_maintenance(
+    store, dispatcher, settings, monkeypatch
+):
+    monkeypatch.setattr(webhookd, "MAINTENANCE_SECONDS", 1000)
     small = dataclasses.replace(settings, max_database_size=1 << 20)
     add_webhook(store)
 
-    with webhookd.Upkeep(store, dispatcher, small):
+    with webhookd.Maintenance(store, dispatcher, small):
         publish(store, *[new_event(body=b"x" * 10_000)] * 200)
         wait_until(lambda: store.full)
 
@@ -2429,7 +2506,7 @@ def test_publications_that_fill_the_database_wake_upkeep(store, dispatcher, sett
 
 
 @pytest.mark.parametrize("seconds", [3600, -3600])
-def test_a_clock_that_jumps_takes_the_schedule_with_it(store, upkeep, clock, seconds):
+def test_a_clock_that_jumps_takes_the_schedule_with_it(store, maintenance, clock, seconds):
     webhook = add_webhook(store)
     publish(store, now_ms=clock.ms)
     [due] = due_deliveries(store, webhook, clock.ms)
@@ -2438,17 +2515,17 @@ def test_a_clock_that_jumps_takes_the_schedule_with_it(store, upkeep, clock, sec
     settle(store, due, state="pending", next_attempt=planned, health=health)
 
     clock.advance(seconds)
-    upkeep.run_once()
+    maintenance.run_once()
 
     assert store.next_due(webhook.id, 0) == planned + seconds * 1000
     assert store.health[webhook.id].paused_until == planned + seconds * 1000
 
 
-def test_a_clock_that_runs_takes_nothing_with_it(store, upkeep, clock):
+def test_a_clock_that_runs_takes_nothing_with_it(store, maintenance, clock):
     webhook = add_webhook(store)
     publish(store, now_ms=clock.ms)
 
-    pass_time(upkeep, clock, 3600)
+    pass_time(maintenance, clock, 3600)
 
     assert store.next_due(webhook.id, 0) == clock.ms - 3_600_000
 
@@ -2482,7 +2559,7 @@ def in_one_commit(store, *calls):
 def test_two_replays_at_once_make_one_delivery(store):
     [event] = publish(store)
     webhook = add_webhook(store)
-    replay = [lambda: store.replay(webhook.id, [event.id], 1000)] * 2
+    replay = [lambda: store.write(webhookd.Batch.replay, webhook.id, [event.id], 1000)] * 2
 
     assert in_one_commit(store, *replay) == [1, 0]
     assert len(due_deliveries(store, webhook)) == 1
@@ -2508,7 +2585,7 @@ def test_pruning_beside_a_redelivery_leaves_it(store):
 
     in_one_commit(
         store,
-        lambda: store.redeliver(webhook.id, [due.number], 1000),
+        lambda: store.write(webhookd.Batch.redeliver, webhook.id, [due.number], 1000),
         lambda: list(store.prune(5000)),
     )
 
@@ -2522,7 +2599,9 @@ def test_who_is_told_of_a_disabled_webhook_may_be_deleted_in_the_same_commit(sto
     gone = {"state": "failed", "health": webhookd.Health(1, disabled=True)}
 
     in_one_commit(
-        store, lambda: settle(store, due, "FAILURE", **gone), lambda: store.delete_webhook(told.id)
+        store,
+        lambda: settle(store, due, "FAILURE", **gone),
+        lambda: store.write(webhookd.Batch.delete_webhook, told.id),
     )
 
     assert store._rows("SELECT event_id FROM deliveries") == [(1,)]
@@ -2532,10 +2611,10 @@ def test_who_is_told_of_a_disabled_webhook_may_be_deleted_in_the_same_commit(sto
 def test_nothing_is_made_due_for_a_webhook_that_is_gone(store, again):
     webhook = add_webhook(store)
     [event] = publish(store)
-    store.delete_webhook(webhook.id)
+    store.write(webhookd.Batch.delete_webhook, webhook.id)
 
     with pytest.raises(webhookd.NotFound):
-        getattr(store, again)(webhook.id, [event.id], 1000)
+        store.write(getattr(webhookd.Batch, again), webhook.id, [event.id], 1000)
 
     assert (store.pending[webhook.id], count(store, "deliveries")) == (0, 0)
 
@@ -2543,7 +2622,11 @@ def test_nothing_is_made_due_for_a_webhook_that_is_gone(store, again):
 def test_an_event_beside_the_deletion_of_its_webhook_leaves_no_delivery(store):
     webhook = add_webhook(store)
 
-    in_one_commit(store, lambda: publish(store), lambda: store.delete_webhook(webhook.id))
+    in_one_commit(
+        store,
+        lambda: publish(store),
+        lambda: store.write(webhookd.Batch.delete_webhook, webhook.id),
+    )
 
     assert (store.pending[webhook.id], count(store, "deliveries")) == (0, 0)
 
@@ -2554,25 +2637,25 @@ def test_a_replay_and_the_deletion_of_its_event_leave_nothing(store):
 
     in_one_commit(
         store,
-        lambda: store.replay(webhook.id, [event.id], 1000),
-        lambda: store.delete_event(event.id),
+        lambda: store.write(webhookd.Batch.replay, webhook.id, [event.id], 1000),
+        lambda: store.write(webhookd.Batch.delete_event, event.id),
     )
 
     assert store.deliveries(webhook.id, webhookd.Filter(), webhookd.Page()) == ([], 0)
     assert store.pending[webhook.id] == 0
 
 
-def test_what_was_due_before_a_clock_jumped_back_stays_due(store, upkeep, clock):
+def test_what_was_due_before_a_clock_jumped_back_stays_due(store, maintenance, clock):
     webhook = add_webhook(store)
     publish(store, now_ms=clock.ms)
 
     clock.advance(-600)
-    upkeep.run_once()
+    maintenance.run_once()
 
     assert len(due_deliveries(store, webhook, clock.ms)) == 1
 
 
-def test_a_clock_that_jumps_disables_nobody(store, upkeep, clock):
+def test_a_clock_that_jumps_disables_nobody(store, maintenance, clock):
     webhook = add_webhook(store)
     publish(store, now_ms=clock.ms)
     [due] = due_deliveries(store, webhook, clock.ms)
@@ -2580,7 +2663,7 @@ def test_a_clock_that_jumps_disables_nobody(store, upkeep, clock):
     settle(store, due, state="pending", next_attempt=clock.ms, health=failing)
 
     clock.advance(6 * 86400)
-    upkeep.run_once()
+    maintenance.run_once()
 
     assert store.health[webhook.id].failing_since == clock.ms
 
@@ -2650,9 +2733,9 @@ def one_by_one(settings):
 
 
 def test_deliveries_to_one_webhook_start_in_publish_order(
-    api, receiver, store, destinations, one_by_one, clock
+    api, receiver, store, address_policy, one_by_one, clock
 ):
-    client = webhookd.Client(destinations, 5.0)
+    client = webhookd.Client(address_policy, 5.0)
     dispatcher = webhookd.Dispatcher(store, client, one_by_one, clock)
     api.create(receiver.url)
     dispatcher.run_until_idle()
@@ -2714,8 +2797,8 @@ def test_retry_after_counts_on_429_and_503(api, receiver, dispatcher, clock, sta
     assert seconds * 1000 <= wait < seconds * 1000 + 1000
 
 
-def test_every_wait_varies_by_a_tenth(store, destinations, settings):
-    client = webhookd.Client(destinations, 1.0)
+def test_every_wait_varies_by_a_tenth(store, address_policy, settings):
+    client = webhookd.Client(address_policy, 1.0)
     jitters = [webhookd.Dispatcher(store, client, settings)._jitter() for _ in range(1000)]
 
     assert 0.9 <= min(jitters) < 0.92
@@ -2733,10 +2816,10 @@ def test_connections_are_kept_alive_and_few(api, receiver, dispatcher):
 
 
 def test_no_more_connections_are_kept_than_are_allowed(
-    api, receiver, store, destinations, one_by_one, clock, monkeypatch
+    api, receiver, store, address_policy, one_by_one, clock, monkeypatch
 ):
     monkeypatch.setattr(webhookd, "MAX_IDLE_CONNECTIONS", 0)
-    client = webhookd.Client(destinations, 5.0)
+    client = webhookd.Client(address_policy, 5.0)
     api.create(receiver.url)
     publish_numbers(api, *range(3))
 
@@ -2802,9 +2885,9 @@ def test_a_connection_that_speaks_unasked_is_closed(api, dispatcher):
 
 
 def test_a_request_whose_answer_has_begun_is_not_sent_again(
-    api, store, destinations, one_by_one, clock
+    api, store, address_policy, one_by_one, clock
 ):
-    client = webhookd.Client(destinations, 5.0)
+    client = webhookd.Client(address_policy, 5.0)
     dispatcher = webhookd.Dispatcher(store, client, one_by_one, clock)
     with socket.create_server(("127.0.0.1", 0)) as server:
         answering = threading.Thread(target=answer_one_and_a_half, args=(server,))
@@ -2883,11 +2966,11 @@ def test_a_deleted_webhook_is_not_attempted(api, receiver, dispatcher):
 
 
 def test_what_waits_in_the_database_is_found_at_start(
-    api, store, destinations, settings, clock, receiver
+    api, store, address_policy, settings, clock, receiver
 ):
     api.create(receiver.url)
     api.post_json(EVENTS, [{"event": "e"}] * (webhookd.WINDOW * 2 + 5))
-    client = webhookd.Client(destinations, 5.0)
+    client = webhookd.Client(address_policy, 5.0)
 
     webhookd.Dispatcher(store, client, settings, clock).run_until_idle()
 
@@ -2943,10 +3026,10 @@ def test_large_bodies_take_more_places_in_flight_so_that_memory_is_bounded():
 
 
 def test_receivers_that_hang_leave_room_for_those_that_work(
-    api, store, receiver, destinations, settings, clock
+    api, store, receiver, address_policy, settings, clock
 ):
     small = dataclasses.replace(settings, max_in_flight=4, delivery_timeout=60.0)
-    client = webhookd.Client(destinations, 60.0)
+    client = webhookd.Client(address_policy, 60.0)
     hanging = socket.create_server(("127.0.0.1", 0), backlog=100)
     api.create(receiver.url)
 
@@ -2962,12 +3045,12 @@ def test_receivers_that_hang_leave_room_for_those_that_work(
             wait_until(lambda: len(receiver.received) == 31)
 
 
-def test_first_attempts_come_before_retries(api, receiver, store, destinations, settings, clock):
+def test_first_attempts_come_before_retries(api, receiver, store, address_policy, settings, clock):
     receiver.answers(500, times=1)
     api.create(receiver.url + "/late", "late")
     api.publish("late")
     one_at_a_time = dataclasses.replace(settings, max_in_flight=1)
-    client = webhookd.Client(destinations, 5.0)
+    client = webhookd.Client(address_policy, 5.0)
     dispatcher = webhookd.Dispatcher(store, client, one_at_a_time, clock, lambda: 1.0)
     dispatcher.run_until_idle()
     for number in range(3):
@@ -2983,7 +3066,7 @@ def test_first_attempts_come_before_retries(api, receiver, store, destinations, 
 
 
 def test_a_crash_in_flight_repeats_the_attempt_and_loses_nothing(
-    api, receiver, store, destinations, settings, clock
+    api, receiver, store, address_policy, settings, clock
 ):
     """What is in flight is known to memory only, so a new dispatcher begins again."""
     webhook = api.create(receiver.url)
@@ -2991,24 +3074,26 @@ def test_a_crash_in_flight_repeats_the_attempt_and_loses_nothing(
     receiver.hold.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(webhookd, "STOP_SECONDS", 0)
-        with webhookd.Dispatcher(store, webhookd.Client(destinations, 5.0), settings, clock):
+        with webhookd.Dispatcher(store, webhookd.Client(address_policy, 5.0), settings, clock):
             wait_until(lambda: receiver.received)
     receiver.hold.set()
     assert api.deliveries(webhook)[0]["state"] == "pending"
 
-    webhookd.Dispatcher(store, webhookd.Client(destinations, 5.0), settings, clock).run_until_idle()
+    webhookd.Dispatcher(
+        store, webhookd.Client(address_policy, 5.0), settings, clock
+    ).run_until_idle()
 
     assert [r.headers["X-Attempt"] for r in receiver.received] == ["1", "1"]
     assert api.deliveries(webhook)[0]["state"] == "succeeded"
 
 
 def test_attempts_in_flight_may_end_before_the_loop_does(
-    api, receiver, store, destinations, settings, clock
+    api, receiver, store, address_policy, settings, clock
 ):
     webhook = api.create(receiver.url)
     api.publish()
     receiver.hold.clear()
-    with webhookd.Dispatcher(store, webhookd.Client(destinations, 5.0), settings, clock):
+    with webhookd.Dispatcher(store, webhookd.Client(address_policy, 5.0), settings, clock):
         wait_until(lambda: receiver.received)
         threading.Timer(0.2, receiver.hold.set).start()
     store.flush()
@@ -3053,10 +3138,10 @@ def test_five_failures_in_a_row_pause_a_webhook(api, receiver, wall, clock):
 
 
 def test_a_probe_that_succeeds_makes_everything_due_at_once_oldest_first(
-    api, receiver, store, destinations, one_by_one, clock
+    api, receiver, store, address_policy, one_by_one, clock
 ):
     receiver.answers(500, times=7)
-    client = webhookd.Client(destinations, 5.0)
+    client = webhookd.Client(address_policy, 5.0)
     dispatcher = webhookd.Dispatcher(store, client, one_by_one, clock, lambda: 1.0)
     webhook = api.create(receiver.url)
     publish_numbers(api, *range(200))
@@ -3085,14 +3170,14 @@ def test_the_probe_goes_whatever_its_schedule_says(api, receiver, wall):
     assert len(wall(22)) == 5
 
 
-def test_a_pause_outlives_a_restart(api, receiver, wall, store, destinations, settings, clock):
+def test_a_pause_outlives_a_restart(api, receiver, wall, store, address_policy, settings, clock):
     receiver.answers(500)
     webhook = api.create(receiver.url)
     publish_numbers(api, *range(9))
     wall(0)
 
     restarted = webhookd.Dispatcher(
-        store, webhookd.Client(destinations, 5.0), settings, clock, lambda: 1.0
+        store, webhookd.Client(address_policy, 5.0), settings, clock, lambda: 1.0
     )
     restarted.run_until_idle()
     assert len(receiver.received) == 5
@@ -3141,13 +3226,13 @@ def test_what_changes_nothing_of_it_leaves_the_failures(api, receiver, wall):
 
 
 def test_a_change_during_an_attempt_does_not_hide_that_it_is_gone(
-    api, receiver, store, destinations, settings, clock
+    api, receiver, store, address_policy, settings, clock
 ):
     receiver.answers(410)
     receiver.hold.clear()
     webhook = api.create(receiver.url)
     api.publish()
-    client = webhookd.Client(destinations, 5.0)
+    client = webhookd.Client(address_policy, 5.0)
     with webhookd.Dispatcher(store, client, settings, clock):
         wait_until(lambda: receiver.received)
         clock.advance(1)
@@ -3167,7 +3252,7 @@ def test_an_ordered_webhook_activated_beside_a_publication_keeps_its_order(
     api.put_json(f"{WEBHOOKS}/1", {"active": False})
     assert wall(0) == []
 
-    store.change_webhook(1, lambda old: dataclasses.replace(old, active=True))
+    store.write(webhookd.Batch.change_webhook, 1, lambda old: dataclasses.replace(old, active=True))
     publish_numbers(api, 2)
 
     assert wall(0) == [0, 1, 2]
@@ -3289,7 +3374,7 @@ def test_an_ordered_webhook_goes_on_when_the_one_before_is_given_up(api, receive
 
 
 def test_an_ordered_webhook_keeps_its_order_through_a_restart(
-    api, receiver, wall, store, destinations, settings, clock
+    api, receiver, wall, store, address_policy, settings, clock
 ):
     receiver.answers(500, times=1)
     api.create(receiver.url, ordered=True)
@@ -3297,7 +3382,9 @@ def test_an_ordered_webhook_keeps_its_order_through_a_restart(
     wall(0)
     clock.advance(11)
 
-    webhookd.Dispatcher(store, webhookd.Client(destinations, 5.0), settings, clock).run_until_idle()
+    webhookd.Dispatcher(
+        store, webhookd.Client(address_policy, 5.0), settings, clock
+    ).run_until_idle()
 
     assert [body["n"] for body in receiver.bodies()] == [0, *range(150)]
 
@@ -3309,12 +3396,12 @@ def test_a_rate_limit_spreads_deliveries(api, receiver, wall):
     assert [wall(s) for s in (0, 1, 1.1, 1, 1.1)] == [[0], [], [1], [], [2]]
 
 
-def test_a_rate_limit_is_reached(api, receiver, store, destinations, settings):
+def test_a_rate_limit_is_reached(api, receiver, store, address_policy, settings):
     """An alarm that rings too early costs a tick: 200 of them would not end in time."""
     api.create(receiver.url, rateLimit=200)
     publish_numbers(api, *range(200))
 
-    with webhookd.Dispatcher(store, webhookd.Client(destinations, 5.0), settings):
+    with webhookd.Dispatcher(store, webhookd.Client(address_policy, 5.0), settings):
         wait_until(lambda: len(receiver.received) == 200)
 
 
@@ -3334,7 +3421,7 @@ def test_a_rate_limit_does_not_wait_for_a_clock_that_was_set_back(api, receiver,
     assert wall(0) == [0]
 
     dispatcher._clock.advance(-3600)
-    dispatcher._store.shift_schedule(dispatcher._now_ms(), -3_600_000)
+    dispatcher._store.write(webhookd.Batch.shift_schedule, dispatcher._now_ms(), -3_600_000)
     dispatcher.reconsider(1)
 
     assert [wall(0), wall(2.1)] == [[], [1]]
@@ -3411,9 +3498,9 @@ def test_nothing_is_started_while_the_database_cannot_be_written(api, receiver, 
     assert len(receiver.received) == 1
 
 
-def test_a_watchdog_that_is_told_of_progress_only(store, destinations, settings, clock):
+def test_a_watchdog_that_is_told_of_progress_only(store, address_policy, settings, clock):
     beats = []
-    client = webhookd.Client(destinations, 5.0)
+    client = webhookd.Client(address_policy, 5.0)
     with webhookd.Dispatcher(store, client, settings, clock, heartbeat=lambda: beats.append(1)):
         wait_until(lambda: beats)
 
@@ -3488,10 +3575,10 @@ def test_activating_during_an_attempt_is_not_undone_by_it(api, receiver, dispatc
     assert api.get(f"{WEBHOOKS}/1").json["health"]["consecutiveFailures"] == 0
 
 
-def test_a_read_error_does_not_end_the_loop(api, receiver, store, destinations, settings):
+def test_a_read_error_does_not_end_the_loop(api, receiver, store, address_policy, settings):
     api.create(receiver.url)
     api.publish()
-    client = webhookd.Client(destinations, 5.0)
+    client = webhookd.Client(address_policy, 5.0)
     with webhookd.Dispatcher(store, client, settings) as dispatcher:
         wait_until(lambda: len(receiver.received) == 1)
         store.write(lambda batch: batch.connection.execute("ALTER TABLE payloads RENAME TO p"))
@@ -4153,6 +4240,8 @@ def test_confluences_own_example_registers_a_webhook(api, clock):
         "filters": {},
         "ordered": False,
         "rateLimit": None,
+        "paused": False,
+        "template": None,
         "health": {
             "state": "healthy",
             "consecutiveFailures": 0,
@@ -4183,7 +4272,7 @@ def test_two_puts_at_once_do_not_undo_each_other(api, store):
         def work(old):
             return webhookd.read_webhook({"configuration": {str(n): "x"}}, old)
 
-        store.change_webhook(webhook["id"], work)
+        store.write(webhookd.Batch.change_webhook, webhook["id"], work)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(change, range(20)))
@@ -4217,7 +4306,10 @@ def test_a_fault_changes_nothing(api):
 
 
 def test_a_url_no_longer_allowed_does_not_stop_other_changes(api, store):
-    store.add_webhook(webhookd.Webhook(url="http://10.0.0.1/", events=("e",), name="n"))
+    store.write(
+        webhookd.Batch.add_webhook,
+        webhookd.Webhook(url="http://10.0.0.1/", events=("e",), name="n"),
+    )
 
     shown = api.get(f"{WEBHOOKS}/1").json
     answer = api.put_json(f"{WEBHOOKS}/1", shown | {"active": False})
@@ -4719,14 +4811,14 @@ def test_redelivering_many_ends_the_pause(api, receiver, wall):
 def test_what_a_replay_made_before_it_failed_is_attempted(api, store, receiver, wall, monkeypatch):
     api.post_json(EVENTS, [{"event": "e", "n": n} for n in range(501)])
     api.create(receiver.url)
-    replay, steps = store.replay, iter([None, webhookd.StorageFull("the disk is full")])
+    replay, steps = webhookd.Batch.replay, iter([None, webhookd.StorageFull("the disk is full")])
 
     def fail_second(*args):
         if failure := next(steps):
             raise failure
         return replay(*args)
 
-    monkeypatch.setattr(store, "replay", fail_second)
+    monkeypatch.setattr(webhookd.Batch, "replay", fail_second)
     assert api.post(f"{WEBHOOKS}/1/replay").status_int == 507
 
     assert len(wall(0)) == 500
@@ -4971,7 +5063,7 @@ def test_a_share_of_successes_is_never_rounded_up_to_all():
     ],
 )
 def test_a_state_is_put_into_words(active, health, text):
-    shown = webhookd.Health(reason="503", **health).shown(active, 0)
+    shown = webhookd.Health(reason="503", **health).as_json(active, 0)
 
     assert webhookd.state_words(shown) == text
 
@@ -5415,9 +5507,40 @@ def test_nothing_that_was_sent_is_markup(browser, receiver, dispatcher):
         assert page.html.find_all(["script", "img", "b"]) == [], path
         assert {a for tag in page.html.find_all(True) for a in tag.attrs} <= {
             *["action", "alt", "aria-current", "aria-describedby", "aria-invalid", "aria-label"],
-            *["autocomplete", "autofocus", "charset", "checked", "class", "content", "datetime", "for"],
-            *["height", "href", "id", "lang", "method", "name", "open", "preserveaspectratio", "rel", "role"],
-            *["rows", "scope", "spellcheck", "tabindex", "type", "value", "viewbox", "width", "x", "y"],
+            *[
+                "autocomplete",
+                "autofocus",
+                "charset",
+                "checked",
+                "class",
+                "content",
+                "datetime",
+                "for",
+            ],
+            *[
+                "height",
+                "href",
+                "id",
+                "lang",
+                "method",
+                "name",
+                "open",
+                "preserveaspectratio",
+                "rel",
+                "role",
+            ],
+            *[
+                "rows",
+                "scope",
+                "spellcheck",
+                "tabindex",
+                "type",
+                "value",
+                "viewbox",
+                "width",
+                "x",
+                "y",
+            ],
         }, path
     assert HOSTILE in pages["/"].html.a.find_next("table").a.get_text()
 
@@ -6682,7 +6805,7 @@ def stored_webhook(store, port, event=EVENT_NAME):
     """A signed webhook, stored without the API."""
     url = f"http://127.0.0.1:{port}/0"
     webhook = webhookd.Webhook(url=url, events=(event,), secret=WEBHOOK_SECRET)
-    return store.add_webhook(webhook)
+    return store.write(webhookd.Batch.add_webhook, webhook)
 
 
 def event_for_store():

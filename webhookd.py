@@ -30,12 +30,12 @@ The way of an event, left to right and down; nothing below calls anything above:
      ▲   └─ given up ──► failed ┤   crash what was not settled is pending, and is
      └───────── redeliver ──────┘   attempted again
 
-Threads: waitress's (the API), the store's writer, the delivery loop (asyncio), upkeep,
+Threads: waitress's (the API), the store's writer, the delivery loop (asyncio), maintenance,
 and one for each name that is being looked up. The sections, in the order in which the
 file builds on itself (`grep '^# ==='` finds them):
 
     constants and logging   settings   errors   model   reading input   signatures
-    policy   outbound HTTP   store   dispatcher   users   metrics   REST API
+    policy   outbound HTTP   store   dispatcher   maintenance   users   metrics   REST API
     pages   systemd   sink   command line
 """
 
@@ -94,7 +94,7 @@ import waitress.utilities
 # Constants and logging
 # ======================================================================================
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 USER_AGENT = f"webhookd/{VERSION}"
 
 MAX_REQUEST_BYTES = 32 << 20  # many events; one is bounded by MAX_EVENT_SIZE
@@ -121,7 +121,7 @@ def _printable(values):
         yield f"{key}={text}"
 
 
-def fact(words: str, *, level: int = logging.INFO, **values: object) -> None:
+def log_fact(words: str, *, level: int = logging.INFO, **values: object) -> None:
     """Log one fact on one line: a few words, then key=value."""
     log.log(level, "%s", " ".join([words, *_printable(values)]))
 
@@ -313,16 +313,44 @@ class WebhookdError(Exception):
         super().__init__("; ".join(map(str, self.faults)))
 
 
-Invalid = type("Invalid", (WebhookdError,), {"status": 400})
-Unauthorized = type("Unauthorized", (WebhookdError,), {"status": 401})
-Forbidden = type("Forbidden", (WebhookdError,), {"status": 403})
-NotFound = type("NotFound", (WebhookdError,), {"status": 404})
-TooLarge = type("TooLarge", (WebhookdError,), {"status": 413})
-WrongMediaType = type("WrongMediaType", (WebhookdError,), {"status": 415})
-KeyReused = type("KeyReused", (WebhookdError,), {"status": 422})
-TooManyRequests = type("TooManyRequests", (WebhookdError,), {"status": 429})
-Unavailable = type("Unavailable", (WebhookdError,), {"status": 503})
-StorageFull = type("StorageFull", (WebhookdError,), {"status": 507})
+class Invalid(WebhookdError):
+    status = 400
+
+
+class Unauthorized(WebhookdError):
+    status = 401
+
+
+class Forbidden(WebhookdError):
+    status = 403
+
+
+class NotFound(WebhookdError):
+    status = 404
+
+
+class TooLarge(WebhookdError):
+    status = 413
+
+
+class WrongMediaType(WebhookdError):
+    status = 415
+
+
+class KeyReused(WebhookdError):
+    status = 422
+
+
+class TooManyRequests(WebhookdError):
+    status = 429
+
+
+class Unavailable(WebhookdError):
+    status = 503
+
+
+class StorageFull(WebhookdError):
+    status = 507
 
 
 def error_document(status: int, faults: list[Fault]) -> dict:
@@ -357,6 +385,12 @@ def masked_url(url: str) -> str:
     user, colon, _ = userinfo.partition(":")
     masked = f"{user}:{MASK}@" if colon else f"{MASK}@"
     return url.replace(f"{userinfo}@", masked, 1) if at else url
+
+
+def short_url(url: str) -> str:
+    """Scheme, host and port of a URL: its path and query may be a secret."""
+    parts = urllib.parse.urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/…"
 
 
 def header_lines(headers: dict[str, str]) -> str:
@@ -406,6 +440,8 @@ class Webhook:
     verify_tls: bool = True
     ordered: bool = False  # one delivery at a time, in publish order
     rate_limit: float | None = None  # deliveries per second
+    paused: bool = False  # by a person: deliveries are made and wait
+    template: object = None  # the JSON value that is rendered as the body; None: the event
     previous_secret: str | None = None  # signs too, until then
     previous_secret_until: int = 0  # milliseconds, as created and updated
     created: int = 0
@@ -424,6 +460,11 @@ class Webhook:
     def masked_url(self) -> str:
         """The URL as it may be shown."""
         return masked_url(self.url)
+
+    @functools.cached_property
+    def short_url(self) -> str:
+        """The URL as those see it who need not know all of it."""
+        return short_url(self.url)
 
     @functools.cached_property
     def login(self) -> tuple[str, str] | None:
@@ -475,7 +516,7 @@ class Webhook:
 
     # ---- what the API shows ----
 
-    def shown(self) -> dict:
+    def as_json(self) -> dict:
         """The webhook as the API shows it."""
         login = self.credentials and {"username": self.credentials["username"]}
         return {
@@ -495,6 +536,8 @@ class Webhook:
             "filters": self.filters,
             "ordered": self.ordered,
             "rateLimit": self.rate_limit,
+            "paused": self.paused,
+            "template": self.template,
         }
 
 
@@ -515,7 +558,7 @@ class Health(typing.NamedTuple):
             return "paused"
         return "failing" if self.failures else "healthy"
 
-    def shown(self, active: bool, pending: int) -> dict:
+    def as_json(self, active: bool, pending: int) -> dict:
         """The health of a webhook as the API shows it."""
         state = self.state(active)
         return {
@@ -556,7 +599,7 @@ class Event(typing.NamedTuple):
     timestamp: int
     delivery_count: int
 
-    def shown(self) -> dict:
+    def as_json(self) -> dict:
         """The event as publishing answers it and as lists show it."""
         return dict(zip(EVENT_KEYS, self))
 
@@ -567,9 +610,19 @@ def payload_of(body: bytes, name: str) -> bytes:
     return b"{" + body[body.index(head) + len(head) :].removeprefix(b",")
 
 
-DELIVERY_KEYS = (
-    ["id", "webhookId", "eventId", "event", "state", "attemptCount", "nextAttempt", "createdDate", "outcome", "description", "duration"]
-)
+DELIVERY_KEYS = [
+    "id",
+    "webhookId",
+    "eventId",
+    "event",
+    "state",
+    "attemptCount",
+    "nextAttempt",
+    "createdDate",
+    "outcome",
+    "description",
+    "duration",
+]
 
 
 class Delivery(typing.NamedTuple):
@@ -587,7 +640,7 @@ class Delivery(typing.NamedTuple):
     description: str | None
     duration: int | None  # milliseconds
 
-    def shown(self) -> dict:
+    def as_json(self) -> dict:
         """The delivery as the API shows it."""
         return dict(zip(DELIVERY_KEYS, self))
 
@@ -634,7 +687,7 @@ class Attempt(typing.NamedTuple):
         headers = dict(header_fields(self.response_headers).values())
         return {"headers": headers, "body": self.response_body}
 
-    def shown(self, delivery_id: str, event: str, body: str | None) -> dict:
+    def as_json(self, delivery_id: str, event: str, body: str | None) -> dict:
         """The invocation as the API shows it; body None: without headers and bodies."""
         sent = {"id": delivery_id, "event": event, "duration": self.duration}
         sent |= {"start": self.start, "finish": self.finish}
@@ -930,7 +983,28 @@ def read_credentials(value: object, previous: dict | None) -> dict | None:
 
 
 HEADERS_NOT_TO_SET = frozenset(
-    ["connection", "content-length", "expect", "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "webhook-id", "webhook-signature", "webhook-timestamp", "x-attempt", "x-event-key", "x-hub-signature", "x-hub-signature-256", "x-request-id"]
+    [
+        "connection",
+        "content-length",
+        "expect",
+        "host",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "webhook-id",
+        "webhook-signature",
+        "webhook-timestamp",
+        "x-attempt",
+        "x-event-key",
+        "x-hub-signature",
+        "x-hub-signature-256",
+        "x-request-id",
+    ]
 )
 
 
@@ -1060,6 +1134,7 @@ def _read_fields(reader, fields, old, check_url):
         ("headers", "headers", read_headers, old.headers),
         ("filters", "filters", read_filters),
         ("ordered", "ordered", boolean),
+        ("paused", "paused", boolean),
         ("rate_limit", "rateLimit", rate),
     ):
         if fields.get(name) is not None or name in fields and name in NULLABLE:
@@ -1493,7 +1568,7 @@ def _is_local(address):
     return True
 
 
-class Destinations:
+class AddressPolicy:
     """Judges where deliveries may go, and looks names up in threads of its own."""
 
     def __init__(self, allowed: tuple, own: tuple[str, int] | None = None):
@@ -1914,8 +1989,8 @@ def tls_context(verify: bool) -> ssl.SSLContext:
 class Client:
     """Sends requests over kept-alive connections. Belongs to one event loop."""
 
-    def __init__(self, destinations: Destinations, timeout_seconds: float):
-        self._destinations = destinations
+    def __init__(self, address_policy: AddressPolicy, timeout_seconds: float):
+        self._address_policy = address_policy
         self.timeout_seconds = timeout_seconds
         self._exchanges: dict[Exchange, float] = {}  # and when their time is up
         self._timer: asyncio.TimerHandle | None = None
@@ -1982,9 +2057,9 @@ class Client:
     async def connect(self, exchange: Exchange) -> None:
         """Connect to a checked address for it; raises AddressRefused or OSError."""
         place = exchange.place
-        addresses = await asyncio.wrap_future(self._destinations.lookup(place.host))
+        addresses = await asyncio.wrap_future(self._address_policy.lookup(place.host))
         for address in addresses:  # all of them, before one is used
-            self._destinations.check(address, place.port)
+            self._address_policy.check(address, place.port)
         failure = None
         for address in addresses:
             try:
@@ -2266,7 +2341,7 @@ def migrate(connection: Database) -> None:
                 for statement in script.split(";\n"):
                     connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        fact("database migrated", old=version, new=len(MIGRATIONS))
+        log_fact("database migrated", old=version, new=len(MIGRATIONS))
 
 
 @contextlib.contextmanager
@@ -2296,14 +2371,14 @@ def chunks(rows: list) -> collections.abc.Iterator[list]:
         yield rows[start : start + ROWS_PER_STATEMENT]
 
 
-def marks(values: collections.abc.Sized) -> str:
+def placeholders(values: collections.abc.Sized) -> str:
     """Placeholders for the values of an IN."""
     return f"({','.join('?' * len(values))})"
 
 
 def values_clause(rows: list[tuple]) -> tuple[str, list]:
     """`VALUES (?,?),(?,?)` and its values: one statement gives up the GIL once."""
-    clause = "VALUES " + ",".join([marks(rows[0])] * len(rows))
+    clause = "VALUES " + ",".join([placeholders(rows[0])] * len(rows))
     return clause, list(itertools.chain.from_iterable(rows))
 
 
@@ -2321,7 +2396,7 @@ def where(tests: dict[str, object]) -> tuple[str, list]:
     parts, values = ["1"], []
     for test, value in tests.items():
         if isinstance(value, tuple) and value:
-            parts.append(f"{test} {marks(value)}")
+            parts.append(f"{test} {placeholders(value)}")
             values += value
         elif value not in (None, ()):
             parts.append(test)
@@ -2329,7 +2404,7 @@ def where(tests: dict[str, object]) -> tuple[str, list]:
     return " WHERE " + " AND ".join(parts), values
 
 
-def found(row, what: str):
+def or_404(row, what: str):
     """What was found; raises NotFound if there is nothing."""
     if not row:
         raise NotFound(f"there is no {what}")
@@ -2359,7 +2434,7 @@ class Webhooks:
 
     def get(self, id: int) -> Webhook:
         """The webhook; raises NotFound."""
-        return found(self.by_id.get(id), f"webhook {id}")
+        return or_404(self.by_id.get(id), f"webhook {id}")
 
     def put(self, webhook: Webhook) -> "Webhooks":
         """The same with this webhook, be it new or changed."""
@@ -2586,7 +2661,7 @@ class Batch:
 
         Raises NotFound."""
         self.webhooks.get(webhook_id)
-        chosen = f"id IN {marks(event_ids)} AND {MISSED}"
+        chosen = f"id IN {placeholders(event_ids)} AND {MISSED}"
         sql = f"SELECT id, event FROM events WHERE {chosen} ORDER BY id"
         events = self.connection.rows(sql, *event_ids, webhook_id)
         for event_id, name in events:
@@ -2643,7 +2718,7 @@ class Batch:
 
         If their webhook is paused, its probe is due. Raises NotFound."""
         self.webhooks.get(webhook_id)
-        chosen = f"WHERE webhook_id = ? AND id IN {marks(numbers)}"
+        chosen = f"WHERE webhook_id = ? AND id IN {placeholders(numbers)}"
         sql = f"SELECT count(*) FROM deliveries {chosen} AND state = 'pending'"
         waiting = self.connection.row(sql, webhook_id, *numbers)[0]
         sql = "UPDATE deliveries SET state = 'pending', step = 0, next_attempt = ? "
@@ -2658,7 +2733,7 @@ class Batch:
         """Have a delivery attempted before all others; the id of its webhook."""
         sql = "SELECT id, webhook_id FROM deliveries WHERE uuid = ?"
         row, name = self.connection.row(sql, uuid), f"delivery {uuid}"
-        number, webhook_id = found(row, name)
+        number, webhook_id = or_404(row, name)
         waiting = "state = 'pending' AND webhook_id = ?"
         sql = f"SELECT min(next_attempt) - 1 FROM deliveries WHERE {waiting}"
         [first] = self.connection.row(sql, webhook_id)
@@ -2686,7 +2761,7 @@ class Batch:
         sql = "SELECT id, webhook_id, state FROM deliveries WHERE event_id = ?"
         rows = self.connection.rows(sql, id)
         self._forget(self.delete_deliveries([number for number, *_ in rows]))
-        found(self.delete_events([id]), f"event {id}")
+        or_404(self.delete_events([id]), f"event {id}")
         rows = [row for row in rows if row[1] in self.webhooks.by_id]
         waiting = [webhook_id for _, webhook_id, state in rows if state == PENDING]
         self.pending_change.subtract(waiting)
@@ -2695,7 +2770,7 @@ class Batch:
     def delete_webhook(self, id: int) -> None:
         """Delete a webhook; raises NotFound. Of its deliveries a step is deleted at
         once, and `delete_leftovers` does the rest; nobody sees them meanwhile."""
-        found(self._delete("webhooks", "id", [id]), f"webhook {id}")
+        or_404(self._delete("webhooks", "id", [id]), f"webhook {id}")
         self.flush()  # what was published beside it
         self.connection.change("DELETE FROM statistics WHERE webhook_id = ?", id)
         self.webhooks = self.webhooks.without(id)
@@ -2707,7 +2782,7 @@ class Batch:
         """Delete the rows of these ids that meet a condition; the rows' own ids."""
         gone = []
         for chunk in chunks(ids):
-            chosen = f"{column} IN {marks(chunk)} AND {condition}"
+            chosen = f"{column} IN {placeholders(chunk)} AND {condition}"
             sql = f"DELETE FROM {table} WHERE {chosen} RETURNING rowid"
             gone += self.connection.column(sql, *chunk)
         return gone
@@ -2725,7 +2800,7 @@ class Batch:
 
     def delete_history(self, ids: list[int], condition: str) -> None:
         """Delete those deliveries that meet a condition, and what events that bares."""
-        sql = f"SELECT DISTINCT event_id FROM deliveries WHERE id IN {marks(ids)}"
+        sql = f"SELECT DISTINCT event_id FROM deliveries WHERE id IN {placeholders(ids)}"
         events = self.connection.column(sql, *ids)
         self.delete_deliveries(ids, condition)
         self.delete_events(events, BARE)
@@ -2750,7 +2825,7 @@ class Batch:
             " attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN "
         )
         for chunk in chunks(attempts):
-            self.connection.change(sql + marks(chunk), *chunk)
+            self.connection.change(sql + placeholders(chunk), *chunk)
 
 
 # ---- writes ----
@@ -2798,16 +2873,6 @@ class Write:
         if self._error:
             raise self._error
         return self._result
-
-
-def by_writer(work: collections.abc.Callable) -> collections.abc.Callable:
-    """A method of Store that has the writer do `work` in a batch, and waits for it."""
-
-    @functools.wraps(work)
-    def method(store, *args):
-        return store.write(work, *args)
-
-    return method
 
 
 # ---- the store ----
@@ -2860,7 +2925,7 @@ class Store:
         self.published_count = 0  # of events, since the start
         self.problem: str | None = None  # why the last commit failed
         self._progressed: float | None = None  # time.monotonic(); None: nothing to do
-        self.full = False  # by upkeep: MAX_DATABASE_SIZE is reached, and nothing can go
+        self.full = False  # by maintenance: MAX_DATABASE_SIZE is reached, and nothing can go
 
     def __enter__(self):
         with contextlib.ExitStack() as cleanup:
@@ -2964,13 +3029,13 @@ class Store:
             self._deleted.append(id)
         self.published_count += batch.published_count
         if self.problem:
-            fact("the database can be written again")
+            log_fact("the database can be written again")
         self.problem = None
 
     def _put_back(self, settlements, error):
         problem = str(stored_error(error, self._path))
         if problem != self.problem:
-            fact("the database cannot be written", level=logging.ERROR, reason=error)
+            log_fact("the database cannot be written", level=logging.ERROR, reason=error)
             if not isinstance(error, sqlite3.Error):
                 log.error("the writer failed", exc_info=error)
         self.problem = problem
@@ -3041,15 +3106,6 @@ class Store:
         """Return when everything handed in so far is on disk."""
         self.write(lambda batch: None)
 
-    add_webhook = by_writer(Batch.add_webhook)
-    change_webhook = by_writer(Batch.change_webhook)
-    delete_webhook = by_writer(Batch.delete_webhook)
-    delete_event = by_writer(Batch.delete_event)
-    redeliver = by_writer(Batch.redeliver)
-    redeliver_first = by_writer(Batch.redeliver_first)
-    replay = by_writer(Batch.replay)
-    shift_schedule = by_writer(Batch.shift_schedule)
-
     def empty_log(self) -> None:
         """Move what SQLite's log holds into the database, and cut the log off, so that
         no trace of what was deleted stays in the files."""
@@ -3063,9 +3119,9 @@ class Store:
                 if not busy:
                     return
                 time.sleep(0.05)  # until a reader has gone on
-        fact("SQLite's log is not empty yet", level=logging.WARNING)
+        log_fact("SQLite's log is not empty yet", level=logging.WARNING)
 
-    # ---- upkeep, in steps, so that nobody waits long for the writer ----
+    # ---- maintenance, in steps, so that nobody waits long for the writer ----
 
     def delete_leftovers(self) -> Steps:
         """Delete what deleted webhooks have left."""
@@ -3172,7 +3228,7 @@ class Store:
         """An event, its body and its deliveries; raises NotFound."""
         sql = "SELECT event, timestamp, body FROM events JOIN payloads ON event_id = id"
         row = self._row(f"{sql} WHERE id = ?", id)
-        name, timestamp, body = found(row, f"event {id}")
+        name, timestamp, body = or_404(row, f"event {id}")
         tests = "event_id = ? AND webhook_id IN (SELECT id FROM webhooks)"
         sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE {tests} ORDER BY id"
         deliveries = self._models(Delivery, sql, id)
@@ -3187,13 +3243,13 @@ class Store:
         """A delivery, the body it sends and its attempts; raises NotFound."""
         name = f"delivery {uuid}"
         sql = f"SELECT id, {DELIVERY_COLUMNS} FROM deliveries WHERE uuid = ?"
-        number, *row = found(self._row(sql, uuid), name)
+        number, *row = or_404(self._row(sql, uuid), name)
         delivery = Delivery(*row)
-        found(delivery.webhook_id in self.webhooks.by_id, name)
+        or_404(delivery.webhook_id in self.webhooks.by_id, name)
         sql = f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE delivery_id = ?"
         attempts = self._models(Attempt, f"{sql} ORDER BY id", number)
         sql = "SELECT body FROM payloads WHERE event_id = ?"
-        [body] = found(self._row(sql, delivery.event_id), name)  # else deleted just now
+        [body] = or_404(self._row(sql, delivery.event_id), name)  # else deleted just now
         return delivery, body.decode(), attempts
 
     def redeliverable(self, webhook_id: int, wanted: Filter) -> IdsInSteps:
@@ -3237,7 +3293,7 @@ class Store:
         if row is None:
             return None
         uuid, event, body, *attempt = row
-        return Attempt(*attempt).shown(uuid, event, body.decode() if bodies else None)
+        return Attempt(*attempt).as_json(uuid, event, body.decode() if bodies else None)
 
     def statistics(self, webhook_id: int, events: tuple[str, ...], now_ms: int) -> dict:
         """Counts of attempts and the last of each outcome, as the API shows them."""
@@ -3338,9 +3394,9 @@ RESERVED_SHARE = 8  # one place in so many is kept for webhooks proven to work, 
 # turn in so many is for those that come last otherwise
 PLACE_BYTES = 128 << 10  # an attempt takes one more place for each of its body
 TICK_SECONDS = 1
-UPKEEP_SECONDS = 1
+MAINTENANCE_SECONDS = 1
 PRUNING_SECONDS = 60
-REST_SHARE = 9  # upkeep rests so many times as long as each of its steps took
+REST_SHARE = 9  # maintenance rests so many times as long as each of its steps took
 CLOCK_JUMP_SECONDS = 2
 STOP_SECONDS = 10  # what is in flight at the end has this long
 DURATION_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
@@ -3745,7 +3801,7 @@ class Dispatcher:
             if not lane.backlog:
                 next_due = self._store.next_due(lane.webhook_id, now_ms)
         except sqlite3.Error as error:
-            fact("the database cannot be read", level=logging.ERROR, reason=error)
+            log_fact("the database cannot be read", level=logging.ERROR, reason=error)
             lane.backlog, lane.not_before = True, now_ms + RETRY_SECONDS * 1000
             return
         for delivery in due:
@@ -3807,21 +3863,26 @@ class Dispatcher:
         before, after = settled.before, settled.health
         facts = {"webhook": settled.due.webhook_id}
         if before.failures and not after.failures:
-            fact("webhook works again", **facts, failures=before.failures)
+            log_fact("webhook works again", **facts, failures=before.failures)
         if after.failures and not before.failures:
-            fact("webhook fails", **facts, reason=after.reason)
+            log_fact("webhook fails", **facts, reason=after.reason)
         if after.paused_until and not before.paused_until:
             level = logging.WARNING
-            fact("webhook paused", level=level, **facts, reason=after.reason)
+            log_fact("webhook paused", level=level, **facts, reason=after.reason)
         if after.disabled and not before.disabled:
             level = logging.WARNING
-            fact("webhook disabled", level=level, **facts, reason=after.reason)
+            log_fact("webhook disabled", level=level, **facts, reason=after.reason)
         if settled.state == FAILED:
             facts |= {"id": settled.due.id, "reason": settled.attempt.description}
-            fact("delivery given up", level=logging.WARNING, **facts)
+            log_fact("delivery given up", level=logging.WARNING, **facts)
 
 
-class Upkeep:
+# ======================================================================================
+# Maintenance: pruning, space, the clock
+# ======================================================================================
+
+
+class Maintenance:
     """Deletes what is old or too much, and gives its space back; small steps, with
     pauses between them. `with` runs it in a thread of its own."""
 
@@ -3845,7 +3906,7 @@ class Upkeep:
         store.on_commit(self._watch_size)
 
     def __enter__(self):
-        self._thread = threading.Thread(target=self._run, name="upkeep")
+        self._thread = threading.Thread(target=self._run, name="maintenance")
         self._thread.start()
         return self
 
@@ -3863,14 +3924,14 @@ class Upkeep:
 
     def _run(self):
         while not self._stop.is_set():
-            self._wakeup.wait(UPKEEP_SECONDS)
+            self._wakeup.wait(MAINTENANCE_SECONDS)
             self._wakeup.clear()
             try:
                 self.run_once()
             except WebhookdError as error:  # it says so itself, and this comes again
-                log.debug("upkeep: %s", error)
+                log.debug("maintenance: %s", error)
             except Exception:
-                log.exception("upkeep failed")
+                log.exception("maintenance failed")
 
     def run_once(self) -> None:
         """Do what is to be done now, and after each step look around and rest."""
@@ -3889,16 +3950,16 @@ class Upkeep:
         self._too_large = self._is_too_large()
         if self._store.full and not self._too_large:
             self._store.full = False
-            fact("database has room again", level=logging.WARNING)
+            log_fact("database has room again", level=logging.WARNING)
 
     def _follow_clock(self):
         """Move what is planned when the clock jumps: it neither waits nor rushes."""
         now, offset = self._clock(), self._clock() - self._steady_clock()
         jump = offset - self._clock_offset
         if abs(jump) > CLOCK_JUMP_SECONDS:
-            fact("clock jumped", level=logging.WARNING, seconds=round(jump, 3))
+            log_fact("clock jumped", level=logging.WARNING, seconds=round(jump, 3))
             after_ms = int(min(now, now - jump) * 1000)  # what was due stays due
-            self._store.shift_schedule(after_ms, int(jump * 1000))
+            self._store.write(Batch.shift_schedule, after_ms, int(jump * 1000))
             for webhook_id in self._store.webhooks.by_id:
                 self._dispatcher.reconsider(webhook_id)
         self._clock_offset = offset
@@ -3927,7 +3988,7 @@ class Upkeep:
                 return
         if not self._store.full:
             self._store.full = True
-            fact("database full", level=logging.WARNING)
+            log_fact("database full", level=logging.WARNING)
 
 
 # ======================================================================================
@@ -4076,7 +4137,7 @@ class Logins:
         self._wrong = {key: w for key, w in self._wrong.items() if w[0] > oldest}
         since, count = self._wrong.get(address, (now, 0))
         self._wrong[address] = since, count + 1
-        fact("wrong password", level=logging.WARNING, address=address, user=name)
+        log_fact("wrong password", level=logging.WARNING, address=address, user=name)
 
 
 # ======================================================================================
@@ -4226,12 +4287,12 @@ class Api:
         self,
         store: Store,
         dispatcher: Dispatcher,
-        destinations: Destinations,
+        address_policy: AddressPolicy,
         settings: Settings,
         clock: collections.abc.Callable[[], float] = time.time,
     ):
         self._store, self._dispatcher, self._settings = store, dispatcher, settings
-        self._destinations, self._clock = destinations, clock
+        self._address_policy, self._clock = address_policy, clock
         self._logins = Logins(store, clock)
         self._tests = threading.Semaphore(MAX_TESTS)
         self._large = threading.Lock()  # one large request at a time is in memory
@@ -4400,7 +4461,7 @@ class Api:
     def _log_change(self, words, **values):
         environ = bottle.request.environ
         user, address = environ["webhookd.user"].name, environ.get("REMOTE_ADDR")
-        fact(words, **values, by=user, address=address)
+        log_fact(words, **values, by=user, address=address)
 
     # ---- webhooks ----
 
@@ -4414,43 +4475,43 @@ class Api:
             if not wanted.events or any(map(webhook.subscribed, wanted.events))
         ]
         part = webhooks[page.start : page.start + page.limit]
-        return self._page_of(page, len(webhooks), self._shown(part, statistics))
+        return self._page_of(page, len(webhooks), self._webhooks_as_json(part, statistics))
 
     def create_webhook(self):
         webhook = self.register(self._object())
         path = f"/rest/api/webhooks/{webhook.id}"
         bottle.response.set_header("Location", self._link(path))
-        return self._json(self._shown([webhook])[0], 201)
+        return self._json(self._webhooks_as_json([webhook])[0], 201)
 
     def register(self, fields: dict) -> Webhook:
         """Add the webhook that the fields ask for; raises Invalid."""
         now = self._now_ms()
         new = Webhook(created=now, updated=now)
-        webhook = read_webhook(fields, new, self._destinations.check_url)
-        webhook = self._store.add_webhook(webhook)
+        webhook = read_webhook(fields, new, self._address_policy.check_url)
+        webhook = self._store.write(Batch.add_webhook, webhook)
         self._log_change("webhook created", id=webhook.id, url=webhook.masked_url)
         return webhook
 
     def get_webhook(self, id):
         with Reader(self._query()) as query:
             statistics = query.field("statistics", False, boolean)
-        return self._json(self._shown([self._store.webhooks.get(id)], statistics)[0])
+        return self._json(self._webhooks_as_json([self._store.webhooks.get(id)], statistics)[0])
 
     def update_webhook(self, id):
         self._store.webhooks.get(id)  # that there is none comes before a fault in the body
-        return self._json(self._shown([self.change(id, self._object())])[0])
+        return self._json(self._webhooks_as_json([self.change(id, self._object())])[0])
 
     def change(self, id: int, fields: dict) -> Webhook:
         """Change the fields of a webhook that are given; raises NotFound, Invalid."""
         # looking its host up takes time, so the writer reads it again without that
-        read_webhook(fields, self._store.webhooks.get(id), self._destinations.check_url)
+        read_webhook(fields, self._store.webhooks.get(id), self._address_policy.check_url)
         now, activates = self._now_ms(), fields.get("active") is not None
 
         def change(old):
             new = dataclasses.replace(read_webhook(fields, old), updated=now)
             return with_rotated_secret(old, new, now)
 
-        old, webhook = self._store.change_webhook(id, change, activates)
+        old, webhook = self._store.write(Batch.change_webhook, id, change, activates)
         self._dispatcher.reconsider(id)
         names, url = changed_fields(old, webhook), webhook.masked_url
         self._log_change(change_in_words(old, webhook), id=id, fields=names, url=url)
@@ -4462,17 +4523,17 @@ class Api:
 
     def delete(self, id: int) -> None:
         """Delete a webhook and its deliveries; raises NotFound."""
-        self._store.delete_webhook(id)
+        self._store.write(Batch.delete_webhook, id)
         self._dispatcher.reconsider(id)
         self._log_change("webhook deleted", id=id)
 
-    def _shown(self, webhooks, statistics=False):
+    def _webhooks_as_json(self, webhooks, statistics=False):
         """The webhooks as the API shows them, with their health."""
         shown = []
         for webhook in webhooks:
             health, pending = (self._store.health[webhook.id], self._store.pending[webhook.id])
-            shown.append(webhook.shown())
-            shown[-1]["health"] = health.shown(webhook.active, pending)
+            shown.append(webhook.as_json())
+            shown[-1]["health"] = health.as_json(webhook.active, pending)
             if statistics:
                 now = self._now_ms()
                 shown[-1]["statistics"] = self._store.statistics(webhook.id, (), now)
@@ -4522,12 +4583,12 @@ class Api:
         if id is not None:
             return self._store.webhooks.get(id)
         with Reader(self._query()) as query:
-            url = query.field("url", "", read_url, "", self._destinations.check_url)
+            url = query.field("url", "", read_url, "", self._address_policy.check_url)
             query.check("url", url != "", "url or webhookId is needed")
         return Webhook(url=url)
 
     async def _ping(self, webhook):
-        client = Client(self._destinations, self._settings.delivery_timeout)
+        client = Client(self._address_policy, self._settings.delivery_timeout)
         now, made = self._now_ms(), asyncio.get_running_loop().create_future()
         headers = attempt_headers(webhook, "diagnostics:ping", uuid7(now), 1, PING, now)
         start_attempt(client, webhook, headers, PING, now, made.set_result)
@@ -4551,7 +4612,7 @@ class Api:
         several, key = isinstance(events, list), self._idempotency(body)
 
         def answer(published):
-            shown = [event.shown() for event in published]
+            shown = [event.as_json() for event in published]
             return json_bytes({"results": shown} if several else shown[0])
 
         events = events if several else [events]
@@ -4571,12 +4632,12 @@ class Api:
         with Reader(self._query()) as query:
             page, wanted = read_page(query), read_filter(query)
         events, total = self._store.events(wanted, page)
-        return self._page_of(page, total, [event.shown() for event in events])
+        return self._page_of(page, total, [event.as_json() for event in events])
 
     def get_event(self, id):
         event, body, deliveries = self._store.event(id)
-        shown = event.shown()
-        shown["deliveries"] = [delivery.shown() for delivery in deliveries]
+        shown = event.as_json()
+        shown["deliveries"] = [delivery.as_json() for delivery in deliveries]
         # the payload is put in as text: it was sent, so it need not be read once more
         head = json_bytes(shown).removesuffix(b"}")
         return self._json(head + b',"payload":' + payload_of(body, event.name) + b"}")
@@ -4586,22 +4647,22 @@ class Api:
             page, wanted = read_page(query), read_filter(query)
         webhook = self._store.webhooks.get(id)
         deliveries, total = self._store.deliveries(webhook.id, wanted, page)
-        return self._page_of(page, total, [delivery.shown() for delivery in deliveries])
+        return self._page_of(page, total, [delivery.as_json() for delivery in deliveries])
 
     def get_delivery(self, uuid):
         delivery, body, attempts = self._store.delivery(uuid.lower())
         id, event = delivery.id, delivery.event
-        shown = [attempt.shown(id, event, body) for attempt in attempts]
-        return self._json(delivery.shown() | {"attempts": shown})
+        shown = [attempt.as_json(id, event, body) for attempt in attempts]
+        return self._json(delivery.as_json() | {"attempts": shown})
 
     # ---- operations ----
 
     def redeliver(self, uuid):
-        return self._json(self.redeliver_one(uuid.lower()).shown(), 202)
+        return self._json(self.redeliver_one(uuid.lower()).as_json(), 202)
 
     def redeliver_one(self, uuid: str) -> Delivery:
         """Have a delivery attempted at once, paused or not; raises NotFound."""
-        webhook_id = self._store.redeliver_first(uuid, self._now_ms())
+        webhook_id = self._store.write(Batch.redeliver_first, uuid, self._now_ms())
         self._dispatcher.reconsider(webhook_id)
         self._log_change("delivery redelivered", id=uuid, webhook=webhook_id)
         return self._store.delivery(uuid)[0]
@@ -4619,7 +4680,7 @@ class Api:
         if not wanted.outcomes:
             wanted = wanted._replace(states=(FAILED,))
         found, words = self._store.redeliverable(id, wanted), "deliveries redelivered"
-        return self._make_due(id, found, self._store.redeliver, dry_run, words)
+        return self._make_due(id, found, Batch.redeliver, dry_run, words)
 
     def _make_due(self, id, found, make_due, dry_run, words):
         matched = made = 0
@@ -4628,7 +4689,7 @@ class Api:
             for ids in found:
                 matched += len(ids)
                 if ids and not dry_run:
-                    made += make_due(id, ids, now)
+                    made += self._store.write(make_due, id, ids, now)
         finally:  # if one of the steps fails, those before it are done
             if made:
                 self._dispatcher.reconsider(id)
@@ -4639,7 +4700,7 @@ class Api:
         webhook = self._store.webhooks.get(id)
         wanted, dry_run = self._selection()
         found, words = self._store.missed_events(webhook, wanted), "events replayed"
-        counts = self._make_due(id, found, self._store.replay, dry_run, words)
+        counts = self._make_due(id, found, Batch.replay, dry_run, words)
         return self._json(dict(zip(("matched", "replayed"), counts)), 202)
 
     def _selection(self):
@@ -4651,7 +4712,7 @@ class Api:
             return read_filter(reader), reader.field("dryRun", False, boolean)
 
     def delete_event(self, id):
-        for webhook_id in self._store.delete_event(id):
+        for webhook_id in self._store.write(Batch.delete_event, id):
             self._dispatcher.reconsider(webhook_id)
         self._store.empty_log()
         self._log_change("event deleted", id=id)
@@ -4781,7 +4842,7 @@ def form_fields(form: dict[str, str], old: Webhook) -> dict:
     }
     if form.get("secret") or "removeSecret" in form:
         fields["configuration"] = {"secret": form.get("secret") or None}
-    before = old.shown()
+    before = old.as_json()
     return {k: v for k, v in fields.items() if v != before.get(k)}
 
 
@@ -5188,7 +5249,7 @@ class Pages(Api):
     def show_webhooks(self):
         with Reader(self._query()) as query:
             page = read_page(query)
-        webhooks = self._shown(self._store.webhooks.by_id.values())
+        webhooks = self._webhooks_as_json(self._store.webhooks.by_id.values())
         part = webhooks[page.start : page.start + page.limit]
         ids = tuple(webhook["id"] for webhook in part)
         return self._page(
@@ -5203,7 +5264,7 @@ class Pages(Api):
         with Reader(self._query()) as query:
             page, wanted = read_page(query, DELIVERIES_PER_PAGE), read_filter(query)
             redelivered = query.field("redelivered", None, whole_number, 0)
-        [webhook] = self._shown([self._store.webhooks.get(id)], statistics=True)
+        [webhook] = self._webhooks_as_json([self._store.webhooks.get(id)], statistics=True)
         deliveries, total = self._store.deliveries(id, wanted, page)
         return self._page(
             WEBHOOK_PAGE,
@@ -5224,7 +5285,7 @@ class Pages(Api):
 
     def show_delivery(self, uuid):
         delivery, body, attempts = self._store.delivery(uuid.lower())
-        [webhook] = self._shown([self._store.webhooks.get(delivery.webhook_id)])
+        [webhook] = self._webhooks_as_json([self._store.webhooks.get(delivery.webhook_id)])
         values = {"delivery": delivery, "body": body, "attempts": attempts}
         return self._page(DELIVERY_PAGE, webhook=webhook, **values)
 
@@ -5235,7 +5296,7 @@ class Pages(Api):
 
     def show_form(self, id=None):
         old = self._edited(id)
-        form = old.shown() | {"events": "\n".join(old.events)}
+        form = old.as_json() | {"events": "\n".join(old.events)}
         return self._page(FORM_PAGE, old=old, form=form, faults={})
 
     def submit_form(self, id=None):
@@ -5612,25 +5673,25 @@ def serve(settings: Settings) -> None:
     with contextlib.ExitStack() as parts:
         listener = parts.enter_context(listen(settings.listen))
         store = parts.enter_context(Store(settings.database))
-        fact("starting", version=VERSION, database=settings.database)
+        log_fact("starting", version=VERSION, database=settings.database)
         secret = ensure_admin(store, settings.admin_password)
         if secret:
             print(f"user admin was created, its secret is: {secret}", flush=True)
         address = listener.getsockname()[:2]
-        destinations = Destinations(settings.allow_networks, address)
-        client = Client(destinations, settings.delivery_timeout)
+        address_policy = AddressPolicy(settings.allow_networks, address)
+        client = Client(address_policy, settings.delivery_timeout)
         dispatcher = Dispatcher(store, client, settings, heartbeat=lambda: _beat(store))
         parts.enter_context(dispatcher)
-        parts.enter_context(Upkeep(store, dispatcher, settings))
-        api = Pages(store, dispatcher, destinations, settings)
+        parts.enter_context(Maintenance(store, dispatcher, settings))
+        api = Pages(store, dispatcher, address_policy, settings)
         server = make_server(api.app, listener, settings)
         stopping = threading.Event()
         on_stop(lambda *_: _stop(server, stopping))
         notify("READY=1")
-        fact("ready", listen=printable_address(*address))
+        log_fact("ready", listen=printable_address(*address))
         take_requests(server, stopping)
         notify("STOPPING=1")
-        fact("stopping")
+        log_fact("stopping")
         dispatcher.stop()
         finish_requests(server)
 
@@ -5705,7 +5766,7 @@ def add_user(given: argparse.Namespace) -> None:
         if any(user.name == given.name for user in load_users(connection)):
             raise CommandError(f"there is a user {given.name} already")
         save_user(connection, User(given.name, given.role, record))
-    fact("user added", name=given.name, role=given.role, by=operator())
+    log_fact("user added", name=given.name, role=given.role, by=operator())
     if not given.password:
         print(secret)
 
@@ -5723,7 +5784,7 @@ def remove_user(given: argparse.Namespace) -> None:
         sql = "DELETE FROM users WHERE name = ?"
         if not connection.execute(sql, [given.name]).rowcount:
             raise CommandError(f"there is no user {given.name}")
-    fact("user removed", name=given.name, by=operator())
+    log_fact("user removed", name=given.name, by=operator())
 
 
 # ---- backup ----
@@ -5809,7 +5870,7 @@ def backup(given: argparse.Namespace) -> None:
         raise CommandError(f"{path} to {target}: {error}") from error
     except OSError as error:
         raise CommandError(f"{target}: {error.strerror}") from error
-    fact("backup written", file=target, bytes=os.path.getsize(target), by=operator())
+    log_fact("backup written", file=target, bytes=os.path.getsize(target), by=operator())
 
 
 # ---- sink ----
