@@ -370,6 +370,7 @@ def error_document(status: int, faults: list[Fault]) -> dict:
 
 OUTCOMES = SUCCESS, FAILURE, ERROR = "SUCCESS", "FAILURE", "ERROR"  # of an attempt
 PENDING, SUCCEEDED, FAILED = "pending", "succeeded", "failed"  # states of a delivery
+GONE = "gone"  # of one that was deleted during an attempt
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -441,6 +442,7 @@ class Webhook:
     ordered: bool = False  # one delivery at a time, in publish order
     rate_limit: float | None = None  # deliveries per second
     paused: bool = False  # by a person: deliveries are made and wait
+    halted_by: str = ""  # the user who paused or deactivated it
     template: object = None  # the JSON value that is rendered as the body; None: the event
     previous_secret: str | None = None  # signs too, until then
     previous_secret_until: int = 0  # milliseconds, as created and updated
@@ -545,28 +547,51 @@ class Health(typing.NamedTuple):
     """How the attempts to a webhook went lately."""
 
     failures: int = 0  # attempts without success, in a row
-    failing_since: int | None = None  # milliseconds, as paused_until
+    failing_since: int | None = None  # milliseconds, as the other moments
     paused_until: int | None = None  # the breaker's; it stays until a probe succeeds
+    resting_until: int | None = None  # what the receiver asked for by Retry-After
     reason: str | None = None  # of the last failure, or of being disabled
     disabled: bool = False
+    announced: bool = False  # an event has told that it is down
+    since: int | None = None  # when the state began
 
-    def state(self, active: bool) -> str:
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing holds its deliveries up."""
+        return not (self.failures or self.paused_until or self.resting_until or self.disabled)
+
+    def state(self, webhook: Webhook) -> str:
         """The health in one word."""
-        if not active:
+        if not webhook.active:
             return "disabled" if self.disabled else "inactive"
-        if self.paused_until:
+        if webhook.paused or self.paused_until:
             return "paused"
         return "failing" if self.failures else "healthy"
 
-    def as_json(self, active: bool, pending: int) -> dict:
+    def _reason(self, webhook):
+        """Why the state is what it is: who made it so, or what."""
+        if not webhook.active and not self.disabled:
+            return f"deactivated by {webhook.halted_by}"
+        if webhook.active and webhook.paused:
+            return f"paused by {webhook.halted_by}"
+        return self.reason
+
+    def waits_until(self) -> int:
+        """The moment before which nothing is attempted; 0 if it need not wait."""
+        return max(self.paused_until or 0, self.resting_until or 0)
+
+    def as_json(self, webhook: Webhook, pending: int, last_attempt: int | None) -> dict:
         """The health of a webhook as the API shows it."""
-        state = self.state(active)
+        state = self.state(webhook)
+        is_breakers = state == "paused" and not webhook.paused
         return {
             "state": state,
             "consecutiveFailures": self.failures,
-            "pausedUntil": self.paused_until if state == "paused" else None,
-            "reason": self.reason,
+            "pausedUntil": self.waits_until() if is_breakers else None,
+            "reason": self._reason(webhook),
+            "since": self.since,
             "pending": pending,
+            "lastAttempt": last_attempt,
         }
 
 
@@ -574,7 +599,7 @@ HEALTHY = Health()
 
 
 class HealthById(dict):
-    """The health of webhooks by id; who is not in it is healthy."""
+    """The health of webhooks by id; a webhook that is not in it is healthy."""
 
     def __missing__(self, id):
         return HEALTHY
@@ -588,6 +613,9 @@ class NewEvent(typing.NamedTuple):
     body: bytes
 
 
+WEBHOOK_DISABLED, WEBHOOK_PAUSED = "webhook_disabled", "webhook_paused"
+WEBHOOK_RECOVERED, DELIVERY_FAILED = "webhook_recovered", "delivery_failed"
+OWN_EVENTS = frozenset((WEBHOOK_DISABLED, WEBHOOK_PAUSED, WEBHOOK_RECOVERED, DELIVERY_FAILED))
 EVENT_KEYS = ("id", "event", "timestamp", "deliveries")
 
 
@@ -648,13 +676,14 @@ class Delivery(typing.NamedTuple):
 class DueDelivery(typing.NamedTuple):
     """A delivery in the dispatcher's hands."""
 
-    number: int  # the database's own, in publish order
-    id: str  # UUID, X-Request-Id
+    row_id: int  # the database's own, in publish order
+    uuid: str  # X-Request-Id
     webhook_id: int
+    event_id: int
     event: str
     body: bytes
     attempt_count: int
-    step: int  # how far it is in its schedule, which a redelivery begins anew
+    schedule_index: int  # how far it is in its schedule, which a redelivery begins anew
     next_attempt: int  # milliseconds
 
 
@@ -670,7 +699,8 @@ class Attempt(typing.NamedTuple):
     status: int | None = None
     response_headers: str = ""
     response_body: str | None = None
-    retry_after: str | None = None  # the receiver's Retry-After, as it came
+    retry_after: str | None = None  # the receiver's Retry-After, as it came; not stored
+    request_body: str | None = None  # where a template made it; else it is the event's
 
     @property
     def finish(self) -> int:
@@ -678,9 +708,10 @@ class Attempt(typing.NamedTuple):
         return self.start + self.duration
 
     def request(self, body: str) -> dict:
-        """What was sent, as the API shows it."""
+        """What was sent, as the API shows it; body: the event's."""
         headers = dict(header_fields(self.request_headers).values())
-        return {"method": "POST", "url": self.url, "headers": headers, "body": body}
+        sent = body if self.request_body is None else self.request_body
+        return {"method": "POST", "url": self.url, "headers": headers, "body": sent}
 
     def response(self) -> dict:
         """Headers and body of what came back, as the API shows them."""
@@ -1381,7 +1412,7 @@ def attempt_headers(
 
 
 # ======================================================================================
-# Policy: is it a success, and when is the next attempt
+# Policy: is it a success, when is the next attempt, when does a webhook rest
 # ======================================================================================
 
 MAX_RETRY_AFTER_SECONDS = DAY_SECONDS
@@ -1390,17 +1421,27 @@ FAILURES_TO_PAUSE = 5
 PAUSE_GROWTH = 1.2
 
 
-class Settlement(typing.NamedTuple):
-    """What an attempt makes of its delivery and its webhook."""
+class Result(typing.NamedTuple):
+    """The facts of one attempt, as the delivery loop hands them in."""
 
     due: DueDelivery
     attempt: Attempt
+    ended: int  # milliseconds; the clock may have been set since the attempt's start
+    is_plain: bool = False  # the success of a healthy webhook, which changes nothing else
+
+
+class Verdict(typing.NamedTuple):
+    """What an attempt makes of its delivery and of its webhook."""
+
     state: str
     next_attempt: int | None  # milliseconds; None unless pending
-    step: int
+    schedule_index: int
     health: Health
-    before: Health = HEALTHY  # what it builds on
-    recovered: bool = False  # a probe succeeded: all that waits is due at once
+
+
+def random_jitter() -> float:
+    """A factor around 1 for a wait."""
+    return random.uniform(1 - JITTER, 1 + JITTER)
 
 
 def outcome_of(status: int) -> str:
@@ -1408,28 +1449,33 @@ def outcome_of(status: int) -> str:
     return SUCCESS if 200 <= status < 300 else FAILURE
 
 
-def retry_after_seconds(text: str | None, now_ms: int) -> float:
-    """Seconds that a Retry-After header (seconds or a date) asks for; 0 if none."""
+def retry_after_seconds(text: str | None, now_ms: int) -> float | None:
+    """Seconds that a Retry-After header (seconds or a date) asks for; None if it asks nothing."""
     if text is None:
-        return 0
+        return None
     if re.fullmatch(r"\d{1,99}", text.strip(), re.ASCII):
         return int(text)
     try:
-        return email.utils.parsedate_to_datetime(text).timestamp() - now_ms / 1000
+        moment = email.utils.parsedate_to_datetime(text).timestamp()
     except (ValueError, OverflowError):
-        return 0
+        return None
+    return max(0, moment - now_ms / 1000)
 
 
-def next_wait(
-    attempts: int, schedule: tuple[float, ...], retry_after: float, jitter: float
-) -> float | None:
+def rest_seconds(attempt: Attempt, now_ms: int, jitter: float) -> float | None:
+    """How long a 429 or 503 asks that the whole webhook rests; None if it does not ask.
+
+    It is never shorter than what was asked, and a day at most."""
+    asked = attempt.retry_after if attempt.status in (429, 503) else None
+    seconds = retry_after_seconds(asked, now_ms)
+    return seconds and min(seconds * (1 + abs(1 - jitter)), MAX_RETRY_AFTER_SECONDS)
+
+
+def next_wait(attempts: int, schedule: tuple[float, ...], jitter: float) -> float | None:
     """Seconds until the next attempt, or None when the schedule is used up.
 
-    jitter is a factor around 1. A receiver may ask for later, never for earlier."""
-    if attempts > len(schedule):
-        return None
-    planned = schedule[attempts - 1] * jitter
-    return max(planned, min(retry_after, MAX_RETRY_AFTER_SECONDS))
+    jitter is a factor around 1."""
+    return schedule[attempts - 1] * jitter if attempts <= len(schedule) else None
 
 
 def pause_seconds(failures: int, initial: float, maximum: float) -> float | None:
@@ -1440,52 +1486,74 @@ def pause_seconds(failures: int, initial: float, maximum: float) -> float | None
     return min(maximum, initial * growth)
 
 
-def reason_to_disable(attempt: Attempt, failing_since: int, disable_after: float) -> str | None:
-    """Why a webhook is given up after this attempt, or None."""
+def longest_wait_seconds(settings: Settings) -> float:
+    """No plan lies further ahead than this, unless a clock was wrong when it was made."""
+    waits = (*settings.retry_schedule, settings.pause_max, MAX_RETRY_AFTER_SECONDS)
+    return max(waits) * (1 + JITTER)
+
+
+def reason_to_disable(attempt: Attempt, failing_seconds: float, disable_after: float) -> str | None:
+    """Why a webhook is disabled when an attempt gives its delivery up, or None."""
     if attempt.status == http.HTTPStatus.GONE:
         return "the receiver answered 410 Gone"
-    if attempt.finish - failing_since >= disable_after * 1000:
+    if failing_seconds >= disable_after:
         days = disable_after / DAY_SECONDS
         how_long = f"{days:g} days" if days >= 1 else f"{disable_after:g} s"
         return f"no success for {how_long}: {attempt.description}"
     return None
 
 
-def health_after(health: Health, attempt: Attempt, settings: Settings, jitter: float) -> Health:
-    """The health of a webhook after one more attempt."""
-    if health.disabled:  # what was in flight then does not enable it
+def health_after_success(health: Health, now_ms: int) -> Health:
+    """The health of a webhook after a success: what was asked by Retry-After still holds."""
+    if health.disabled:  # what was in flight when it was disabled does not enable it
         return health
-    if attempt.outcome == SUCCESS:
-        return HEALTHY
-    failures, since = health.failures + 1, health.failing_since or attempt.start
-    gone = reason_to_disable(attempt, since, settings.disable_after)
+    rest = health.resting_until or 0
+    kept = {"announced": health.announced, "since": health.since}
+    if rest > now_ms:
+        kept |= {"resting_until": rest, "reason": health.reason}
+    return Health(**kept)
+
+
+def health_after_failure(
+    health: Health, result: Result, gives_up: bool, settings: Settings, jitter: float
+) -> Health:
+    """The health of a webhook after an attempt that failed, and gives its delivery up or not.
+
+    Who says when to come back is not down: that counts for nothing but the rest itself."""
+    _, attempt, now_ms, _ = result
+    if health.disabled:
+        return health
+    rest = rest_seconds(attempt, now_ms, jitter)
+    if rest is not None:
+        until = max(health.resting_until or 0, now_ms + round(rest * 1000))
+        return health._replace(resting_until=until, reason=attempt.description)
+    failures, since = health.failures + 1, health.failing_since or now_ms - attempt.duration
+    health = health._replace(failures=failures, failing_since=since, reason=attempt.description)
+    failing_seconds = (now_ms - since) / 1000
+    gone = gives_up and reason_to_disable(attempt, failing_seconds, settings.disable_after)
     if gone:
-        return Health(failures, since, None, gone, disabled=True)
+        return health._replace(paused_until=None, reason=gone, disabled=True)
     pause = pause_seconds(failures, settings.pause_initial, settings.pause_max)
-    until = pause and attempt.finish + round(pause * jitter * 1000)
-    return Health(failures, since, until, attempt.description)
+    return health._replace(paused_until=pause and now_ms + round(pause * jitter * 1000))
 
 
-def settlement(
-    due: DueDelivery, attempt: Attempt, health: Health, settings: Settings, jitter: float
-) -> Settlement:
-    """What becomes of a delivery and its webhook's health after an attempt."""
-    after = health_after(health, attempt, settings, jitter)
+def judge(result: Result, health: Health, settings: Settings, jitter: float) -> Verdict:
+    """What becomes of a delivery and of its webhook, whose health is the committed one."""
+    due, attempt, now_ms, _ = result
+    index = due.schedule_index
     if attempt.outcome == SUCCESS:
-        settled = due, attempt, SUCCEEDED, None, due.step, after, health
-        return Settlement(*settled, recovered=bool(health.paused_until))
-    asked = attempt.retry_after if attempt.status in (429, 503) else None
-    retry_after = retry_after_seconds(asked, attempt.finish)
+        return Verdict(SUCCEEDED, None, index, health_after_success(health, now_ms))
     if attempt.start < due.next_attempt:  # a probe does not use the schedule up
-        step, wait = due.step, (due.next_attempt - attempt.finish) / 1000
-        wait = max(wait, min(retry_after, MAX_RETRY_AFTER_SECONDS))
+        wait = (due.next_attempt - now_ms) / 1000
     else:
-        step = due.step + 1
-        wait = next_wait(step, settings.retry_schedule, retry_after, jitter)
-    if wait is None or after.disabled and not health.disabled:
-        return Settlement(due, attempt, FAILED, None, step, after, health)
-    next_attempt = attempt.finish + round(wait * 1000)
-    return Settlement(due, attempt, PENDING, next_attempt, step, after, health)
+        index += 1
+        wait = next_wait(index, settings.retry_schedule, jitter)
+    gives_up = wait is None or attempt.status == http.HTTPStatus.GONE
+    after = health_after_failure(health, result, gives_up, settings, jitter)
+    if gives_up:
+        return Verdict(FAILED, None, index, after)
+    wait = max(wait, 0, rest_seconds(attempt, now_ms, jitter) or 0)
+    return Verdict(PENDING, now_ms + round(wait * 1000), index, after)
 
 
 # ======================================================================================
@@ -2157,20 +2225,28 @@ def start_attempt(
 # Store: one SQLite file, one writer thread, a commit for all who wait
 # ======================================================================================
 
-MIGRATIONS = (  # their count is the version of the database; only ever append
-    """
+SCHEMA = """
     CREATE TABLE users (
         name TEXT PRIMARY KEY, role TEXT NOT NULL, password TEXT NOT NULL
     ) WITHOUT ROWID;
     CREATE TABLE webhooks (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
-        failures INTEGER NOT NULL DEFAULT 0,  -- attempts without success, in a row
-        definition TEXT NOT NULL              -- JSON of the fields of Webhook
+        definition TEXT NOT NULL,  -- JSON of the fields of Webhook; the rest is its Health
+        failures INTEGER NOT NULL DEFAULT 0,
+        failing_since INTEGER,     -- milliseconds, as every time here
+        paused_until INTEGER,
+        resting_until INTEGER,
+        reason TEXT,
+        disabled INTEGER NOT NULL DEFAULT 0,
+        announced INTEGER NOT NULL DEFAULT 0,
+        since INTEGER
     );
     CREATE TABLE events (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         event TEXT NOT NULL,
-        timestamp INTEGER NOT NULL
+        timestamp INTEGER NOT NULL,   -- the publisher's
+        created INTEGER NOT NULL,
+        deliveries INTEGER NOT NULL   -- how many were made when it was published
     );
     CREATE TABLE payloads (  -- apart from events, so that lists need not read them
         event_id INTEGER PRIMARY KEY, body BLOB NOT NULL
@@ -2181,15 +2257,18 @@ MIGRATIONS = (  # their count is the version of the database; only ever append
         webhook_id INTEGER NOT NULL,
         event_id INTEGER NOT NULL,
         event TEXT NOT NULL,
-        created INTEGER NOT NULL,      -- milliseconds, as every time here
+        created INTEGER NOT NULL,
         state TEXT NOT NULL,
         attempt_count INTEGER NOT NULL,
         next_attempt INTEGER,          -- NULL unless pending
+        schedule_index INTEGER NOT NULL,
         outcome TEXT, description TEXT, duration INTEGER  -- of the latest attempt
     );
     CREATE INDEX deliveries_due ON deliveries (webhook_id, next_attempt, id)
         WHERE state = 'pending';
     CREATE INDEX deliveries_by_webhook ON deliveries (webhook_id, id);
+    -- of two that serve alike the planner takes the later one: this behind by_webhook
+    CREATE INDEX deliveries_in_order ON deliveries (webhook_id, id) WHERE state = 'pending';
     CREATE INDEX deliveries_by_event ON deliveries (event_id);
     CREATE TABLE attempts (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -2197,12 +2276,13 @@ MIGRATIONS = (  # their count is the version of the database; only ever append
         start INTEGER NOT NULL,
         duration INTEGER NOT NULL,
         url TEXT NOT NULL,
-        request_headers TEXT NOT NULL,
+        request_headers TEXT NOT NULL,  -- lines, as they were on the wire
         outcome TEXT NOT NULL,
         description TEXT NOT NULL,
         status INTEGER,
         response_headers TEXT NOT NULL,
-        response_body TEXT
+        response_body TEXT,
+        request_body TEXT               -- NULL: the event's
     );
     CREATE INDEX attempts_by_delivery ON attempts (delivery_id, id);
     CREATE TABLE statistics (  -- attempts a day, and the last of them
@@ -2210,43 +2290,26 @@ MIGRATIONS = (  # their count is the version of the database; only ever append
         attempts INTEGER NOT NULL, last_attempt INTEGER NOT NULL,
         PRIMARY KEY (webhook_id, event, outcome, day)
     ) WITHOUT ROWID;
-    CREATE TABLE answers (  -- what was answered to an Idempotency-Key
-        user TEXT, key TEXT, fingerprint BLOB NOT NULL, answer BLOB NOT NULL,
+    CREATE TABLE answers (  -- which events an Idempotency-Key has published
+        user TEXT, key TEXT, fingerprint BLOB NOT NULL,
+        first_event INTEGER NOT NULL, event_count INTEGER,  -- NULL: one, and no list
+        created INTEGER NOT NULL,
         PRIMARY KEY (user, key)
     ) WITHOUT ROWID;
-    """,
-    """
-    ALTER TABLE webhooks ADD COLUMN failing_since INTEGER;
-    ALTER TABLE webhooks ADD COLUMN paused_until INTEGER;
-    ALTER TABLE webhooks ADD COLUMN reason TEXT;
-    ALTER TABLE webhooks ADD COLUMN disabled INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE deliveries ADD COLUMN step INTEGER NOT NULL DEFAULT 0;
-    UPDATE deliveries SET step = attempt_count;
-    ALTER TABLE events ADD COLUMN created INTEGER NOT NULL DEFAULT 0;
-    UPDATE events SET created = timestamp;
-    ALTER TABLE answers ADD COLUMN created INTEGER NOT NULL DEFAULT 0;
-    CREATE INDEX deliveries_in_order ON deliveries (webhook_id, id)
-        WHERE state = 'pending';
     CREATE INDEX answers_by_age ON answers (created);
-    """,
-    # headers are kept as lines, as they were on the wire
-    """
-    UPDATE attempts SET request_headers = (
-        SELECT coalesce(group_concat(key || ': ' || value || char(13, 10), ''), '')
-        FROM json_each(request_headers)
-    ), response_headers = (
-        SELECT coalesce(group_concat(key || ': ' || value || char(13, 10), ''), '')
-        FROM json_each(response_headers)
-    );
-    """,
-)
+"""
+MIGRATIONS = (SCHEMA,)  # their count is the version of the database; only ever append
 BUSY_SECONDS = 10  # wait so long for another process that writes, as `user add`
-SETTLE_SECONDS = 0.01  # settlements wait so long for a publication to share its commit
+RECORD_SECONDS = 0.01  # results wait so long for a publication to share their commit
 RETRY_SECONDS = 1  # after a commit failed
 FULL_DISK_BYTES = 64 << 10
+KEY_DAYS = 3  # an Idempotency-Key is remembered so long
+MAX_COUNTED_NAMES = 1000  # of events, by webhook; attempts for others are counted together
+OTHER_EVENTS = "*"  # the name they are counted by
 MAX_IDLE_LOG_BYTES = 4 << 20  # SQLite's log is cut to this size before it is used again
 FULL = "the database is full (--max-database-size)"
-ROWS_PER_STATEMENT = 500
+ROWS_PER_INSERT = 64
+ROWS_PER_STATEMENT = 500  # of results that are looked up at once
 ROWS_IN_MEMORY = 5000  # new deliveries that wait for the end of their transaction
 ROWS_PER_STEP = 500  # of what takes several steps, so that nobody waits long
 PAGES_PER_STEP = 100
@@ -2309,7 +2372,8 @@ def transaction(connection, begin="BEGIN IMMEDIATE", end="COMMIT", undo="ROLLBAC
         connection.execute(end)
     except BaseException:
         if connection.in_transaction:  # SQLite rolls back by itself after some errors
-            connection.execute(undo)
+            with contextlib.suppress(MemoryError):  # the writer rolls back what is open
+                connection.execute(undo)
         raise
 
 
@@ -2364,11 +2428,17 @@ def process_lock(path: str):
 
 # ---- statements ----
 
+LISTED = "(SELECT value FROM json_each(?))"  # for an IN: the ids of a JSON array
+
 
 def chunks(rows: list) -> collections.abc.Iterator[list]:
-    """The rows in lists that one statement can take."""
-    for start in range(0, len(rows), ROWS_PER_STATEMENT):
-        yield rows[start : start + ROWS_PER_STATEMENT]
+    """The rows in lists whose sizes are powers of two: few statements are ever compiled."""
+    start, size = 0, ROWS_PER_INSERT
+    while start < len(rows):
+        while start + size > len(rows):
+            size //= 2
+        yield rows[start : start + size]
+        start += size
 
 
 def placeholders(values: collections.abc.Sized) -> str:
@@ -2386,7 +2456,9 @@ def insert(connection: Database, table: str, rows: list, conflict: str = "") -> 
     """INSERT whole rows in few statements."""
     for chunk in chunks(rows):
         clause, values = values_clause(chunk)
-        connection.execute(f"INSERT INTO {table} {clause} {conflict}", values)
+        # FAIL: what an error leaves is rolled back with the rest. The default, ABORT, would
+        # have SQLite copy each page that it changes, in order to undo this statement alone
+        connection.execute(f"INSERT OR FAIL INTO {table} {clause} {conflict}", values)
 
 
 def where(tests: dict[str, object]) -> tuple[str, list]:
@@ -2463,21 +2535,25 @@ def load_webhooks(connection: Database) -> Webhooks:
     return Webhooks(by_id)
 
 
-HEALTH_COLUMNS = "failures, failing_since, paused_until, reason, disabled"
+HEALTH_COLUMNS = ", ".join(Health._fields)
 
 
 def load_health(connection: Database) -> HealthById:
     """The health of every webhook."""
     rows = connection.rows(f"SELECT id, {HEALTH_COLUMNS} FROM webhooks")
-    by_id = {id: Health(*fields, bool(disabled)) for id, *fields, disabled in rows}
-    return HealthById(by_id)
+    by_id = HealthById()
+    for id, *fields in rows:
+        health = Health(*fields)
+        flags = {"disabled": bool(health.disabled), "announced": bool(health.announced)}
+        by_id[id] = health._replace(**flags)
+    return by_id
 
 
 # ---- one transaction ----
 
 FINISHED = "state <> 'pending'"  # of deliveries
 _deliveries_of_it = "SELECT * FROM deliveries WHERE event_id = events.id"
-BARE = f"NOT EXISTS ({_deliveries_of_it})"  # of events
+WITHOUT_DELIVERIES = f"NOT EXISTS ({_deliveries_of_it})"  # of events
 MISSED = f"NOT EXISTS ({_deliveries_of_it} AND webhook_id = ?)"
 
 
@@ -2489,8 +2565,24 @@ class IdempotencyKey(typing.NamedTuple):
     fingerprint: bytes  # of the body
 
 
+class Recorded(typing.NamedTuple):
+    """An attempt that is on disk, and what the writer made of it."""
+
+    result: Result
+    before: Health  # of the webhook
+    verdict: Verdict
+
+
+class Commit(typing.NamedTuple):
+    """What the writer tells after a commit: all that the delivery loop has to know."""
+
+    recorded: list[Recorded]
+    changed: set[int]  # webhooks that were changed, or whose waiting deliveries were
+    due: list[DueDelivery]  # just published, in publish order
+
+
 class Batch:
-    """What one transaction does. The writer makes it, calls `settle` first and `finish`
+    """What one transaction does. The writer makes it, calls `record` first and `finish`
     last; what is published in between waits for a few large statements.
 
     A method that raises does so before it has changed anything but the database, where
@@ -2502,19 +2594,21 @@ class Batch:
         webhooks: Webhooks,
         health: HealthById,
         ids: dict[str, collections.abc.Iterator[int]],
-        note_progress: collections.abc.Callable[[], None],
+        counted_names: dict[int, set[str]],
+        note_progress: collections.abc.Callable[[], None] = lambda: None,
     ):
         self.connection, self.webhooks = connection, webhooks
-        self._ids, self._note_progress = ids, note_progress  # ids: each table's next
-        self._health = health  # as committed
+        self._webhooks_before, self._health = webhooks, health  # as committed
+        self._ids, self._counted_names = ids, counted_names  # see Store
+        self._note_progress = note_progress
         self.changed_health: dict[int, Health] = {}
+        self._changed_at: dict[int, int] = {}  # webhooks, and when, milliseconds
         self.deleted: set[int] = set()  # webhooks
         self.pending_change = collections.Counter()  # by webhook
-        self.due: list[DueDelivery] = []  # new ones, as many as a lane wants to know
-        self._due_count = collections.Counter()  # by webhook
+        self.commit = Commit([], set(), [])
+        self._due_count = collections.Counter()  # of new deliveries by webhook
         self.published_count = 0
-        self._new = {"events": [], "payloads": [], "deliveries": [], "answers": []}
-        self._answers = {}  # to keys that were used in this batch
+        self._new = {"events": [], "payloads": [], "deliveries": []}
 
     def flush(self) -> None:
         """Insert what was published and replayed, for what comes next to see."""
@@ -2526,147 +2620,232 @@ class Batch:
     def finish(self) -> None:
         """Write the rest."""
         self.flush()
-        sql = f"UPDATE webhooks SET ({HEALTH_COLUMNS}) = (?, ?, ?, ?, ?) WHERE id = ?"
+        for webhook_id, now_ms in self._changed_at.items():
+            if webhook_id in self.webhooks.by_id:
+                self._date_state(webhook_id, now_ms)
+        sql = (
+            f"UPDATE webhooks SET ({HEALTH_COLUMNS}) = {placeholders(Health._fields)} WHERE id = ?"
+        )
         for webhook_id, health in self.changed_health.items():
             self.connection.change(sql, *health, webhook_id)
+
+    def _date_state(self, webhook_id, now_ms):
+        """Note when a webhook's state began, if it is another one than before."""
+        webhook, health = self.webhooks.by_id[webhook_id], self._health_of(webhook_id)
+        before = self._webhooks_before.by_id.get(webhook_id)
+        state_before = before and (self._health[webhook_id].state(before), before.paused)
+        if (health.state(webhook), webhook.paused) != state_before:
+            self.changed_health[webhook_id] = health._replace(since=now_ms)
 
     def _health_of(self, webhook_id):
         return self.changed_health.get(webhook_id) or self._health[webhook_id]
 
+    def _set_health(self, webhook_id, health, now_ms):
+        self.changed_health[webhook_id] = health
+        self._changed_at[webhook_id] = now_ms
+
     # ---- attempts ----
 
-    def settle(self, settlements: list[Settlement]) -> None:
-        """Record attempts and what became of their deliveries and webhooks."""
-        for chunk in chunks(settlements):
-            states = self._update(chunk)
+    def record(
+        self,
+        results: list[Result],
+        settings: Settings,
+        jitter: collections.abc.Callable[[], float],
+    ) -> None:
+        """Record attempts, and judge what becomes of their deliveries and webhooks."""
+        for start in range(0, len(results), ROWS_PER_STATEMENT):
+            chunk = results[start : start + ROWS_PER_STATEMENT]
+            sql = f"SELECT id FROM deliveries WHERE id IN {LISTED}"
+            row_ids = json.dumps([result.due.row_id for result in chunk])
+            existing = set(self.connection.column(sql, row_ids))
             # an attempt whose delivery was deleted meanwhile leaves nothing behind
-            self._record([s for s in chunk if s.due.number in states])
-            for settled in chunk:
-                self._follow(settled, states.get(settled.due.number))
+            self._insert_attempts([r for r in chunk if r.due.row_id in existing])
+            for result in chunk:
+                before = self._health_of(result.due.webhook_id)
+                verdict = judge(result, before, settings, jitter())
+                if result.due.row_id in existing:
+                    verdict = self._apply_to_delivery(result.due, verdict)
+                else:
+                    verdict = verdict._replace(state=GONE, next_attempt=None)
+                self._apply_to_webhook(result, before, verdict)
+                self.commit.recorded.append(Recorded(result, before, verdict))
 
-    def _update(self, settlements):
-        """Set the new states; the state that each delivery has now, unless it is gone.
-
-        One that was redelivered during the attempt stays due, unless that succeeded."""
-        rows = [
-            (due.number, state, next_attempt, step, due.next_attempt, due.step)
-            + (due.attempt_count + 1, attempt.outcome)
-            + (attempt.description, attempt.duration)
-            for due, attempt, state, next_attempt, step, *_ in settlements
-        ]
-        clause, values = values_clause(rows)
-        untouched = "(old.next_attempt, old.step) = (due, begun)"
-        applies = f"new.state = 'succeeded' OR {untouched}"
-        planned = ", ".join(
-            f"{column} = iif({applies}, new.{column}, old.{column})"
-            for column in ("state", "next_attempt", "step")
-        )
-        states = self.connection.execute(
-            "WITH new (number, state, next_attempt, step, due, begun, attempt_count,"
-            f" outcome, description, duration) AS ({clause})"
-            f" UPDATE deliveries AS old SET {planned},"
-            " attempt_count = new.attempt_count, outcome = new.outcome,"
-            " description = new.description, duration = new.duration"
-            " FROM new WHERE id = new.number RETURNING id, state",
-            values,
-        )
-        return dict(states.fetchall())
-
-    def _record(self, settlements):
+    def _insert_attempts(self, results):
         rows, counts = [], {}
-        for due, attempt, *_ in settlements:
+        for due, attempt, *_ in results:
             id = next(self._ids["attempts"])
-            rows.append((id, due.number, *attempt[:-1]))  # retry_after is not kept
-            day = attempt.start // DAY_MS
-            key = due.webhook_id, due.event, attempt.outcome, day
+            *kept, _, request_body = attempt  # retry_after is not kept
+            rows.append((id, due.row_id, *kept, request_body))
+            name = self._counted_name(due.webhook_id, due.event)
+            key = due.webhook_id, name, attempt.outcome, attempt.start // DAY_MS
             counts[key] = counts.get(key, (0,))[0] + 1, id
+        if not rows:
+            return
         insert(self.connection, "attempts", rows)
+        self.connection.change(
+            "UPDATE deliveries SET attempt_count = attempt_count + 1,"
+            " outcome = new.outcome, description = new.description, duration = new.duration,"
+            " state = iif(new.outcome = 'SUCCESS', 'succeeded', state),"
+            " next_attempt = iif(new.outcome = 'SUCCESS', NULL, next_attempt)"
+            " FROM attempts AS new"
+            " WHERE new.id BETWEEN ? AND ? AND deliveries.id = new.delivery_id",
+            *(rows[0][0], rows[-1][0]),
+        )
         rows = [key + count_and_last for key, count_and_last in counts.items()]
         added = "attempts = attempts + excluded.attempts"
         update = f"UPDATE SET {added}, last_attempt = excluded.last_attempt"
         insert(self.connection, "statistics", rows, f"ON CONFLICT DO {update}")
 
-    def _follow(self, settled, state):
-        """What a settlement means for its webhook; state: that of its delivery now."""
-        webhook = self.webhooks.by_id.get(settled.due.webhook_id)
+    def _counted_name(self, webhook_id, event):
+        """The name that an attempt is counted by: `*` once too many others are counted."""
+        names = self._counted_names.get(webhook_id)
+        if names is None:
+            sql = "SELECT DISTINCT event FROM statistics WHERE webhook_id = ?"
+            names = self._counted_names[webhook_id] = set(self.connection.column(sql, webhook_id))
+        if event not in names:
+            if len(names - {OTHER_EVENTS}) >= MAX_COUNTED_NAMES:
+                return OTHER_EVENTS
+            names.add(event)
+        return event
+
+    def _apply_to_delivery(self, due, verdict):
+        """Write what becomes of a delivery that did not succeed; the verdict that holds.
+
+        What was redelivered or released during the attempt stays due."""
+        if verdict.state != SUCCEEDED:
+            sql = "SELECT next_attempt, schedule_index FROM deliveries WHERE id = ?"
+            plan = self.connection.row(sql, due.row_id)
+            if plan != (due.next_attempt, due.schedule_index):
+                return Verdict(PENDING, *plan, verdict.health)
+            sql = "UPDATE deliveries SET state = ?, next_attempt = ?, schedule_index = ?"
+            self.connection.change(f"{sql} WHERE id = ?", *verdict[:3], due.row_id)
+        if verdict.state != PENDING:
+            self.pending_change[due.webhook_id] -= 1
+        return verdict
+
+    def _apply_to_webhook(self, result, before, verdict):
+        webhook = self.webhooks.by_id.get(result.due.webhook_id)
         if webhook is None:  # deleted, and not yet all swept
             return
-        if state in (SUCCEEDED, FAILED):
-            self.pending_change[webhook.id] -= 1
-        if settled.recovered:
-            self._end_waits(webhook.id, settled.attempt.finish)
-        before, after = self._health_of(webhook.id), settled.health
-        if before == HEALTHY != settled.before:
-            return  # it was activated meanwhile, and starts clean
+        after, now_ms = verdict.health, result.ended
         if after != before:
-            self.changed_health[webhook.id] = after
+            self._set_health(webhook.id, after, now_ms)
         if after.disabled and not before.disabled:
-            self._disable(webhook, after.reason, settled.attempt.finish)
+            self._replace(dataclasses.replace(webhook, active=False), now_ms)
+        if before.paused_until and after.is_well:
+            self._release(webhook.id, now_ms)
+        if result.due.event not in OWN_EVENTS:
+            self._announce(webhook, result, before, verdict)
 
-    def _end_waits(self, webhook_id, now_ms):
-        self.connection.change(  # oldest first; and at no cost of their schedule
-            "UPDATE deliveries SET next_attempt = min(created, ?), step = step - 1"
+    def _announce(self, webhook, result, before, verdict):
+        """Publish our own events of what an attempt has changed."""
+        after, attempt, due = verdict.health, result.attempt, result.due
+        if after.disabled and not before.disabled:
+            self._announce_health(webhook, WEBHOOK_DISABLED, after.reason, result.ended)
+        elif after.paused_until and not before.paused_until:
+            self._announce_health(webhook, WEBHOOK_PAUSED, after.reason, result.ended)
+        elif attempt.outcome == SUCCESS and after.announced and not after.disabled:
+            self._announce_health(webhook, WEBHOOK_RECOVERED, attempt.description, result.ended)
+        if verdict.state == FAILED:
+            delivery = {"id": due.uuid, "event": due.event, "eventId": due.event_id}
+            delivery["description"] = attempt.description
+            reason = f"given up after {due.attempt_count + 1} attempts: {attempt.description}"
+            self._publish_own(DELIVERY_FAILED, webhook, reason, result.ended, delivery=delivery)
+
+    def _announce_health(self, webhook, event, reason, now_ms):
+        self._publish_own(event, webhook, reason, now_ms)
+        health = self._health_of(webhook.id)._replace(announced=event != WEBHOOK_RECOVERED)
+        self._set_health(webhook.id, health, now_ms)
+
+    def _publish_own(self, name, webhook, reason, now_ms, **more):
+        about = {"id": webhook.id, "name": webhook.name, "url": webhook.short_url}
+        document = {"timestamp": now_ms, "event": name, "webhook": about, "reason": reason} | more
+        self._add(NewEvent(name, now_ms, json_bytes(document)), now_ms, except_for=webhook.id)
+
+    def _release(self, webhook_id, now_ms):
+        """Let all that waits be due, oldest first, and at no cost of its schedule."""
+        self.connection.change(
+            "UPDATE deliveries SET next_attempt = min(created, ?),"
+            " schedule_index = schedule_index - 1"
             " WHERE state = 'pending' AND webhook_id = ? AND next_attempt > created"
-            " AND step > 0",  # else it was redelivered, and is due
+            " AND schedule_index > 0",  # else it was redelivered, and is due
             *(now_ms, webhook_id),
         )
+        self.commit.changed.add(webhook_id)
 
     # ---- events ----
 
-    def publish(self, events, now_ms, answer, idempotency) -> tuple[bytes, bool]:
+    def publish(
+        self, events: list[NewEvent], now_ms: int, idempotency: IdempotencyKey | None
+    ) -> tuple[list[Event], bool]:
         """See Store.publish."""
-        earlier = idempotency and self._earlier_answer(idempotency)
+        earlier = idempotency and self._published_by(idempotency, now_ms)
         if earlier:
             return earlier, True
-        document = answer([self._add(event, now_ms) for event in events])
+        published = [self._add(event, now_ms) for event in events]
         if idempotency:
-            self._answers[idempotency[:2]] = idempotency.fingerprint, document
-            self._new["answers"].append((*idempotency, document, now_ms))
-        return document, False
+            sql = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)"
+            first = published[0].id
+            self.connection.change(sql, *idempotency, first, len(published), now_ms)
+        return published, False
 
-    def _earlier_answer(self, idempotency):
-        name = idempotency[:2]
-        sql = "SELECT fingerprint, answer FROM answers WHERE user = ? AND key = ?"
-        row = self._answers.get(name) or self.connection.row(sql, *name)
-        if row and row[0] != idempotency.fingerprint:
+    def _published_by(self, idempotency, now_ms):
+        """The events that were published with the same key lately; raises KeyReused."""
+        row = self.connection.row(
+            "SELECT fingerprint, first_event, event_count FROM answers"
+            " WHERE user = ? AND key = ? AND created > ?",
+            *(*idempotency[:2], now_ms - KEY_DAYS * DAY_MS),
+        )
+        if row is None:
+            return None
+        fingerprint, first, count = row
+        if fingerprint != idempotency.fingerprint:
             raise KeyReused(Fault("Idempotency-Key", "was used with another body"))
-        return row and row[1]
+        self.flush()  # they may have been published in this batch
+        sql = "SELECT id, event, timestamp, deliveries FROM events WHERE id BETWEEN ? AND ?"
+        found = {row[0]: Event(*row) for row in self.connection.rows(sql, first, first + count - 1)}
+        # of one that was deleted since, only its id is known
+        return [found.get(id) or Event(id, None, None, 0) for id in range(first, first + count)]
 
-    def _add(self, event, now_ms):
-        event_id, webhook_ids = next(self._ids["events"]), self.webhooks.wanting(event)
+    def _add(self, event, now_ms, except_for=None):
+        """Add an event, and a delivery for each webhook that wants it but one."""
+        webhook_ids = [id for id in self.webhooks.wanting(event) if id != except_for]
+        event_id = next(self._ids["events"])
         self.published_count += 1
-        self._new["events"].append((event_id, event.name, event.timestamp, now_ms))
+        row = (event_id, event.name, event.timestamp, now_ms, len(webhook_ids))
+        self._new["events"].append(row)
         self._new["payloads"].append((event_id, event.body))
         for webhook_id in webhook_ids:
-            number, uuid = self._add_delivery(webhook_id, event_id, event.name, now_ms)
+            row_id, uuid = self._add_delivery(webhook_id, event_id, event.name, now_ms)
             self._due_count[webhook_id] += 1
             if self._due_count[webhook_id] <= WINDOW + 1:  # the last: there are more
-                due = (number, uuid, webhook_id, event.name, event.body, 0, 0, now_ms)
-                self.due.append(DueDelivery(*due))
+                key = (row_id, uuid, webhook_id, event_id)
+                due = DueDelivery(*key, event.name, event.body, 0, 0, now_ms)
+                self.commit.due.append(due)
         if len(self._new["deliveries"]) >= ROWS_IN_MEMORY:
             self.flush()
         return Event(event_id, event.name, event.timestamp, len(webhook_ids))
 
     def _add_delivery(self, webhook_id, event_id, event, now_ms):
-        number, uuid = next(self._ids["deliveries"]), uuid7(now_ms)
+        row_id, uuid = next(self._ids["deliveries"]), uuid7(now_ms)
         self._new["deliveries"].append(
-            (number, uuid, webhook_id, event_id, event, now_ms)
-            + (PENDING, 0, now_ms, None, None, None, 0)
+            (row_id, uuid, webhook_id, event_id, event, now_ms)
+            + (PENDING, 0, now_ms, 0, None, None, None)
         )
         self.pending_change[webhook_id] += 1
-        return number, uuid
+        return row_id, uuid
 
     def replay(self, webhook_id: int, event_ids: list[int], now_ms: int) -> int:
         """Make deliveries of stored events that a webhook has none of; how many.
 
         Raises NotFound."""
         self.webhooks.get(webhook_id)
-        chosen = f"id IN {placeholders(event_ids)} AND {MISSED}"
-        sql = f"SELECT id, event FROM events WHERE {chosen} ORDER BY id"
-        events = self.connection.rows(sql, *event_ids, webhook_id)
+        sql = f"SELECT id, event FROM events WHERE id IN {LISTED} AND {MISSED} ORDER BY id"
+        events = self.connection.rows(sql, json.dumps(event_ids), webhook_id)
         for event_id, name in events:
             self._add_delivery(webhook_id, event_id, name, now_ms)
         self.flush()
+        self.commit.changed.add(webhook_id)
         return len(events)
 
     # ---- webhooks ----
@@ -2677,67 +2856,75 @@ class Batch:
         [id] = self.connection.column(sql, definition_of(webhook))
         webhook = dataclasses.replace(webhook, id=id)
         self.webhooks = self.webhooks.put(webhook)
+        self._changed_at[id] = webhook.created
+        self.commit.changed.add(id)
         return webhook
 
     def change_webhook(
-        self, id: int, change: collections.abc.Callable[[Webhook], Webhook], activates: bool = False
+        self,
+        id: int,
+        change: collections.abc.Callable[[Webhook], Webhook],
+        starts_clean: bool = False,
     ) -> tuple[Webhook, Webhook]:
         """Replace a webhook by change(it), which no other comes between; both of them.
 
-        One that it activates, or leads elsewhere, starts clean. Raises NotFound."""
+        If it starts clean, as one that is led elsewhere does, its failures are forgotten and
+        what waits is due. Raises NotFound."""
         old = self.webhooks.get(id)
         new = change(old)
-        self._replace(new)
-        if activates and new.active or new.url != old.url:
-            self._start_clean(id, new.updated)
+        self._replace(new, new.updated)
+        if starts_clean or new.url != old.url:
+            self._start_clean(old, new.updated)
         return old, new
 
-    def _replace(self, webhook):
+    def _replace(self, webhook, now_ms):
         sql = "UPDATE webhooks SET definition = ? WHERE id = ?"
         self.connection.change(sql, definition_of(webhook), webhook.id)
         self.webhooks = self.webhooks.put(webhook)
+        self._changed_at[webhook.id] = now_ms
+        self.commit.changed.add(webhook.id)
 
-    def _start_clean(self, webhook_id, now_ms):
-        """Forget a webhook's failures; what they made wait is due."""
-        if self._health_of(webhook_id) != HEALTHY:
-            self.changed_health[webhook_id] = HEALTHY
-            self._end_waits(webhook_id, now_ms)
-
-    def _disable(self, webhook, reason, now_ms):
-        self._replace(dataclasses.replace(webhook, active=False))
-        shown = {"id": webhook.id, "name": webhook.name, "url": webhook.masked_url}
-        fields = {"timestamp": now_ms, "event": "webhook_disabled"}
-        fields |= {"webhook": shown, "reason": reason}
-        event = NewEvent(fields["event"], now_ms, json_bytes(fields))
-        self._add(event, now_ms)  # not for the webhook itself, which is inactive now
+    def _start_clean(self, old, now_ms):
+        """Forget a webhook's failures; what they or a pause made wait is due."""
+        health = self._health_of(old.id)
+        if not health.is_well or old.paused:
+            clean = Health(announced=health.announced, since=health.since)
+            self._set_health(old.id, clean, now_ms)
+            self._release(old.id, now_ms)
 
     # ---- schedules ----
 
-    def redeliver(self, webhook_id: int, numbers: list[int], now_ms: int) -> int:
+    def redeliver(self, webhook_id: int, row_ids: list[int], now_ms: int) -> int:
         """Have deliveries attempted at once, on a fresh schedule; how many there are.
 
-        If their webhook is paused, its probe is due. Raises NotFound."""
+        If the breaker has paused their webhook, its probe is due; what a Retry-After asked
+        for holds no longer. Raises NotFound."""
         self.webhooks.get(webhook_id)
-        chosen = f"WHERE webhook_id = ? AND id IN {placeholders(numbers)}"
+        chosen = f"WHERE webhook_id = ? AND id IN {LISTED}"
+        listed = (webhook_id, json.dumps(row_ids))
         sql = f"SELECT count(*) FROM deliveries {chosen} AND state = 'pending'"
-        waiting = self.connection.row(sql, webhook_id, *numbers)[0]
-        sql = "UPDATE deliveries SET state = 'pending', step = 0, next_attempt = ? "
-        changed = self.connection.change(sql + chosen, now_ms, webhook_id, *numbers)
-        self.pending_change[webhook_id] += changed - waiting
+        [waiting] = self.connection.row(sql, *listed)
+        sql = "UPDATE deliveries SET state = 'pending', schedule_index = 0, next_attempt = ? "
+        count = self.connection.change(sql + chosen, now_ms, *listed)
+        self.pending_change[webhook_id] += count - waiting
         health = self._health_of(webhook_id)
-        if changed and health.paused_until:
-            self.changed_health[webhook_id] = health._replace(paused_until=now_ms)
-        return changed
+        if count and health.waits_until():
+            until = now_ms if health.paused_until else None
+            health = health._replace(paused_until=until, resting_until=None)
+            self._set_health(webhook_id, health, now_ms)
+        self.commit.changed.add(webhook_id)
+        return count
 
     def redeliver_first(self, uuid: str, now_ms: int) -> int:
-        """Have a delivery attempted before all others; the id of its webhook."""
+        """Have a delivery attempted before all others; the id of its webhook.
+
+        Raises NotFound."""
         sql = "SELECT id, webhook_id FROM deliveries WHERE uuid = ?"
-        row, name = self.connection.row(sql, uuid), f"delivery {uuid}"
-        number, webhook_id = or_404(row, name)
+        row_id, webhook_id = or_404(self.connection.row(sql, uuid), f"delivery {uuid}")
         waiting = "state = 'pending' AND webhook_id = ?"
         sql = f"SELECT min(next_attempt) - 1 FROM deliveries WHERE {waiting}"
         [first] = self.connection.row(sql, webhook_id)
-        self.redeliver(webhook_id, [number], min(now_ms, first or now_ms))
+        self.redeliver(webhook_id, [row_id], min(now_ms, first or now_ms))
         return webhook_id
 
     def shift_schedule(self, after_ms: int, by_ms: int) -> None:
@@ -2747,25 +2934,38 @@ class Batch:
         self.connection.change(sql, by_ms, after_ms)
         for webhook_id in self.webhooks.by_id:
             health = self._health_of(webhook_id)
-            since, until = health.failing_since, health.paused_until
-            since, until = since and since + by_ms, until and until + by_ms
-            shifted = health._replace(failing_since=since, paused_until=until)
-            self.changed_health[webhook_id] = shifted
+            names = "failing_since", "paused_until", "resting_until"
+            moments = {name: getattr(health, name) for name in names}
+            shifted = {name: moment and moment + by_ms for name, moment in moments.items()}
+            self.changed_health[webhook_id] = health._replace(**shifted)
+        self.commit.changed.update(self.webhooks.by_id)
+
+    def bound_schedule(self, latest_ms: int) -> None:
+        """Let no wait end later than that: a wrong clock has planned it."""
+        sql = "UPDATE deliveries SET next_attempt = ? WHERE state = 'pending' AND next_attempt > ?"
+        self.connection.change(sql, latest_ms, latest_ms)
+        for webhook_id in self.webhooks.by_id:
+            health = self._health_of(webhook_id)
+            bounded = health._replace(
+                paused_until=health.paused_until and min(health.paused_until, latest_ms),
+                resting_until=health.resting_until and min(health.resting_until, latest_ms),
+            )
+            if bounded != health:
+                self.changed_health[webhook_id] = bounded
+        self.commit.changed.update(self.webhooks.by_id)
 
     # ---- deleting ----
 
-    def delete_event(self, id: int) -> list[int]:
-        """Delete an event and all that is known of it.
-
-        Returns the ids of the webhooks that had deliveries of it; raises NotFound."""
+    def delete_event(self, id: int) -> None:
+        """Delete an event and all that is known of it; raises NotFound."""
         sql = "SELECT id, webhook_id, state FROM deliveries WHERE event_id = ?"
         rows = self.connection.rows(sql, id)
-        self._forget(self.delete_deliveries([number for number, *_ in rows]))
+        self._forget(self.delete_deliveries([row_id for row_id, *_ in rows]))
         or_404(self.delete_events([id]), f"event {id}")
         rows = [row for row in rows if row[1] in self.webhooks.by_id]
         waiting = [webhook_id for _, webhook_id, state in rows if state == PENDING]
         self.pending_change.subtract(waiting)
-        return sorted({webhook_id for _, webhook_id, _ in rows})
+        self.commit.changed.update(webhook_id for _, webhook_id, _ in rows)
 
     def delete_webhook(self, id: int) -> None:
         """Delete a webhook; raises NotFound. Of its deliveries a step is deleted at
@@ -2776,16 +2976,15 @@ class Batch:
         self.webhooks = self.webhooks.without(id)
         self.deleted.add(id)
         self.changed_health.pop(id, None)
+        self._counted_names.pop(id, None)
+        self.commit.changed.add(id)
         self.delete_deliveries_of(id)
 
     def _delete(self, table, column, ids, condition="1"):
         """Delete the rows of these ids that meet a condition; the rows' own ids."""
-        gone = []
-        for chunk in chunks(ids):
-            chosen = f"{column} IN {placeholders(chunk)} AND {condition}"
-            sql = f"DELETE FROM {table} WHERE {chosen} RETURNING rowid"
-            gone += self.connection.column(sql, *chunk)
-        return gone
+        chosen = f"{column} IN {LISTED} AND {condition}"
+        sql = f"DELETE FROM {table} WHERE {chosen} RETURNING rowid"
+        return self.connection.column(sql, json.dumps(ids))
 
     def delete_events(self, ids: list[int], condition: str = "1") -> list[int]:
         """Delete those events that meet a condition; their ids."""
@@ -2799,11 +2998,11 @@ class Batch:
         return self._delete("attempts", "delivery_id", gone)
 
     def delete_history(self, ids: list[int], condition: str) -> None:
-        """Delete those deliveries that meet a condition, and what events that bares."""
-        sql = f"SELECT DISTINCT event_id FROM deliveries WHERE id IN {placeholders(ids)}"
-        events = self.connection.column(sql, *ids)
+        """Delete those deliveries that meet a condition, and events left without any."""
+        sql = f"SELECT DISTINCT event_id FROM deliveries WHERE id IN {LISTED}"
+        events = self.connection.column(sql, json.dumps(ids))
         self.delete_deliveries(ids, condition)
-        self.delete_events(events, BARE)
+        self.delete_events(events, WITHOUT_DELIVERIES)
 
     def delete_deliveries_of(self, webhook_id: int) -> int:
         """Delete a step of a deleted webhook's deliveries; how many."""
@@ -2816,16 +3015,28 @@ class Batch:
 
     def _forget(self, attempts):
         """Have the statistics name the attempts before those deleted as the last."""
-        sql = (
+        self.connection.change(
             "UPDATE statistics SET last_attempt = coalesce((SELECT attempts.id"
             " FROM deliveries JOIN attempts ON delivery_id = deliveries.id WHERE"
             " webhook_id = statistics.webhook_id"
             " AND deliveries.event = statistics.event"
             " AND attempts.outcome = statistics.outcome ORDER BY deliveries.id DESC,"
-            " attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN "
+            f" attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN {LISTED}",
+            json.dumps(attempts),
         )
-        for chunk in chunks(attempts):
-            self.connection.change(sql + placeholders(chunk), *chunk)
+
+    def forget_answers(self, before_ms: int) -> None:
+        """Forget Idempotency-Keys that were used before a moment."""
+        self.connection.change("DELETE FROM answers WHERE created < ?", before_ms)
+
+    def forget_statistics(self, before_day: int) -> None:
+        """Forget counts of days before one, except those that name a last attempt."""
+        self.connection.change(
+            "DELETE FROM statistics WHERE day < ?"
+            " AND last_attempt NOT IN (SELECT id FROM attempts)",
+            before_day,
+        )
+        self._counted_names.clear()
 
 
 # ---- writes ----
@@ -2833,6 +3044,8 @@ class Batch:
 
 def stored_error(error: Exception, path: str) -> Exception:
     """What the caller is told about an error of the database."""
+    if isinstance(error, MemoryError):  # what sqlite3 makes of SQLITE_NOMEM
+        return Unavailable("the database cannot be written: out of memory")
     if not isinstance(error, sqlite3.Error):
         return error
     full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
@@ -2845,34 +3058,27 @@ def stored_error(error: Exception, path: str) -> Exception:
 
 
 class Write:
-    """Something for the writer to do, and its result once that is on disk."""
+    """Something for the writer to do in a batch; its future is done once that is on disk."""
 
     def __init__(self, run: collections.abc.Callable[[Batch], object]):
-        self._run = run
-        self._result = self._error = None
-        self._done = threading.Lock()
-        self._done.acquire()
+        self.future = concurrent.futures.Future()
+        self._run, self._result, self._error = run, None, None
 
     def run(self, batch: Batch) -> None:
         """Called by the writer; an error stays with this write alone, if it can."""
         try:
             self._result = self._run(batch)
-        except sqlite3.Error:
+        except (sqlite3.Error, MemoryError):
             raise  # the others would not fare better
         except Exception as error:
             self._error = error
 
     def finish(self, error: Exception | None = None) -> None:
         """Called by the writer after the commit; error: why there was none."""
-        self._error = self._error or error
-        self._done.release()
-
-    def wait(self):
-        """The result, as soon as the commit has succeeded; else what went wrong."""
-        self._done.acquire()
-        if self._error:
-            raise self._error
-        return self._result
+        if error := self._error or error:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(self._result)
 
 
 # ---- the store ----
@@ -2881,7 +3087,9 @@ DELIVERY_COLUMNS = (
     "uuid, webhook_id, event_id, event, state, attempt_count, next_attempt, created,"
     " outcome, description, duration"
 )
-ATTEMPT_COLUMNS = ", ".join(f"attempts.{field}" for field in Attempt._fields[:-1])
+ATTEMPT_COLUMNS = ", ".join(
+    "NULL" if field == "retry_after" else f"attempts.{field}" for field in Attempt._fields
+)
 Steps = collections.abc.Iterator[None]  # each step is done when it is asked for
 IdsInSteps = collections.abc.Iterator[list[int]]
 
@@ -2902,30 +3110,37 @@ class Store:
     """The database. `with` opens and migrates it, runs the writer and closes it.
 
     Every write is done by one thread, which takes all that waits, runs it in one
-    transaction and commits once. Any thread may call the methods."""
+    transaction and commits once. It judges attempts, too, so that nobody knows more than
+    the database. Any thread may call the methods."""
 
-    def __init__(self, path: str):
-        self._path = path
+    def __init__(
+        self,
+        path: str,
+        settings: Settings,
+        jitter: collections.abc.Callable[[], float] = random_jitter,
+    ):
+        self._path, self._settings, self._jitter = path, settings, jitter
         self._wakeup = threading.Condition()  # guards the next four
         self._writes: list[Write] = []
-        self._settlements: list[Settlement] = []
-        self._accepted_count = 0  # of settlements
+        self._results: list[Result] = []
+        self._has_urgent_result = False
         self._closing = False
         self._cleanup = contextlib.ExitStack()  # closes the connections; see reader
         self._local = threading.local()  # each thread's own reader
         self._listeners: list[collections.abc.Callable] = []  # see on_commit
         # changed by the writer only, as committed: the file is ahead for a moment
         self._ids = {}  # the next ones of each table
+        self._counted_names = {}  # event names that statistics have, by webhook
         self.webhooks = Webhooks({})
         self.health = HealthById()
         self.pending = collections.Counter()  # deliveries that wait, by webhook
+        self.last_attempts: dict[int, int] = {}  # by webhook: when it started, milliseconds
         self._deleted: list[int] = []  # webhooks that may have left something
         self.size_bytes = 0  # of the file, in use
-        self.settled_count = 0  # of settlements
         self.published_count = 0  # of events, since the start
         self.problem: str | None = None  # why the last commit failed
         self._progressed: float | None = None  # time.monotonic(); None: nothing to do
-        self.full = False  # by maintenance: MAX_DATABASE_SIZE is reached, and nothing can go
+        self.full = False  # by maintenance: MAX_DATABASE_SIZE is reached, nothing can go
 
     def __enter__(self):
         with contextlib.ExitStack() as cleanup:
@@ -2962,6 +3177,8 @@ class Store:
         counts = "webhook_id, count(*) FROM deliveries WHERE state = 'pending'"
         rows = connection.rows(f"SELECT {counts} GROUP BY webhook_id")
         self.pending.update(dict(rows))
+        last = "SELECT webhook_id, max(start) FROM statistics JOIN attempts ON id = last_attempt"
+        self.last_attempts = dict(connection.rows(f"{last} GROUP BY webhook_id"))
         sql, id = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?", 0
         while (id := connection.row(sql, id)[0]) is not None:
             if id not in self.webhooks.by_id:
@@ -2971,21 +3188,20 @@ class Store:
 
     def _run_writer(self):
         while True:
-            writes, settlements = self._next_work()
-            if self._closing and not writes and not settlements:
+            writes, results = self._next_work()
+            if self._closing and not writes and not results:
                 return
             self._note_progress()
             try:
-                batch = self._commit(writes, settlements)
+                batch = self._commit(writes, results)
             except Exception as error:
-                self._put_back(settlements, error)
+                self._put_back(results, error)
                 for write in writes:
                     write.finish(stored_error(error, self._path))
             else:
                 self._take_over(batch)
-                self.settled_count += len(settlements)  # after what they changed
                 for listener in self._listeners:
-                    listener(batch.due)
+                    listener(batch.commit)
                 for write in writes:
                     write.finish()
             self._progressed = None
@@ -2996,23 +3212,26 @@ class Store:
     def _next_work(self):
         with self._wakeup:
             if not self.problem:
-                self._wakeup.wait_for(lambda: self._settlements or self._is_urgent())
-            delay = RETRY_SECONDS if self.problem else SETTLE_SECONDS
+                self._wakeup.wait_for(lambda: self._results or self._is_urgent())
+            delay = RETRY_SECONDS if self.problem else RECORD_SECONDS
             self._wakeup.wait_for(self._is_urgent, delay)
-            work = self._writes, self._settlements
-            self._writes, self._settlements = [], []
+            work = self._writes, self._results
+            self._writes, self._results = [], []
+            self._has_urgent_result = False
             return work
 
     def _is_urgent(self):
-        return self._writes or self._closing
+        return self._writes or self._closing or self._has_urgent_result and not self.problem
 
-    def _commit(self, writes, settlements):
+    def _commit(self, writes, results):
+        if self._connection.in_transaction:  # a rollback failed
+            self._connection.execute("ROLLBACK")
         with transaction(self._connection) as connection:
-            state = self.webhooks, self.health, self._ids
+            state = self.webhooks, self.health, self._ids, self._counted_names
             batch = Batch(connection, *state, self._note_progress)
             if self.problem:  # see whether anything can be written at all
                 connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-            batch.settle(settlements)
+            batch.record(results, self._settings, self._jitter)
             for write in writes:
                 write.run(batch)
             batch.finish()
@@ -3023,28 +3242,31 @@ class Store:
         self.webhooks = batch.webhooks
         self.health.update(batch.changed_health)
         self.pending.update(batch.pending_change)
+        for result, *_ in batch.commit.recorded:
+            self.last_attempts[result.due.webhook_id] = result.attempt.start
         for id in batch.deleted:
             self.health.pop(id, None)
             self.pending.pop(id, None)
+            self.last_attempts.pop(id, None)
             self._deleted.append(id)
         self.published_count += batch.published_count
         if self.problem:
             log_fact("the database can be written again")
         self.problem = None
 
-    def _put_back(self, settlements, error):
+    def _put_back(self, results, error):
         problem = str(stored_error(error, self._path))
         if problem != self.problem:
-            log_fact("the database cannot be written", level=logging.ERROR, reason=error)
-            if not isinstance(error, sqlite3.Error):
+            log_fact("the database cannot be written", level=logging.ERROR, reason=problem)
+            if not isinstance(error, (sqlite3.Error, MemoryError)):
                 log.error("the writer failed", exc_info=error)
         self.problem = problem
         with self._wakeup:
             if not self._closing:  # else they are attempted again after the next start
-                self._settlements[:0] = settlements
+                self._results[:0] = results
 
-    def on_commit(self, listener: collections.abc.Callable) -> None:
-        """Have the writer tell, after each commit, what deliveries it has made."""
+    def on_commit(self, listener: collections.abc.Callable[[Commit], None]) -> None:
+        """Have the writer tell after each commit what it was about."""
         self._listeners.append(listener)
 
     def stands_still(self) -> bool:
@@ -3062,34 +3284,29 @@ class Store:
                 raise Unavailable("webhookd is stopping")
             self._writes.append(write)
             self._wakeup.notify()
-        return write.wait()
+        return write.future
 
     def publish(
-        self,
-        events: list[NewEvent],
-        now_ms: int,
-        answer: collections.abc.Callable[[list[Event]], bytes],
-        idempotency: IdempotencyKey | None = None,
-    ) -> tuple[bytes, bool]:
+        self, events: list[NewEvent], now_ms: int, idempotency: IdempotencyKey | None = None
+    ) -> tuple[list[Event], bool]:
         """Store events and their deliveries; returns once they are on disk.
 
-        Returns the answer that was made of them, and whether it is an earlier one.
-        Raises KeyReused, StorageFull or Unavailable; then nothing was stored."""
+        Returns them as stored, and whether an earlier publication with the key had stored
+        them. Raises KeyReused, StorageFull or Unavailable; then nothing was stored."""
         if self.full:
             raise StorageFull(FULL)
-        what = events, now_ms, answer, idempotency
-        return self._submit(lambda batch: batch.publish(*what))
+        return self._submit(lambda batch: batch.publish(events, now_ms, idempotency)).result()
 
-    def settle(self, settlement: Settlement) -> int:
+    def record(self, result: Result) -> None:
         """Take an attempt's result for one of the next commits; does not wait.
 
-        It is committed once settled_count has reached the number returned."""
+        A plain one waits a little, so that others share its commit."""
         with self._wakeup:
-            self._settlements.append(settlement)
-            self._accepted_count += 1
-            if len(self._settlements) == 1:
+            self._results.append(result)
+            if not result.is_plain:
+                self._has_urgent_result = True
+            if len(self._results) == 1 or not result.is_plain:
                 self._wakeup.notify()
-            return self._accepted_count
 
     def write(self, work: collections.abc.Callable, *args: object):
         """The result of work(batch, *args), once that is on disk; or it raises, and has
@@ -3100,7 +3317,7 @@ class Store:
             with transaction(batch.connection, *savepoint):
                 return work(batch, *args)
 
-        return self._submit(run)
+        return self._submit(run).result()
 
     def flush(self) -> None:
         """Return when everything handed in so far is on disk."""
@@ -3134,7 +3351,7 @@ class Store:
         """Delete the finished deliveries, and the events without deliveries, that were
         made before a moment; the oldest first, and an event with its last delivery."""
         yield from self._prune("deliveries", FINISHED, before_ms, Batch.delete_history)
-        yield from self._prune("events", BARE, before_ms, Batch.delete_events)
+        yield from self._prune("events", WITHOUT_DELIVERIES, before_ms, Batch.delete_events)
 
     def _prune(self, table, condition, before_ms, delete):
         # what may go, and what is too young: enough of these are the end
@@ -3149,16 +3366,14 @@ class Store:
                 self.write(delete, ids, condition)
             yield
 
-    def prune_rest(self, before_ms: int, now_ms: int) -> None:
-        """Delete the answers to old keys, and statistics beyond their window."""
-        unused = "day < ? AND last_attempt NOT IN (SELECT id FROM attempts)"
-        self._delete_rest("answers WHERE created < ?", before_ms)
+    def prune_rest(self, now_ms: int) -> None:
+        """Forget old Idempotency-Keys, and statistics beyond their window."""
+        before_ms = now_ms - KEY_DAYS * DAY_MS
         day = now_ms // DAY_MS - STATISTICS_DAYS
-        self._delete_rest(f"statistics WHERE {unused}", day)
-
-    def _delete_rest(self, rows, limit):
-        if self._row(f"SELECT 1 FROM {rows} LIMIT 1", limit):  # else nothing is written
-            self.write(lambda batch: batch.connection.change(f"DELETE FROM {rows}", limit))
+        if self._row("SELECT 1 FROM answers WHERE created < ? LIMIT 1", before_ms):
+            self.write(Batch.forget_answers, before_ms)
+        if self._row("SELECT 1 FROM statistics WHERE day < ? LIMIT 1", day):
+            self.write(Batch.forget_statistics, day)
 
     def give_back(self) -> Steps:
         """Return free pages to the file system, and with them the log's."""
@@ -3243,20 +3458,20 @@ class Store:
         """A delivery, the body it sends and its attempts; raises NotFound."""
         name = f"delivery {uuid}"
         sql = f"SELECT id, {DELIVERY_COLUMNS} FROM deliveries WHERE uuid = ?"
-        number, *row = or_404(self._row(sql, uuid), name)
+        row_id, *row = or_404(self._row(sql, uuid), name)
         delivery = Delivery(*row)
         or_404(delivery.webhook_id in self.webhooks.by_id, name)
         sql = f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE delivery_id = ?"
-        attempts = self._models(Attempt, f"{sql} ORDER BY id", number)
+        attempts = self._models(Attempt, f"{sql} ORDER BY id", row_id)
         sql = "SELECT body FROM payloads WHERE event_id = ?"
         [body] = or_404(self._row(sql, delivery.event_id), name)  # else deleted just now
         return delivery, body.decode(), attempts
 
     def redeliverable(self, webhook_id: int, wanted: Filter) -> IdsInSteps:
-        """The numbers of the deliveries that match, in steps, oldest first."""
+        """The row ids of the deliveries that match, in steps, oldest first."""
         tests = delivery_tests(webhook_id, wanted)
         for rows in self._steps("id", "deliveries", tests):
-            yield [number for (number,) in rows]
+            yield [row_id for (row_id,) in rows]
 
     def missed_events(self, webhook: Webhook, wanted: Filter) -> IdsInSteps:
         """The ids of the events that a webhook wants and never got, in steps."""
@@ -3353,7 +3568,7 @@ class Store:
         tests = {"webhook_id = ?": webhook.id, "next_attempt <= ?": until}
         clause, values = where(tests)
         rows = self.reader().execute(
-            "SELECT id, uuid, webhook_id, event, body, attempt_count, step,"
+            "SELECT id, uuid, webhook_id, event_id, event, body, attempt_count, schedule_index,"
             f" next_attempt FROM deliveries JOIN payloads USING (event_id){clause}"
             f" AND state = 'pending' ORDER BY {order}",
             values,
@@ -3361,7 +3576,7 @@ class Store:
         taken, taken_bytes = [], 0
         with contextlib.closing(rows):
             for due in itertools.starmap(DueDelivery, rows):
-                if due.number in held:
+                if due.row_id in held:
                     continue
                 taken.append(due)
                 taken_bytes += len(due.body)
@@ -3390,141 +3605,161 @@ class Store:
 # ======================================================================================
 
 FOREVER_MS = 1 << 62
-RESERVED_SHARE = 8  # one place in so many is kept for webhooks proven to work, and one
+RESERVED_SHARE = 8  # one slot in so many is kept for webhooks proven to work, and one
 # turn in so many is for those that come last otherwise
-PLACE_BYTES = 128 << 10  # an attempt takes one more place for each of its body
+SLOT_BYTES = 128 << 10  # an attempt takes one more slot for each of its body
 TICK_SECONDS = 1
-MAINTENANCE_SECONDS = 1
-PRUNING_SECONDS = 60
-REST_SHARE = 9  # maintenance rests so many times as long as each of its steps took
-CLOCK_JUMP_SECONDS = 2
+LOG_SECONDS = 60  # what a receiver does is logged once in so long
 STOP_SECONDS = 10  # what is in flight at the end has this long
 DURATION_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
 
 
-class Lane:
+class ReceiverLog:
+    """What is logged of one webhook's receiver: a line a minute at most, which tells how
+    often what happened meanwhile."""
+
+    def __init__(self):
+        self._not_before = -math.inf  # seconds
+        self._counts = collections.Counter()  # of what was not logged, by its words
+        self._latest: tuple[str, int, dict] | None = None
+
+    def add(self, now: float, words: str, level: int, **values: object) -> None:
+        """Log a fact now, or when the minute is over; now: seconds."""
+        self._counts[words] += 1
+        self._latest = words, level, values
+        self.flush(now)
+
+    def flush(self, now: float) -> None:
+        """Log what was kept back, if the minute is over."""
+        if not self._latest or now < self._not_before:
+            return
+        words, level, values = self._latest
+        self._counts[words] -= 1
+        meanwhile = ", ".join(f"{count} times {what}" for what, count in (+self._counts).items())
+        log_fact(words, level=level, **values, **({"meanwhile": meanwhile} if meanwhile else {}))
+        self._counts.clear()
+        self._latest, self._not_before = None, now + LOG_SECONDS
+
+
+class WebhookQueue:
     """The deliveries to one webhook: a window of those due; the database has all."""
 
     def __init__(self, webhook_id: int, proven: bool = False):
         self.webhook_id = webhook_id
         self.ready: collections.deque[DueDelivery] = collections.deque()
-        self.held: set[int] = set()  # ready, in flight, or settled and not on disk yet
-        self.newest = 0  # highest number ever held: what is offered below it is known
+        # row ids of what is ready, in flight, or not told to be on disk yet
+        self.held: set[int] = set()
+        self.newest = 0  # highest row id ever held: what is offered below it is known
         self.backlog = True  # the database may hold more that is due
-        # settled, but not on disk yet: numbers of the settlement and of the delivery
-        self.unrecorded: collections.deque[tuple[int, int]] = collections.deque()
-        self.ask_after = 0  # the settlement without which the database knows too little
-        self.health = HEALTHY  # after the last settlement
+        self.uncertain = 0  # results that may change its health, and are not on disk yet
         self.proven = proven  # it had a success, and few failures since
         self.width = 1  # attempts at once: one more with each success, a failure: 1
         self.in_flight = 0  # attempts
-        self.changes = 0  # how often others changed what attempts in flight are about
-        self.waiting = False  # for its turn
+        self.is_waiting = False  # for its turn
         self.not_before = 0.0  # milliseconds, by its rateLimit
         self.alarm = math.inf  # milliseconds, when it is looked at again
         self.timer: asyncio.TimerHandle | None = None  # of the alarm
+        self.log = ReceiverLog()
         # since the start, by outcome
         self.attempts = dict.fromkeys(OUTCOMES, 0)
         self.finished = dict.fromkeys(OUTCOMES, 0)  # deliveries
 
-    def take(self, due: DueDelivery) -> None:
+    def hold(self, due: DueDelivery) -> None:
         """Have a delivery ready."""
         self.ready.append(due)
-        self.held.add(due.number)
-        self.newest = max(self.newest, due.number)
+        self.held.add(due.row_id)
+        self.newest = max(self.newest, due.row_id)
 
     def offer(self, due: DueDelivery, limit_bytes: int) -> None:
         """Have one ready that was just published, or know that the database has it."""
-        if due.number <= self.newest:  # it was read from there already
+        if due.row_id <= self.newest:  # it was read from there already
             return
         room = min(WINDOW, 1 + limit_bytes // (len(due.body) + 1))
         if self.backlog or len(self.ready) >= room:
             self.backlog = True
         else:
-            self.take(due)
+            self.hold(due)
 
-    def put_back(self) -> None:
-        """Leave what is ready to the database."""
-        self.held -= {due.number for due in self.ready}
+    def requeue(self) -> None:
+        """Leave what is ready to the database, which may have other plans for it."""
+        self.held -= {due.row_id for due in self.ready}
         self.ready.clear()
         self.backlog = True
 
-    def release(self, settled_count: int) -> None:
-        """Let go of what the database has recorded."""
-        while self.unrecorded and self.unrecorded[0][0] <= settled_count:
-            self.held.discard(self.unrecorded.popleft()[1])
-
-    def settle(self, number: int, settled: Settlement, most: int) -> None:
-        """Learn from a settlement; number: its own; most: attempts at once."""
-        self.unrecorded.append((number, settled.due.number))
-        self.health = settled.health
-        failures = settled.health.failures
-        self.proven = not failures or self.proven and failures < FAILURES_TO_PAUSE
-        worked = settled.attempt.outcome == SUCCESS
-        self.width = min(self.width + 1, most) if worked else 1
+    def note(self, recorded: Recorded, most: int) -> None:
+        """Learn from an attempt that is on disk; most: attempts at once."""
+        (due, attempt, _, is_plain), _, verdict = recorded
+        self.held.discard(due.row_id)
+        self.uncertain -= not is_plain
+        self.attempts[attempt.outcome] += 1
+        if verdict.state in (SUCCEEDED, FAILED):
+            self.finished[attempt.outcome] += 1
+        failures, succeeded = verdict.health.failures, attempt.outcome == SUCCESS
+        self.proven = succeeded or self.proven and failures < FAILURES_TO_PAUSE
+        self.width = min(self.width + 1, most) if succeeded else 1
 
 
-class Turns:
+class Scheduler:
     """Whose attempt is next, and how many there may be at once.
 
-    Lanes that are proven to work come before the others, which never take all places;
-    first attempts come before retries. Now and then it is the other way round."""
+    Queues of webhooks that are proven to work come before the others, which never take all
+    slots; first attempts come before retries. Now and then it is the other way round."""
 
     def __init__(self, most: int):
         self.in_flight = 0  # attempts
-        self._taken = self._doubtful = 0  # places; of these, by lanes not proven
+        self._taken = self._unproven = 0  # slots; of these, by webhooks not proven
         self._turn = 0
         self._most = most
-        self._most_doubtful = max(1, most - max(1, most // RESERVED_SHARE))
-        self._queues = [collections.deque() for _ in range(4)]
-        self._busy: set[Lane] = set()  # waiting or with attempts in flight
+        self._most_unproven = max(1, most - max(1, most // RESERVED_SHARE))
+        self._lines = [collections.deque() for _ in range(4)]
+        self._busy: set[WebhookQueue] = set()  # waiting or with attempts in flight
 
-    def wait(self, lane: Lane) -> None:
-        """Let a lane wait for its turn."""
-        lane.waiting = True
-        is_retry = bool(lane.ready and lane.ready[0].attempt_count)
-        self._queues[2 * (not lane.proven) + is_retry].append(lane)
-        self._busy.add(lane)
+    def wait(self, queue: WebhookQueue) -> None:
+        """Let a queue wait for its turn."""
+        queue.is_waiting = True
+        is_retry = bool(queue.ready and queue.ready[0].attempt_count)
+        self._lines[2 * (not queue.proven) + is_retry].append(queue)
+        self._busy.add(queue)
 
-    def next(self) -> Lane | None:
-        """The lane whose turn it is, which waits no longer; None: no place is free."""
+    def next(self) -> WebhookQueue | None:
+        """The queue whose turn it is, which waits no longer; None: no slot is free."""
         if self._taken >= self._most:
             return None
-        allowed = self._queues[: 4 if self._doubtful < self._most_doubtful else 2]
+        allowed = self._lines[: 4 if self._unproven < self._most_unproven else 2]
         self._turn += 1
         if self._turn % RESERVED_SHARE == 0:  # so that nobody waits for ever
             allowed = reversed(allowed)
-        queue = next(filter(None, allowed), None)
-        if queue is None:
+        line = next(filter(None, allowed), None)
+        if line is None:
             return None
-        lane = queue.popleft()
-        lane.waiting = False
-        return lane
+        queue = line.popleft()
+        queue.is_waiting = False
+        return queue
 
-    def begin(self, lane: Lane, body_bytes: int) -> tuple[int, int]:
+    def begin(self, queue: WebhookQueue, body_bytes: int) -> tuple[int, int]:
         """Count an attempt in; returns what `end` has to be told."""
-        places = 1 + body_bytes // PLACE_BYTES
-        doubtful = 0 if lane.proven else places
-        self._count(lane, 1, places, doubtful)
-        return places, doubtful
+        slots = 1 + body_bytes // SLOT_BYTES
+        unproven = 0 if queue.proven else slots
+        self._count(queue, 1, slots, unproven)
+        return slots, unproven
 
-    def end(self, lane: Lane, places: int, doubtful: int) -> None:
+    def end(self, queue: WebhookQueue, slots: int, unproven: int) -> None:
         """Count an attempt out."""
-        self._count(lane, -1, -places, -doubtful)
+        self._count(queue, -1, -slots, -unproven)
 
-    def _count(self, lane, attempts, places, doubtful):
-        lane.in_flight += attempts
+    def _count(self, queue, attempts, slots, unproven):
+        queue.in_flight += attempts
         self.in_flight += attempts
-        self._taken += places
-        self._doubtful += doubtful
+        self._taken += slots
+        self._unproven += unproven
 
-    def leave(self, lane: Lane) -> None:
-        """Leave a lane's share to the others, unless it is busy."""
-        if not lane.waiting and not lane.in_flight:
-            self._busy.discard(lane)
+    def leave(self, queue: WebhookQueue) -> None:
+        """Leave a queue's share to the others, unless it is busy."""
+        if not queue.is_waiting and not queue.in_flight:
+            self._busy.discard(queue)
 
     def share(self) -> int:
-        """How many attempts each busy lane may have at once."""
+        """How many attempts each busy queue may have at once."""
         # a quarter stays free: those that work today may all hang tomorrow
         return max(1, self._most * 3 // 4 // max(1, len(self._busy)))
 
@@ -3532,9 +3767,10 @@ class Turns:
 class Dispatcher:
     """Attempts what is due. `with` runs its loop in a thread of its own.
 
-    Everything but what is called by other threads, see below, runs in the loop's.
-    Webhooks take turns, and each has a share of the attempts in flight, so that none
-    waits for another."""
+    It obeys: what becomes of a delivery or a webhook, the writer decides and tells after its
+    commit. Everything but what is called by other threads, see below, runs in the loop's.
+    Webhooks take turns, and each has a share of the attempts in flight, so that none waits
+    for another."""
 
     def __init__(
         self,
@@ -3542,25 +3778,21 @@ class Dispatcher:
         client: Client,
         settings: Settings,
         clock: collections.abc.Callable[[], float] = time.time,
-        jitter: collections.abc.Callable[[], float] = lambda: random.uniform(
-            1 - JITTER, 1 + JITTER
-        ),
         heartbeat: collections.abc.Callable[[], None] = lambda: None,
     ):
         self._store, self._client, self._settings = store, client, settings
-        self._clock, self._jitter, self._heartbeat = clock, jitter, heartbeat
+        self._clock, self._heartbeat = clock, heartbeat
         self._succeeded = store.succeeded_webhooks()
-        self._lanes: dict[int, Lane] = {}
-        self._turns = Turns(settings.max_in_flight)
-        self._awaiting: set[Lane] = set()  # a commit, see _may_ask
-        self._inbox = collections.deque()  # appended to by any thread
+        self._queues: dict[int, WebhookQueue] = {}
+        self._scheduler = Scheduler(settings.max_in_flight)
+        self._unreadable: dict[int, str] = {}  # why the database told a queue nothing
+        self._commits: collections.deque[Commit] = collections.deque()  # not followed yet
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked = time.monotonic()
         self.duration_counts = [0] * (len(DURATION_BUCKETS_MS) + 1)  # of attempts
         self.duration_sum_ms = 0
-        for webhook_id in store.webhooks.by_id:
-            self.reconsider(webhook_id)
-        store.on_commit(self.offer)
+        self.follow(Commit([], set(store.webhooks.by_id), []))
+        store.on_commit(self.follow)
 
     def __enter__(self):
         started = threading.Event()
@@ -3582,37 +3814,28 @@ class Dispatcher:
 
     # ---- called by other threads ----
 
-    def offer(self, due: list[DueDelivery]) -> None:
-        """Take what a commit has published, in publish order."""
-        if due:
-            self._inbox.append(functools.partial(self._take, due))
-        if due or self._awaiting:
-            self._wake()
-
-    def reconsider(self, webhook_id: int) -> None:
-        """A webhook, or something about its deliveries, was changed."""
-        self._inbox.append(functools.partial(self._reread, webhook_id))
-        self._wake()
+    def follow(self, commit: Commit) -> None:
+        """Take what the writer tells of a commit."""
+        if any(commit):
+            self._commits.append(commit)
+            with contextlib.suppress(RuntimeError):  # the loop has ended: the next start
+                if self._loop:
+                    self._loop.call_soon_threadsafe(self.step)
 
     def problem(self) -> str | None:
-        """Why nothing is being delivered, or None."""
+        """Why nothing, or not everything, is being delivered; None if all is well."""
         if time.monotonic() - self._ticked > STANDSTILL_SECONDS:
             return "the delivery loop stands still"
-        return None
+        return next(iter(list(self._unreadable.values())), None)
 
     def counts(self, webhook_id: int) -> tuple[dict[str, int], dict[str, int]]:
         """A webhook's attempts and finished deliveries by outcome, since the start."""
-        lane = self._lanes.get(webhook_id) or Lane(webhook_id)
-        return lane.attempts, lane.finished
+        queue = self._queues.get(webhook_id) or WebhookQueue(webhook_id)
+        return queue.attempts, queue.finished
 
     def in_flight(self) -> int:
         """How many attempts are being made."""
-        return self._turns.in_flight
-
-    def _wake(self):
-        with contextlib.suppress(RuntimeError):  # the loop has ended: the next start
-            if self._loop:
-                self._loop.call_soon_threadsafe(self.step)
+        return self._scheduler.in_flight
 
     # ---- the loop ----
 
@@ -3633,21 +3856,22 @@ class Dispatcher:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._all_ended(), STOP_SECONDS)
         self._client.close()  # what has not ended is attempted after the next start
+        for queue in self._queues.values():
+            queue.log.flush(math.inf)
 
     async def _all_ended(self):
-        while self._turns.in_flight:
+        while self._scheduler.in_flight:
             self._ended.clear()
             await self._ended.wait()
 
     def run_until_idle(self) -> None:
         """Without a thread: make every attempt that is due now, and record it."""
         asyncio.run(self._until_idle())
-        self._store.flush()
 
     async def _until_idle(self):
         self._enter_loop()
         self._tick()
-        while self._turns.in_flight or self._awaiting:
+        while self._scheduler.in_flight or self._commits:
             await self._all_ended()
             self._store.flush()
             self.step()
@@ -3657,18 +3881,18 @@ class Dispatcher:
 
     def _tick(self):
         """A step, before which those alarms ring that the clock has passed."""
-        now_ms = self._clock() * 1000
-        for lane in [lane for lane in self._lanes.values() if lane.alarm <= now_ms]:
-            self._ring(lane)
+        now = self._clock()  # a timer does not count while the machine sleeps
+        for queue in list(self._queues.values()):
+            queue.log.flush(now)
+            if queue.alarm <= now * 1000:
+                self._look_again(queue)
         self.step()
 
     def step(self) -> None:
-        """Take in what came, and start every attempt that may start now."""
+        """Follow what was committed, and start every attempt that may start now."""
         try:
-            while self._inbox:
-                self._inbox.popleft()()
-            for lane in list(self._awaiting):
-                self._queue(lane)
+            while self._commits:
+                self._obey(self._commits.popleft())
             self._start_attempts()
         except Exception:
             log.exception("a step of the delivery loop failed")
@@ -3676,210 +3900,200 @@ class Dispatcher:
     def _now_ms(self):
         return int(self._clock() * 1000)
 
-    # ---- what came ----
+    # ---- what was committed ----
 
-    def _lane(self, webhook_id):
-        if webhook_id not in self._lanes:
+    def _queue_of(self, webhook_id):
+        if webhook_id not in self._queues:
             proven = webhook_id in self._succeeded
-            self._lanes[webhook_id] = Lane(webhook_id, proven)
-        return self._lanes[webhook_id]
+            self._queues[webhook_id] = WebhookQueue(webhook_id, proven)
+        return self._queues[webhook_id]
 
-    def _take(self, offered):
-        for due in offered:
-            lane = self._lane(due.webhook_id)
-            lane.offer(due, self._window_bytes())
-            self._queue(lane)
+    def _obey(self, commit):
+        for recorded in commit.recorded:
+            self._note(recorded)
+        for webhook_id in commit.changed:
+            self._reread(webhook_id)
+        for due in commit.due:
+            queue = self._queue_of(due.webhook_id)
+            queue.offer(due, self._window_bytes())
+            self._line_up(queue)
+
+    def _note(self, recorded):
+        """Take in what the writer made of an attempt."""
+        due, attempt = recorded.result.due, recorded.result.attempt
+        bucket = bisect.bisect_left(DURATION_BUCKETS_MS, attempt.duration)
+        self.duration_counts[bucket] += 1
+        self.duration_sum_ms += attempt.duration
+        queue = self._queues.get(due.webhook_id)
+        webhook = self._store.webhooks.by_id.get(due.webhook_id)
+        if queue is None or webhook is None:  # the webhook was deleted
+            return
+        queue.note(recorded, self._settings.webhook_concurrency)
+        self._log(queue.log, webhook, recorded)
+        if recorded.verdict.state == PENDING:
+            if webhook.ordered:  # it stays the first
+                queue.requeue()
+            self._set_alarm(queue, recorded.verdict.next_attempt)
+        self._line_up(queue)
+
+    def _log(self, receiver_log, webhook, recorded):
+        """Log what an attempt has changed."""
+        (due, attempt, *_), before, (state, _, _, after) = recorded
+        if attempt.outcome == SUCCESS and before == after:
+            return
+        add = functools.partial(receiver_log.add, self._clock())
+        names = {"webhook": webhook.id, "name": webhook.name, "url": webhook.short_url}
+        was_down = before.failures or before.announced
+        if attempt.outcome == SUCCESS and was_down and not after.disabled:
+            add("webhook works again", logging.INFO, **names, failures=before.failures)
+        if after.disabled and not before.disabled:
+            add("webhook disabled", logging.WARNING, **names, reason=after.reason)
+        elif after.failures and not before.failures:
+            add("webhook fails", logging.INFO, **names, reason=after.reason)
+        if after.paused_until and not before.paused_until:
+            add("webhook paused", logging.WARNING, **names, reason=after.reason)
+        if state == FAILED:
+            names_delivery = names | {"id": due.uuid, "reason": attempt.description}
+            add("delivery given up", logging.WARNING, **names_delivery)
 
     def _reread(self, webhook_id):
+        """Look at a webhook, or at what waits for it, with new eyes."""
         webhook = self._store.webhooks.by_id.get(webhook_id)
         if webhook is None:
-            self._lanes.pop(webhook_id, None)
+            self._queues.pop(webhook_id, None)
+            self._unreadable.pop(webhook_id, None)
             return
-        lane = self._lane(webhook_id)
-        lane.put_back()
-        lane.changes += 1
-        if lane.unrecorded:
-            lane.ask_after = lane.unrecorded[-1][0]
+        queue = self._queue_of(webhook_id)
+        queue.requeue()
         # the limit may have changed, and the clock may have been set back
         interval_ms = 1000 / webhook.rate_limit if webhook.rate_limit else 0
-        lane.not_before = min(lane.not_before, self._clock() * 1000 + interval_ms)
-        self._queue(lane)
+        queue.not_before = min(queue.not_before, self._clock() * 1000 + interval_ms)
+        self._line_up(queue)
 
-    def _set_alarm(self, lane, when_ms):
-        if when_ms < lane.alarm:
-            if lane.timer:
-                lane.timer.cancel()
+    def _set_alarm(self, queue, when_ms):
+        """Look at a queue again at a moment, unless that is planned for earlier already."""
+        if when_ms < queue.alarm:
+            if queue.timer:
+                queue.timer.cancel()
             wait_ms = max(0, when_ms - self._clock() * 1000) + 1  # never too early
-            lane.alarm = when_ms
-            lane.timer = self._loop.call_later(wait_ms / 1000, self._end_rest, lane)
+            queue.alarm = when_ms
+            queue.timer = self._loop.call_later(wait_ms / 1000, self._end_wait, queue)
 
-    def _end_rest(self, lane):
-        self._ring(lane)
+    def _end_wait(self, queue):
+        self._look_again(queue)
         self._start_attempts()
 
-    def _ring(self, lane):
-        lane.alarm = math.inf
-        lane.backlog = True
-        self._queue(lane)
+    def _look_again(self, queue):
+        queue.alarm = math.inf
+        queue.backlog = True
+        self._line_up(queue)
 
-    # ---- turns ----
+    # ---- whose turn it is ----
 
-    def _queue(self, lane):
-        """Let a lane wait for its turn, if it has something to do and may do it."""
-        if not lane.waiting and (lane.ready or self._may_ask(lane)):
-            if self._may_start(lane):
-                self._turns.wait(lane)
-        self._turns.leave(lane)
+    def _line_up(self, queue):
+        """Let a queue wait for its turn, or for the moment from which it may."""
+        webhook = self._store.webhooks.by_id.get(queue.webhook_id)
+        if webhook and not queue.is_waiting and (queue.ready or queue.backlog):
+            moment = self._may_start_at(queue, webhook)
+            if moment <= self._clock() * 1000:
+                self._scheduler.wait(queue)
+            elif moment < math.inf:
+                self._set_alarm(queue, moment)
+        self._scheduler.leave(queue)
 
-    def _may_ask(self, lane):
-        """Whether the database may hold more, and knows what became of the deliveries
-        that it had; if it does not, the next commits wake the lane."""
-        self._awaiting.discard(lane)
-        if lane.backlog and lane.ask_after > self._store.settled_count:
-            self._awaiting.add(lane)  # and then look again: it may be there just now
-        return lane.backlog and lane.ask_after <= self._store.settled_count
+    def _may_start_at(self, queue, webhook):
+        """When one more attempt may start, milliseconds; inf: a commit will tell, or an end."""
+        health = self._store.health[webhook.id]
+        if not webhook.active or webhook.paused or queue.uncertain:
+            return math.inf
+        if queue.in_flight and not self._may_widen(queue, webhook, health):
+            return math.inf
+        # a probe is due at the end of the pause, whatever is planned for it
+        is_planned = webhook.ordered and queue.ready and not health.paused_until
+        planned = queue.ready[0].next_attempt if is_planned else 0  # else what is ready is due
+        return max(queue.not_before, health.waits_until(), planned)
 
-    def _may_start(self, lane):
-        """Whether it may have one more attempt now; if it rests, an alarm is set."""
-        webhook = self._store.webhooks.by_id.get(lane.webhook_id)
-        if webhook is None or not webhook.active:  # that it is will be told
-            return False
-        if lane.in_flight and not self._may_widen(lane, webhook):
-            return False
-        health = self._health(lane)
-        if health.disabled:
-            return False
-        rests_until = max(lane.not_before, self._due(lane, webhook, health))
-        if rests_until > self._clock() * 1000:
-            self._set_alarm(lane, rests_until)
-            return False
-        return True
-
-    def _health(self, lane):
-        """What the store knows, unless the lane knows more."""
-        lane.release(self._store.settled_count)
-        return lane.health if lane.unrecorded else self._store.health[lane.webhook_id]
-
-    @staticmethod
-    def _due(lane, webhook, health):
-        """When its next delivery is due; a probe is, whatever is planned for it."""
-        if health.paused_until:
-            return health.paused_until
-        waits = webhook.ordered and lane.ready  # else what is ready is due
-        return lane.ready[0].next_attempt if waits else 0
-
-    def _may_widen(self, lane, webhook):
-        most = min(lane.width, self._turns.share())
-        return lane.in_flight < most and not webhook.ordered
+    def _may_widen(self, queue, webhook, health):
+        """Whether there may be one more attempt beside those in flight."""
+        goes_alone = webhook.ordered or health.paused_until
+        return not goes_alone and queue.in_flight < min(queue.width, self._scheduler.share())
 
     def _start_attempts(self):
         while not self._stop.is_set() and not self._store.problem:
-            lane = self._turns.next()
-            if lane is None:
+            queue = self._scheduler.next()
+            if queue is None:
                 return
-            webhook = self._store.webhooks.by_id.get(lane.webhook_id)
-            if webhook and not lane.ready and self._may_ask(lane):
-                self._refill(lane, webhook)
-            if lane.ready and self._may_start(lane):  # still
-                self._start(lane, lane.ready.popleft(), webhook)
-            self._queue(lane)
+            webhook = self._store.webhooks.by_id.get(queue.webhook_id)
+            if webhook and not queue.ready and queue.backlog:
+                self._refill(queue, webhook)
+            if webhook and queue.ready:
+                if self._may_start_at(queue, webhook) <= self._clock() * 1000:  # still
+                    self._start(queue, queue.ready.popleft(), webhook)
+            self._line_up(queue)
 
     # ---- what is due ----
 
     def _window_bytes(self):
-        return min(1 << 20, WINDOW_BYTES // max(1, len(self._lanes)))
+        return min(1 << 20, WINDOW_BYTES // max(1, len(self._queues)))
 
-    def _refill(self, lane, webhook):
+    def _refill(self, queue, webhook):
         """Read what is due, or when that will be."""
-        now_ms, health = self._now_ms(), self._health(lane)
+        now_ms, health = self._now_ms(), self._store.health[webhook.id]
         try:
-            due, lane.backlog = self._store.due(
-                webhook, now_ms, lane.held, WINDOW, self._window_bytes()
+            due, queue.backlog = self._store.due(
+                webhook, now_ms, queue.held, WINDOW, self._window_bytes()
             )
             if not due and health.paused_until:  # the probe is due whatever is planned
-                due, lane.backlog = self._store.due(webhook, FOREVER_MS, lane.held, 1)
-            if not lane.backlog:
-                next_due = self._store.next_due(lane.webhook_id, now_ms)
-        except sqlite3.Error as error:
-            log_fact("the database cannot be read", level=logging.ERROR, reason=error)
-            lane.backlog, lane.not_before = True, now_ms + RETRY_SECONDS * 1000
+                due, queue.backlog = self._store.due(webhook, FOREVER_MS, queue.held, 1)
+            next_due = None if queue.backlog else self._store.next_due(webhook.id, now_ms)
+        except (sqlite3.Error, MemoryError) as error:
+            self._note_unreadable(webhook.id, error)
+            queue.backlog, queue.not_before = True, now_ms + RETRY_SECONDS * 1000
             return
+        self._unreadable.pop(webhook.id, None)
         for delivery in due:
-            lane.take(delivery)
-        if not lane.backlog and next_due is not None:
-            self._set_alarm(lane, next_due)
+            queue.hold(delivery)
+        if next_due is not None:
+            self._set_alarm(queue, next_due)
+
+    def _note_unreadable(self, webhook_id, error):
+        reason = f"the database cannot be read: {str(error) or 'out of memory'}"
+        if webhook_id not in self._unreadable:
+            log_fact("the database cannot be read", level=logging.ERROR, reason=reason)
+        self._unreadable[webhook_id] = reason
 
     # ---- one delivery ----
 
-    def _start(self, lane, due, webhook):
+    def _start(self, queue, due, webhook):
         now_ms, number = self._now_ms(), due.attempt_count + 1
         if webhook.rate_limit:
-            start = max(lane.not_before, now_ms)
-            lane.not_before = start + 1000 / webhook.rate_limit
-        begun = self._turns.begin(lane, len(due.body))
-        headers = attempt_headers(webhook, due.event, due.id, number, due.body, now_ms)
-        done = functools.partial(self._finish, lane, due, begun, lane.changes)
+            start = max(queue.not_before, now_ms)
+            queue.not_before = start + 1000 / webhook.rate_limit
+        begun = self._scheduler.begin(queue, len(due.body))
+        headers = attempt_headers(webhook, due.event, due.uuid, number, due.body, now_ms)
+        done = functools.partial(self._finish, queue, due, begun)
         start_attempt(self._client, webhook, headers, due.body, now_ms, done)
 
-    def _finish(self, lane, due, begun, changes, attempt):
-        self._turns.end(lane, *begun)
-        self._settle(lane, due, attempt, is_stale=changes != lane.changes)
-        self._queue(lane)
+    def _finish(self, queue, due, begun, attempt):
+        """Hand the facts in; what follows from them is told by a commit."""
+        self._scheduler.end(queue, *begun)
+        health = self._store.health[due.webhook_id]
+        is_plain = attempt.outcome == SUCCESS and health.is_well and not health.announced
+        queue.uncertain += not is_plain
+        self._store.record(Result(due, attempt, self._now_ms(), is_plain))
+        self._line_up(queue)
         self._start_attempts()
         self._ended.set()
-
-    def _settle(self, lane, due, attempt, is_stale):
-        """Hand the result in; is_stale: the delivery was changed during the attempt."""
-        health = self._health(lane)
-        settled = settlement(due, attempt, health, self._settings, self._jitter())
-        number = self._store.settle(settled)
-        lane.settle(number, settled, self._settings.webhook_concurrency)
-        self._count(lane, settled)
-        self._log(settled)
-        waits = settled.state == PENDING
-        if waits:
-            self._set_alarm(lane, settled.next_attempt)
-        if waits or settled.recovered or is_stale:
-            lane.ask_after = number
-        webhook = self._store.webhooks.by_id.get(lane.webhook_id)
-        stays_first = waits and webhook is not None and webhook.ordered
-        rests = lane.health.paused_until or lane.health.disabled
-        if settled.recovered or stays_first or rests or is_stale:
-            lane.put_back()
-        if settled.recovered:  # the others in flight were planned anew
-            lane.changes += 1
-
-    def _count(self, lane, settled):
-        attempt = settled.attempt
-        lane.attempts[attempt.outcome] += 1
-        if settled.state != PENDING:
-            lane.finished[attempt.outcome] += 1
-        bucket = bisect.bisect_left(DURATION_BUCKETS_MS, attempt.duration)
-        self.duration_counts[bucket] += 1
-        self.duration_sum_ms += attempt.duration
-
-    @staticmethod
-    def _log(settled):
-        before, after = settled.before, settled.health
-        facts = {"webhook": settled.due.webhook_id}
-        if before.failures and not after.failures:
-            log_fact("webhook works again", **facts, failures=before.failures)
-        if after.failures and not before.failures:
-            log_fact("webhook fails", **facts, reason=after.reason)
-        if after.paused_until and not before.paused_until:
-            level = logging.WARNING
-            log_fact("webhook paused", level=level, **facts, reason=after.reason)
-        if after.disabled and not before.disabled:
-            level = logging.WARNING
-            log_fact("webhook disabled", level=level, **facts, reason=after.reason)
-        if settled.state == FAILED:
-            facts |= {"id": settled.due.id, "reason": settled.attempt.description}
-            log_fact("delivery given up", level=logging.WARNING, **facts)
 
 
 # ======================================================================================
 # Maintenance: pruning, space, the clock
 # ======================================================================================
+
+MAINTENANCE_SECONDS = 1
+PRUNING_SECONDS = 60
+REST_SHARE = 9  # maintenance rests so many times as long as each of its steps took
+CLOCK_JUMP_SECONDS = 2
 
 
 class Maintenance:
@@ -3889,14 +4103,13 @@ class Maintenance:
     def __init__(
         self,
         store: Store,
-        dispatcher: Dispatcher,
         settings: Settings,
         clock: collections.abc.Callable[[], float] = time.time,
         steady_clock: collections.abc.Callable[[], float] = lambda: time.clock_gettime(
             time.CLOCK_BOOTTIME  # goes on while the machine sleeps
         ),
     ):
-        self._store, self._dispatcher, self._settings = store, dispatcher, settings
+        self._store, self._settings = store, settings
         self._clock, self._steady_clock = clock, steady_clock
         self._clock_offset = clock() - steady_clock()
         self._stop = threading.Event()
@@ -3915,7 +4128,7 @@ class Maintenance:
         self._wakeup.set()
         self._thread.join()
 
-    def _watch_size(self, due):
+    def _watch_size(self, commit):
         if not self._store.full and self._is_too_large():
             self._wakeup.set()
 
@@ -3960,8 +4173,6 @@ class Maintenance:
             log_fact("clock jumped", level=logging.WARNING, seconds=round(jump, 3))
             after_ms = int(min(now, now - jump) * 1000)  # what was due stays due
             self._store.write(Batch.shift_schedule, after_ms, int(jump * 1000))
-            for webhook_id in self._store.webhooks.by_id:
-                self._dispatcher.reconsider(webhook_id)
         self._clock_offset = offset
 
     def _steps(self):
@@ -3978,7 +4189,7 @@ class Maintenance:
         now_ms = int(self._clock() * 1000)
         before_ms = now_ms - int(self._settings.retention * 1000)
         yield from self._store.prune(before_ms)
-        self._store.prune_rest(before_ms, now_ms)
+        self._store.prune_rest(now_ms)
 
     def _cut_down(self):
         """Let the oldest go until the size is right; else it is full."""
@@ -4194,7 +4405,7 @@ def _of_process(store, dispatcher, settings):
 
 def _of_webhooks(store, dispatcher, now_ms):
     webhooks, oldest = store.webhooks.by_id.values(), store.oldest_pending()
-    states = {w.id: store.health[w.id].state(w.active) for w in webhooks}
+    states = {w.id: store.health[w.id].state(w) for w in webhooks}
     counts = {w.id: dispatcher.counts(w.id) for w in webhooks}
 
     def gauge(name, text, value_of):
@@ -4254,7 +4465,7 @@ LOGGED_NAMES = {  # of a webhook's fields, where the API has another or none
     "verify_tls": "sslVerificationRequired",
     "rate_limit": "rateLimit",
     "secret": "configuration.secret",
-    **dict.fromkeys(("previous_secret", "previous_secret_until", "updated")),
+    **dict.fromkeys(("previous_secret", "previous_secret_until", "updated", "halted_by")),
 }
 
 
@@ -4275,9 +4486,11 @@ def changed_fields(old: Webhook, new: Webhook) -> str:
 
 def change_in_words(old: Webhook, new: Webhook) -> str:
     """What a change does to a webhook."""
-    if old.active == new.active:
-        return "webhook changed"
-    return "webhook activated" if new.active else "webhook deactivated"
+    if old.active != new.active:
+        return "webhook activated" if new.active else "webhook deactivated"
+    if old.paused != new.paused:
+        return "webhook paused by hand" if new.paused else "webhook resumed"
+    return "webhook changed"
 
 
 class Api:
@@ -4486,7 +4699,8 @@ class Api:
     def register(self, fields: dict) -> Webhook:
         """Add the webhook that the fields ask for; raises Invalid."""
         now = self._now_ms()
-        new = Webhook(created=now, updated=now)
+        user = bottle.request.environ["webhookd.user"].name
+        new = Webhook(created=now, updated=now, halted_by=user)
         webhook = read_webhook(fields, new, self._address_policy.check_url)
         webhook = self._store.write(Batch.add_webhook, webhook)
         self._log_change("webhook created", id=webhook.id, url=webhook.masked_url)
@@ -4504,15 +4718,18 @@ class Api:
     def change(self, id: int, fields: dict) -> Webhook:
         """Change the fields of a webhook that are given; raises NotFound, Invalid."""
         # looking its host up takes time, so the writer reads it again without that
-        read_webhook(fields, self._store.webhooks.get(id), self._address_policy.check_url)
-        now, activates = self._now_ms(), fields.get("active") is not None
+        read = read_webhook(fields, self._store.webhooks.get(id), self._address_policy.check_url)
+        now, user = self._now_ms(), bottle.request.environ["webhookd.user"].name
+        activates = fields.get("active") is not None and read.active
+        starts_clean = activates or fields.get("paused") is not None and not read.paused
 
         def change(old):
             new = dataclasses.replace(read_webhook(fields, old), updated=now)
+            if (new.active, new.paused) != (old.active, old.paused):
+                new = dataclasses.replace(new, halted_by=user)
             return with_rotated_secret(old, new, now)
 
-        old, webhook = self._store.write(Batch.change_webhook, id, change, activates)
-        self._dispatcher.reconsider(id)
+        old, webhook = self._store.write(Batch.change_webhook, id, change, starts_clean)
         names, url = changed_fields(old, webhook), webhook.masked_url
         self._log_change(change_in_words(old, webhook), id=id, fields=names, url=url)
         return webhook
@@ -4524,20 +4741,19 @@ class Api:
     def delete(self, id: int) -> None:
         """Delete a webhook and its deliveries; raises NotFound."""
         self._store.write(Batch.delete_webhook, id)
-        self._dispatcher.reconsider(id)
         self._log_change("webhook deleted", id=id)
 
     def _webhooks_as_json(self, webhooks, statistics=False):
         """The webhooks as the API shows them, with their health."""
-        shown = []
-        for webhook in webhooks:
-            health, pending = (self._store.health[webhook.id], self._store.pending[webhook.id])
-            shown.append(webhook.as_json())
-            shown[-1]["health"] = health.as_json(webhook.active, pending)
-            if statistics:
-                now = self._now_ms()
-                shown[-1]["statistics"] = self._store.statistics(webhook.id, (), now)
-        return shown
+        return [self._webhook_as_json(webhook, statistics) for webhook in webhooks]
+
+    def _webhook_as_json(self, webhook, statistics):
+        store, id = self._store, webhook.id
+        health = store.health[id].as_json(webhook, store.pending[id], store.last_attempts.get(id))
+        document = webhook.as_json() | {"health": health}
+        if statistics:
+            document["statistics"] = store.statistics(id, (), self._now_ms())
+        return document
 
     def latest(self, id):
         wanted = self._filter()
@@ -4611,13 +4827,11 @@ class Api:
         events = read_events(body, are_lines, now, self._settings.max_event_size)
         several, key = isinstance(events, list), self._idempotency(body)
 
-        def answer(published):
-            shown = [event.as_json() for event in published]
-            return json_bytes({"results": shown} if several else shown[0])
-
         events = events if several else [events]
-        answered, is_repeated = self._store.publish(events, now, answer, key)
-        return self._json(answered, 200 if is_repeated else 202)
+        published, is_repeated = self._store.publish(events, now, key)
+        shown = [event.as_json() for event in published]
+        answer = {"results": shown} if several else shown[0]
+        return self._json(answer, 200 if is_repeated else 202)
 
     def _idempotency(self, body):
         key = self._header("Idempotency-Key")
@@ -4663,7 +4877,6 @@ class Api:
     def redeliver_one(self, uuid: str) -> Delivery:
         """Have a delivery attempted at once, paused or not; raises NotFound."""
         webhook_id = self._store.write(Batch.redeliver_first, uuid, self._now_ms())
-        self._dispatcher.reconsider(webhook_id)
         self._log_change("delivery redelivered", id=uuid, webhook=webhook_id)
         return self._store.delivery(uuid)[0]
 
@@ -4692,7 +4905,6 @@ class Api:
                     made += self._store.write(make_due, id, ids, now)
         finally:  # if one of the steps fails, those before it are done
             if made:
-                self._dispatcher.reconsider(id)
                 self._log_change(words, webhook=id, count=made)
         return matched, made
 
@@ -4712,8 +4924,7 @@ class Api:
             return read_filter(reader), reader.field("dryRun", False, boolean)
 
     def delete_event(self, id):
-        for webhook_id in self._store.write(Batch.delete_event, id):
-            self._dispatcher.reconsider(webhook_id)
+        self._store.write(Batch.delete_event, id)
         self._store.empty_log()
         self._log_change("event deleted", id=id)
         bottle.response.status = 204
@@ -5672,7 +5883,7 @@ def serve(settings: Settings) -> None:
     hold_to_one_core()
     with contextlib.ExitStack() as parts:
         listener = parts.enter_context(listen(settings.listen))
-        store = parts.enter_context(Store(settings.database))
+        store = parts.enter_context(Store(settings.database, settings))
         log_fact("starting", version=VERSION, database=settings.database)
         secret = ensure_admin(store, settings.admin_password)
         if secret:
@@ -5682,7 +5893,7 @@ def serve(settings: Settings) -> None:
         client = Client(address_policy, settings.delivery_timeout)
         dispatcher = Dispatcher(store, client, settings, heartbeat=lambda: _beat(store))
         parts.enter_context(dispatcher)
-        parts.enter_context(Maintenance(store, dispatcher, settings))
+        parts.enter_context(Maintenance(store, settings))
         api = Pages(store, dispatcher, address_policy, settings)
         server = make_server(api.app, listener, settings)
         stopping = threading.Event()
