@@ -525,6 +525,13 @@ def test_an_error_lists_every_fault():
     }
 
 
+def test_an_error_lists_at_most_100_faults():
+    error = webhookd.Invalid(*[webhookd.Fault(str(n), "is bad") for n in range(1000)])
+
+    assert len(webhookd.error_document(400, error.faults)["errors"]) == 100
+    assert str(error).endswith("99: is bad")
+
+
 # ======================================================================================
 # Model
 # ======================================================================================
@@ -571,15 +578,21 @@ def test_a_webhook_that_is_not_active_is_not_paused_until_some_moment():
 @pytest.mark.parametrize(
     "body, payload",
     [
-        (b'{"timestamp":1,"event":"e"}', b"{}"),
+        (b'{"timestamp":7,"event":"e.f"}', b"{}"),
         (
-            b'{"timestamp":1.5,"event":"e","event2":"\\"event\\":\\"e\\""}',
-            b'{"event2":"\\"event\\":\\"e\\""}',
+            b'{"timestamp":7.5,"event":"e.f","event2":"\\"event\\":\\"e.f\\""}',
+            b'{"event2":"\\"event\\":\\"e.f\\""}',
         ),
+        (b'{"timestamp":7,"a":1,"event":{"id":2}}', b'{"a":1,"event":{"id":2}}'),
+        (b'{"timestamp":7,"event":"eef"}', b'{"event":"eef"}'),
+        (b'{"event":"e.f","timestamp":"today"}', b'{"timestamp":"today"}'),
+        (b'{"timestamp":77,"event":"e.f"}', b'{"timestamp":77,"event":"e.f"}'),
+        (b'{"timestamp":1e999,"a":1}', b'{"timestamp":1e999,"a":1}'),
+        (b'{"a":{"timestamp":7}}', b'{"a":{"timestamp":7}}'),
     ],
 )
-def test_the_payload_is_the_body_without_what_leads_it(body, payload):
-    assert webhookd.payload_of(body, "e") == payload
+def test_the_payload_is_the_body_without_its_time_and_name_where_they_lead_it(body, payload):
+    assert webhookd.payload_of(body, "e.f", 7) == payload
 
 
 # ======================================================================================
@@ -621,7 +634,7 @@ def test_an_event_is_delivered_as_it_was_sent(sent, delivered):
         ("{", "not valid JSON"),
         ('{"event":"e","x":NaN}', "NaN is not JSON"),
         ('{"event":"e","x":-Infinity}', "-Infinity is not JSON"),
-        ('{"event":"e","x":%s}' % ("[" * 100_000), "nested too deeply"),
+        ('{"event":"webhook_paused"}', "event: is a name of webhookd's own"),
         ('"text"', "must be a JSON object"),
         ("[]", "at least one event is needed"),
         ("[1,]", "not valid JSON"),
@@ -645,6 +658,86 @@ def test_an_event_is_delivered_as_it_was_sent(sent, delivered):
 def test_what_is_not_an_event_is_refused(text, fault):
     with pytest.raises(webhookd.Invalid, match=fault):
         read_event(text, max_bytes=1 << 20)
+
+
+def nested(depth):
+    """An event with objects and lists in turn within each other."""
+    half = (depth - 1) // 2
+    return '{"event":"e","x":%s}' % (
+        '[{"x":' * half + "[]" * (depth % 2 == 0) + '""' * (depth % 2) + "}]" * half
+    )
+
+
+@pytest.mark.parametrize(
+    "shape, lines", [("%s", False), ('[{"event":"e"},%s]', False), ("%s\n", True)]
+)
+def test_an_event_is_nested_100_deep_and_no_deeper(shape, lines):
+    read_event(shape % nested(99), lines=lines)
+    read_event(shape % nested(100), lines=lines)
+    for depth in (101, 500, 100_000):
+        with pytest.raises(webhookd.Invalid, match="nested deeper than 100"):
+            read_event(shape % nested(depth), lines=lines, max_bytes=1 << 20)
+
+
+def test_brackets_in_strings_are_no_depth():
+    read_event(json.dumps({"event": "e", "x": "[{" * 200, "y": [[]] * 100}))
+
+
+def test_every_other_json_body_is_nested_100_deep_and_no_deeper():
+    webhookd.json_object(b'{"a":%s}' % (b"[" * 99 + b"]" * 99))
+    with pytest.raises(webhookd.Invalid, match="nested deeper than 100"):
+        webhookd.json_object(b'{"a":%s}' % (b"[" * 100 + b"]" * 100))
+
+
+QUERY, HEADER = webhookd.Naming(query="q"), webhookd.Naming(header="h")
+
+
+@pytest.mark.parametrize(
+    "naming, sent, name, delivered",
+    [
+        (QUERY, '{"a": 1.10}', "q", '{"timestamp":7,"event":"q","a":1.10}'),
+        (QUERY, '{"a":1,"event":"own"}', "q", '{"timestamp":7,"a":1,"event":"own"}'),
+        (QUERY, '{"a":1,"timestamp":"now"}', "q", '{"event":"q","a":1,"timestamp":"now"}'),
+        (QUERY, '{"timestamp":null,"event":{}}', "q", '{"timestamp":null,"event":{}}'),
+        (QUERY, "{}", "q", '{"timestamp":7,"event":"q"}'),
+        (HEADER, '{"a":1}', "h", '{"timestamp":7,"event":"h","a":1}'),
+        (HEADER, '{"a":1,"event":{"id":5}}', "h", '{"timestamp":7,"a":1,"event":{"id":5}}'),
+        (HEADER, '{"event":null}', "h", '{"timestamp":7,"event":null}'),
+        (HEADER, '{"a":1,"event":"own"}', "own", '{"timestamp":7,"event":"own","a":1}'),
+        (webhookd.Naming("q", "h"), '{"a":1}', "q", '{"timestamp":7,"event":"q","a":1}'),
+        (webhookd.Naming("q", "a b"), '{"a":1}', "q", '{"timestamp":7,"event":"q","a":1}'),
+    ],
+)
+def test_what_another_program_sends_is_left_as_it_is(naming, sent, name, delivered):
+    event = read_event(sent, naming=naming)
+
+    assert (event.name, event.timestamp, event.body.decode()) == (name, 7, delivered)
+
+
+def test_all_of_an_array_and_of_lines_are_named():
+    events = read_event('[{"a":1},{"event":5}]', naming=HEADER)
+    lines = read_event('{"a":1}\n{"event":"own"}', naming=QUERY, lines=True)
+
+    assert [event.name for event in events] == ["h", "h"]
+    assert [event.name for event in lines] == ["q", "q"]
+
+
+@pytest.mark.parametrize("name", ["Push Hook", "x*", "e" * 65, "webhook_disabled"])
+def test_a_name_in_a_header_that_is_none_is_refused_where_it_is_needed(name):
+    naming = webhookd.Naming(header=name)
+
+    with pytest.raises(webhookd.Invalid, match=r"\[1\]\.event: the name in X-Event-Key"):
+        read_event('[{"event":"own"},{"a":1}]', naming=naming)
+    assert read_event('{"event":"own"}', naming=naming).name == "own"
+
+
+@pytest.mark.parametrize("sent", ['{"x":"%s"}', '{"x":"%s","event":1}', '{"event":"e","x":"%s"}'])
+def test_what_is_added_to_an_event_does_not_count_in_its_size(sent):
+    fits = sent % ("x" * (1000 - len(sent % "")))
+
+    read_event(fits, naming=HEADER)
+    with pytest.raises(webhookd.TooLarge):
+        read_event(fits.replace("xx", "xxx", 1), naming=HEADER)
 
 
 def test_what_is_not_json_is_told_from_what_is_too_large():
@@ -786,6 +879,12 @@ def test_events_are_a_set():
         ({"filters": {"a": {}}}, "filters.a"),
         ({"filters": {"a": []}}, "filters.a"),
         ({"filters": {"a": [[1]]}}, "filters.a"),
+        ({"template": "{{a"}, "template"),
+        ({"template": "{{a {{b}}"}, "template"),
+        ({"template": {"a": [{"b": "x {{}}"}]}}, "template"),
+        ({"template": ["{{  }}"]}, "template"),
+        ({"template": {"a": "x" * (16 << 10)}}, "template"),
+        ({"template": "ä" * 8192}, "template"),
     ],
 )
 def test_a_field_at_fault_is_named(fields, context):
@@ -846,6 +945,7 @@ FULL = webhookd.Webhook(
     headers={"A": "1"},
     filters={"f": 1},
     verify_tls=False,
+    template={"text": "{{a}}"},
 )
 
 
@@ -854,10 +954,31 @@ def test_fields_left_out_or_null_keep_their_values():
     assert read_webhook(FULL, name=None, url=None, events=None, active=None) == FULL
 
 
-def test_null_takes_credentials_headers_and_filters_away():
-    webhook = read_webhook(FULL, credentials=None, headers=None, filters=None)
+def test_null_takes_credentials_headers_filters_and_the_template_away():
+    webhook = read_webhook(FULL, credentials=None, headers=None, filters=None, template=None)
 
     assert (webhook.credentials, webhook.headers, webhook.filters) == (None, {}, {})
+    assert webhook.template is None
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "",
+        0,
+        False,
+        [],
+        {},
+        "}} is text",
+        "{ {a} }",
+        {"{{": "{{ a.b }}{{c}}"},
+        "x" * ((16 << 10) - 2),
+    ],
+)
+def test_a_template_is_any_json_value(template):
+    webhook = read_webhook(FULL, template=template)
+
+    assert webhook.template == webhook.as_json()["template"] == template
 
 
 def test_what_is_shown_can_be_sent_back_and_changes_nothing():
@@ -953,18 +1074,37 @@ def test_filters_compare_the_values_at_their_paths(filters, expected):
 
 
 @pytest.mark.parametrize(
-    "text, ms",
+    "value, ms",
     [
         ("1700000000000", 1700000000000),
+        (1700000000000, 1700000000000),
+        (0, 0),
+        ("100000000000", 100000000000),
         ("2023-11-14T22:13:20Z", 1700000000000),
         ("2023-11-14T22:13:20", 1700000000000),
         ("2023-11-15T00:13:20+02:00", 1700000000000),
         ("2023-11-15T00:13:20 02:00", 1700000000000),
         ("2023-11-14", 1699920000000),
+        ("1970-01-01T00:00:01Z", 1000),
+        ("2h", 1_700_000_000_000 - 7_200_000),
+        ("500ms", 1_700_000_000_000 - 500),
+        ("1.5d", 1_700_000_000_000 - 129_600_000),
     ],
 )
-def test_times_are_epoch_milliseconds_or_iso_8601(text, ms):
-    assert webhookd.epoch_ms(text) == ms
+def test_times_are_epoch_milliseconds_iso_8601_or_so_long_ago(value, ms):
+    assert webhookd.moment_ms(value, 1_700_000_000_000) == ms
+
+
+@pytest.mark.parametrize("value", [1, "1700000000", 99_999_999_999, -5, "-1700000000000"])
+def test_a_number_that_seems_to_be_seconds_is_refused(value):
+    with pytest.raises(webhookd.Invalid, match="seems to be in seconds"):
+        webhookd.moment_ms(value, 1_700_000_000_000)
+
+
+@pytest.mark.parametrize("value", [True, "soon", "", "-2h", "2 h", "2w", [], 1.5, "9" * 400])
+def test_what_is_no_time_is_refused(value):
+    with pytest.raises(webhookd.Invalid, match="must be epoch milliseconds, an ISO 8601 time"):
+        webhookd.moment_ms(value, 1_700_000_000_000)
 
 
 def test_a_time_that_names_no_zone_is_utc_wherever_the_server_stands(monkeypatch):
@@ -972,10 +1112,56 @@ def test_a_time_that_names_no_zone_is_utc_wherever_the_server_stands(monkeypatch
     time.tzset()
 
     try:
-        assert webhookd.epoch_ms("1970-01-01T00:00:01") == 1000
+        assert webhookd.moment_ms("1970-01-01T00:00:01", 0) == 1000
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+RICH = (
+    '{"event":"e","s":"a:b\\"ä","i":42,"f":1.10,"t":true,"n":null,"o":{"0":"zero","a":{"b":[7,8]}},'
+    '"l":["x",{"y":"z"}],"":{"":"blank"}}'
+)
+
+
+@pytest.mark.parametrize(
+    "condition, expected",
+    [
+        ('s:a:b"ä', True),
+        ("s:a", False),
+        ("i:42", True),
+        ("i:4", False),
+        ("i:42.0", False),
+        ("f:1.10", True),
+        ("f:1.1", False),
+        ("t:true", True),
+        ("t:True", False),
+        ("n:null", True),
+        ("n:", False),
+        ("missing:null", False),
+        ("missing:", False),
+        ("o.0:zero", True),
+        ("o.a.b.1:8", True),
+        ("o.a.b.2:8", False),
+        ("o.a.b:[7,8]", False),
+        ("l.0:x", True),
+        ("l.1.y:z", True),
+        ("l.-1:x", False),
+        ("i.x:42", False),
+        (".:blank", True),
+        ("event:e", True),
+    ],
+)
+def test_where_compares_the_text_at_a_path(condition, expected):
+    body = read_event(RICH).body
+
+    assert webhookd.has_all(body, webhookd.conditions(condition)) is expected
+
+
+@pytest.mark.parametrize("text", ["user.id", ":42", "x" * 300])
+def test_a_condition_has_a_path_and_a_colon(text):
+    with pytest.raises(webhookd.Invalid, match="must be a dotted path"):
+        webhookd.conditions(["a:1", text])
 
 
 # ======================================================================================
@@ -2717,6 +2903,177 @@ def test_a_clock_that_jumps_disables_nobody(store, maintenance, clock):
     maintenance.run_once()
 
     assert store.health[webhook.id].failing_since == clock.ms
+
+
+# ---- events by their payload ----
+
+
+def publish_bodies(store, *bodies):
+    events = [read_event(body, max_bytes=1 << 20) for body in bodies]
+    return [event.id for event in store.publish(events, 1000)[0]]
+
+
+def searched(store, *conditions, page=webhookd.Page(), before=None, **fields):
+    wanted = webhookd.Filter(where=webhookd.conditions(list(conditions)), **fields)
+    found = store.search(wanted, page, before)
+    return [event.id for event in found.events], found.total, found.more
+
+
+def test_events_are_found_by_their_payload_newest_first(store):
+    publish_bodies(
+        store, *('{"event":"%s","n":%d,"s":"x"}' % (e, n) for n in (1, 2) for e in "abc")
+    )
+
+    assert searched(store, "n:1") == ([3, 2, 1], 3, None)
+    assert searched(store, "n:1", "s:x", "event:b") == ([2], 1, None)
+    assert searched(store, "n:1", events=("a", "c")) == ([3, 1], 2, None)
+    assert searched(store, "s:x", page=webhookd.Page(1, 2)) == ([5, 4], 6, None)
+    assert searched(store, "n:3") == ([], 0, None)
+
+
+@pytest.mark.parametrize(
+    "value", ['"4\\"2"', '"ä\\n"', '"\\u2028"', '"a/b"', '"\\ud800"', "1E5", "-0", '""']
+)
+@pytest.mark.parametrize("path", ["k.l", "k.0"])
+def test_however_a_value_is_written_it_is_found(store, value, path):
+    [id] = publish_bodies(store, '{"event":"e","k":{"l":%s,"0":%s}}' % (value, value))
+    text = json.loads(value) if value.startswith('"') else value
+
+    assert searched(store, f"{path}:{text}")[0] == [id]
+
+
+def walk(store, *conditions, limit=1000):
+    """The ids of all that is found, and in how many pages."""
+    ids, pages, more = [], 0, {"start": 0}
+    while more:
+        page = webhookd.Page(more["start"], limit)
+        part, total, more = searched(store, *conditions, page=page, before=more.get("before"))
+        ids, pages = ids + part, pages + 1
+        assert total is None
+    return ids, pages
+
+
+@pytest.mark.parametrize("limit, pages", [(1000, 6), (2, 7)])
+def test_who_follows_a_search_sees_all_although_each_looks_at_a_part(
+    store, monkeypatch, limit, pages
+):
+    monkeypatch.setattr(webhookd, "SEARCHED_EVENTS", 4)
+    monkeypatch.setattr(webhookd, "SEARCH_STEP", 2)
+    publish_bodies(store, *('{"event":"e","n":%d}' % (id // 10) for id in range(1, 21)))
+
+    assert walk(store, "n:1", limit=limit) == (list(range(19, 9, -1)), pages)
+
+
+def test_a_search_looks_at_a_part_by_bytes_too(store, monkeypatch):
+    monkeypatch.setattr(webhookd, "SEARCHED_BYTES", 4000)
+    publish_bodies(store, *['{"event":"e","n":1,"x":"%s"}' % ("x" * 1000)] * 9)
+
+    ids, pages = walk(store, "n:1")
+
+    assert (ids, pages > 1) == ([9, 8, 7, 6, 5, 4, 3, 2, 1], True)
+
+
+def test_the_start_of_a_search_may_lie_behind_what_it_looks_at(store, monkeypatch):
+    monkeypatch.setattr(webhookd, "SEARCHED_EVENTS", 4)
+    monkeypatch.setattr(webhookd, "SEARCH_STEP", 2)
+    publish_bodies(store, *['{"event":"e","n":1}'] * 9)
+
+    ids, _, more = searched(store, "n:1", page=webhookd.Page(6, 2))
+    assert (ids, more) == ([], {"before": 6, "start": 2})
+    page = webhookd.Page(more["start"], 2)
+    assert searched(store, "n:1", page=page, before=6)[0] == [3, 2]
+
+
+def test_events_too_deep_from_before_stop_neither_search_nor_replay(store):
+    webhook = add_webhook(store, filters={"n": 1})
+    deep = b'{"timestamp":1,"event":"e","n":1,"x":%s}' % (b"[" * 900 + b"]" * 900)
+    store.write(
+        webhookd.Batch.change_webhook, webhook.id, lambda w: dataclasses.replace(w, active=False)
+    )
+    publish(store, new_event(body=deep), new_event(body=b'{"timestamp":1,"event":"e","n":1}'))
+
+    assert searched(store, "n:1")[0] == [2]
+    assert list(store.missed_events(webhook, webhookd.Filter())) == [[2]]
+
+
+def test_an_answer_shows_as_many_payloads_as_it_may_and_one_at_least(store, monkeypatch):
+    publish_bodies(store, *['{"event":"e","x":"%s"}' % ("x" * 1000)] * 3)
+
+    def shown():
+        return list(store.bodies([1, 2, 3]))
+
+    assert shown() == [3, 2, 1]
+    monkeypatch.setattr(webhookd, "SHOWN_PAYLOAD_BYTES", 2500)
+    assert shown() == [3, 2]
+    monkeypatch.setattr(webhookd, "SHOWN_PAYLOAD_BYTES", 10)
+    assert shown() == [3]
+
+
+# ======================================================================================
+# Templates
+# ======================================================================================
+
+
+def render(template, event=RICH):
+    return webhookd.render(webhookd.Webhook(template=template), event.encode()).decode()
+
+
+@pytest.mark.parametrize(
+    "template, rendered",
+    [
+        ({"text": "{{s}} is {{i}}"}, '{"text":"a:b\\"ä is 42"}'),
+        ({"v": "{{s}}"}, '{"v":"a:b\\"ä"}'),
+        ({"v": "{{i}}"}, '{"v":42}'),
+        ({"v": "{{f}}"}, '{"v":1.10}'),
+        ({"v": "at {{f}}"}, '{"v":"at 1.10"}'),
+        ({"v": "{{t}}"}, '{"v":true}'),
+        ({"v": "{{n}}"}, '{"v":null}'),
+        ({"v": "{{none.at.all}}"}, '{"v":null}'),
+        ({"v": "{{o.a}}"}, '{"v":{"b":[7,8]}}'),
+        ({"v": "{{ l }}"}, '{"v":["x",{"y":"z"}]}'),
+        ({"v": " {{t}}{{n}}{{none}}"}, '{"v":" true"}'),
+        ({"v": "is {{o.a}}"}, '{"v":"is {\\"b\\":[7,8]}"}'),
+        ({"v": "{{l.1.y}}{{ o.0\t}}{{l.9}}"}, '{"v":"zzero"}'),
+        ({"{{s}}": ["{{i}}", {"a": "{{i}}"}], "n": 1.5}, '{"{{s}}":[42,{"a":42}],"n":1.5}'),
+        ({"v": '"{{i}}" \\ {{{i}}}'}, '{"v":"\\"42\\" \\\\ {42}"}'),
+        ({"v": "}} {a} {"}, '{"v":"}} {a} {"}'),
+        (["{{i}}", None, False], "[42,null,false]"),
+        (7, "7"),
+        ("{{s}}!", 'a:b"ä!'),
+        ("{{f}}", "1.10"),
+        ("{{o.a}} {{n}}{{none}}{{t}}", '{"b":[7,8]} true'),
+        ("", ""),
+    ],
+)
+def test_a_template_is_sent_with_the_values_of_the_event(template, rendered):
+    assert render(template) == rendered
+
+
+def test_a_value_that_looks_like_a_placeholder_is_a_value():
+    event = '{"a":"{{b}}","b":"{{a}}"}'
+
+    assert render({"x": "{{a}}", "y": "is {{b}}"}, event) == '{"x":"{{b}}","y":"is {{a}}"}'
+    assert render("{{a}}", event) == "{{b}}"
+
+
+def test_half_a_surrogate_pair_of_an_event_stays_the_escape_that_it_was():
+    assert render({"x": "{{a}}"}, r'{"a":"\ud800"}') == r'{"x":"\ud800"}'
+
+
+def test_without_a_template_the_event_is_sent():
+    assert render(None, '{"a": 1}') == '{"a": 1}'
+
+
+@pytest.mark.parametrize("template", [["{{a}}"] * 2000, ["x{{a}}"] * 2000, "{{a}}" * 2000])
+def test_a_template_cannot_make_a_huge_body(template):
+    with pytest.raises(webhookd.Invalid, match="too large a body"):
+        render(template, json.dumps({"a": "x" * 100_000}))
+
+
+def test_a_large_event_may_be_put_into_a_text():
+    event = json.dumps({"a": {"b": '"' * 600_000}})
+
+    assert len(render({"text": "is {{a}}"}, event)) > 2_000_000
 
 
 # ======================================================================================
@@ -4576,6 +4933,57 @@ def test_webhooks_are_listed_by_the_events_they_take(api):
     assert listed("?event=c") == [4]
 
 
+def test_webhooks_are_listed_by_their_health(api, receiver, dispatcher, closed_url):
+    api.create(receiver.url)
+    api.create(closed_url)
+    api.create(receiver.url, "b", active=False)
+    api.publish()
+    dispatcher.run_until_idle()
+
+    def listed(query):
+        answer = api.get(f"{WEBHOOKS}{query}").json
+        return [webhook["id"] for webhook in answer["results"]], answer["totalCount"]
+
+    assert listed("?state=healthy") == ([1], 1)
+    assert listed("?state=failing") == ([2], 1)
+    assert listed("?state=inactive&state=failing") == ([2, 3], 2)
+    assert listed("?state=inactive&state=failing&event=b") == ([3], 1)
+    assert listed("?state=disabled&state=paused") == ([], 0)
+
+
+@pytest.mark.parametrize(
+    "path, query, field",
+    [
+        (WEBHOOKS, "?state=pending", "state"),
+        (WEBHOOKS, "?state=healthy&state=good", "state"),
+        (WEBHOOKS, "?outcome=SUCCESS", "outcome"),
+        (WEBHOOKS, "?where=a:1", "where"),
+        (EVENTS, "?state=failed", "state"),
+        (EVENTS, "?outcome=SUCCESS", "outcome"),
+        (EVENTS, "?where=a", "where"),
+        (EVENTS, "?where=a:1&before=x", "before"),
+        (EVENTS, "?payload=maybe", "payload"),
+        (EVENTS, "?since=1700000000", "since"),
+        (f"{WEBHOOKS}/1/deliveries", "?state=healthy", "state"),
+        (f"{WEBHOOKS}/1/deliveries", "?where=a:1", "where"),
+        (f"{WEBHOOKS}/1/latest", "?since=2h", "since"),
+        (f"{WEBHOOKS}/1/statistics", "?outcome=SUCCESS", "outcome"),
+    ],
+)
+def test_a_filter_that_a_list_does_not_have_is_refused_rather_than_passed_over(
+    api, path, query, field
+):
+    api.create("http://127.0.0.1:1/")
+
+    answer = api.get(path + query)
+
+    assert (answer.status_int, contexts(answer)) == (400, [field])
+
+
+def test_a_field_that_nobody_knows_is_passed_over_in_lists(api):
+    assert api.get(f"{EVENTS}?colour=red").status_int == 200
+
+
 def test_secrets_never_come_out(api, receiver, dispatcher, caplog):
     caplog.set_level("DEBUG")
     receiver.answers(500, {"X-Echo": "HEADER-SECRET"}, b"PASS-SECRET HMAC-SECRET")
@@ -4700,6 +5108,40 @@ def test_a_test_of_a_webhook_is_signed_and_leaves_no_trace(api, receiver):
     assert api.get_webhook(webhook) == webhook
 
 
+def test_a_test_of_a_webhook_renders_its_template(api, receiver, clock):
+    template = {"text": "{{event}} at {{timestamp}}", "test": "{{test}}"}
+    api.create(receiver.url, template=template, configuration={"secret": "secret"})
+
+    answer = api.post(f"{WEBHOOKS}/test?webhookId=1")
+
+    [request] = receiver.received
+    sent = b'{"text":"diagnostics:ping at %d","test":true}' % clock.ms
+    assert (request.body, answer.json["request"]["body"]) == (sent, sent.decode())
+    assert request.headers["X-Hub-Signature"] == webhookd.hub_signature("secret", sent)
+    assert request.headers["Content-Type"] == "application/json; charset=utf-8"
+
+
+def test_a_template_that_is_a_text_is_sent_as_one(api, receiver):
+    api.create(receiver.url, template="ping {{test}}")
+    api.create(receiver.url, template="ping", headers={"content-type": "text/markdown"})
+
+    api.post(f"{WEBHOOKS}/test?webhookId=1")
+    api.post(f"{WEBHOOKS}/test?webhookId=2")
+
+    text, own = receiver.received
+    assert (text.body, text.headers["Content-Type"]) == (b"ping true", "text/plain; charset=utf-8")
+    assert own.headers["content-type"] == "text/markdown"
+    assert "Content-Type" not in own.headers
+
+
+def test_a_test_of_a_webhook_without_a_template_sends_the_ping_as_it_is(api, receiver):
+    api.create(receiver.url)
+
+    api.post_json(f"{WEBHOOKS}/test", {"webhookId": 1})
+
+    assert receiver.received[0].body == b'{"test": true}'
+
+
 def test_a_test_without_an_answer_says_why(api, closed_url):
     answer = api.post(f"{WEBHOOKS}/test?url={closed_url}")
 
@@ -4769,6 +5211,128 @@ def test_an_array_and_lines_publish_many(api, clock, body, kind):
     }
 
 
+def publish_as(api, query="", body=b'{"a":1.10}', kind="application/json", **headers):
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return api.request(EVENTS + query, method="POST", body=body, content_type=kind, headers=headers)
+
+
+@pytest.mark.parametrize(
+    "query, headers, name",
+    [
+        ("?event=page_created", {}, "page_created"),
+        ("?event=a", {"X_Event_Key": "b"}, "a"),
+        ("", {"X_Event_Key": "a:b", "X_GitHub_Event": "push"}, "a:b"),
+        ("", {"X_GitHub_Event": "push"}, "push"),
+        ("?event=", {"X_GitHub_Event": "push"}, "push"),
+    ],
+)
+def test_a_program_that_cannot_choose_its_body_publishes(api, clock, query, headers, name):
+    answer = publish_as(api, query, **headers)
+
+    assert answer.status_int == 202
+    assert answer.json == {"id": 1, "event": name, "timestamp": clock.ms, "deliveries": 0}
+    assert b'"payload":{"a":1.10}' in api.get(f"{EVENTS}/1").body
+
+
+def test_many_events_are_named_by_one_query(api):
+    assert publish_as(api, "?event=a", b'[{"event":1},{}]').status_int == 202
+    assert publish_as(api, "?event=a", b"{}\n{}\n", "application/x-ndjson").status_int == 202
+
+    assert [event["event"] for event in api.get(EVENTS).json["results"]] == ["a"] * 4
+
+
+@pytest.mark.parametrize(
+    "query, headers, context",
+    [
+        ("?event=Push%20Hook", {}, "event"),
+        ("?event=page_*", {}, "event"),
+        ("?event=a&event=b", {}, "event"),
+        ("", {}, "event"),
+        ("", {"X_Event_Key": "Push Hook"}, "event"),
+        ("", {"X_Event_Key": "caf\xe9"}, "event"),
+        *((f"?event={name}", {}, "event") for name in webhookd.OWN_EVENTS),
+        *(("", {"X_Event_Key": name}, "event") for name in webhookd.OWN_EVENTS),
+    ],
+)
+def test_a_name_from_outside_that_is_none_is_refused(api, query, headers, context):
+    answer = publish_as(api, query, **headers)
+
+    assert (answer.status_int, contexts(answer)) == (400, [context])
+    assert api.get(EVENTS).json["totalCount"] == 0
+
+
+@pytest.mark.parametrize("name", webhookd.OWN_EVENTS)
+def test_nobody_publishes_the_names_of_webhookds_own_events(api, name):
+    answer = api.post_json(EVENTS, [{"event": "e"}, {"event": name}])
+
+    assert (answer.status_int, contexts(answer)) == (400, ["[1].event"])
+
+
+def test_an_event_of_another_program_is_delivered_and_filtered_as_it_came(
+    api, receiver, dispatcher, clock
+):
+    api.create(receiver.url, "alert", filters={"event.id": 5})
+
+    publish_as(api, "?event=alert", b'{"status":"firing","event":{"id":5},"timestamp":"now"}')
+    publish_as(api, "?event=alert", b'{"status":"firing","event":{"id":6}}')
+    dispatcher.run_until_idle()
+
+    [request] = receiver.received
+    assert request.body == b'{"status":"firing","event":{"id":5},"timestamp":"now"}'
+    assert request.headers["X-Event-Key"] == "alert"
+
+
+def test_the_name_from_outside_belongs_to_what_a_key_compares(api):
+    def status(query="", body=b'{"a":1}', **headers):
+        return publish_as(api, query, body, Idempotency_Key="k", **headers).status_int
+
+    assert [status("?event=a"), status("?event=a"), status("?event=b")] == [202, 200, 422]
+    assert [status(X_Event_Key="a"), status(X_GitHub_Event="b")] == [200, 422]
+
+
+def test_a_header_that_names_nothing_is_no_part_of_what_a_key_compares(api):
+    def status(**headers):
+        return publish_as(api, "", b'{"event":"e"}', Idempotency_Key="k", **headers).status_int
+
+    assert [status(), status(X_Event_Key="a")] == [202, 200]
+
+
+@pytest.mark.parametrize(
+    "kind, headers, message",
+    [
+        (
+            "text/plain",
+            {},
+            "came as text/plain, send it as application/json or application/x-ndjson",
+        ),
+        ("", {}, "came as nothing"),
+        ("text/plain", {}, "curl: add -H Content-Type:application/json, or use --json"),
+        (
+            "application/json",
+            {"Content_Encoding": "gzip"},
+            "Content-Encoding gzip, send it without",
+        ),
+    ],
+)
+def test_a_415_says_what_came_and_what_to_send(api, kind, headers, message):
+    answer = publish_as(api, "", b'{"event":"e"}', kind, **headers)
+
+    assert answer.status_int == 415
+    assert message in answer.json["message"]
+
+
+def test_a_body_that_says_that_it_is_not_encoded_is_taken(api):
+    assert publish_as(api, "?event=e", Content_Encoding="identity").status_int == 202
+
+
+def test_a_body_nested_too_deeply_is_refused_everywhere(api):
+    deep = b'{"event":"e","x":%s}' % (b"[" * 100 + b"]" * 100)
+
+    assert publish_as(api, "", deep).status_int == 400
+    answer = api.request(WEBHOOKS, method="POST", body=deep, content_type="application/json")
+    assert (answer.status_int, contexts(answer)) == (400, [None])
+
+
 def test_one_bad_event_and_none_is_taken(api):
     answer = api.post_json(EVENTS, [{"event": "a"}, {"event": "b"}, {}, {"event": "a b"}])
 
@@ -4824,7 +5388,72 @@ def test_events_are_listed_newest_first(api, clock):
     assert listed("?event=a&event=b&limit=2") == [3, 2]
     assert listed(f"?since={clock.ms - 20_000}") == [3, 2]
     assert listed("?since=2023-11-14T22:13:30Z&until=2023-11-14T22:13:39Z") == [2]
-    assert listed("?until=5") == [4]
+    assert listed("?since=15s") == [3]
+    assert listed("?until=1970-01-02") == [4]
+
+
+def test_events_are_listed_by_their_payload(api):
+    for user in (42, 7, 42):
+        api.publish("a", user={"id": user}, tags=["x", str(user)])
+    api.publish("b", user={"id": "42"})
+
+    def listed(query):
+        answer = api.get(EVENTS + query).json
+        return [event["id"] for event in answer["results"]], answer["totalCount"]
+
+    assert listed("?where=user.id:42") == ([4, 3, 1], 3)
+    assert listed("?where=user.id:42&where=tags.0:x&event=a") == ([3, 1], 2)
+    assert listed("?where=tags.1:7") == ([2], 1)
+    assert listed("?where=user.id:42&start=1&limit=1") == ([3], 3)
+    assert listed("?where=user.id:4") == ([], 0)
+
+
+def followed(api, query):
+    """The ids of all events on a page and those that its links lead to."""
+    answer, ids = api.get(EVENTS + query).json, []
+    while True:
+        ids += [event["id"] for event in answer["results"]]
+        assert answer["size"] == len(answer["results"])
+        if "next" not in answer["_links"]:
+            return ids
+        answer = api.get(answer["_links"]["next"].partition(":80")[2]).json
+
+
+@pytest.mark.parametrize("query", ["", "?limit=3", "?start=1&limit=2", "?payload=true&limit=4"])
+def test_the_links_of_a_search_lead_to_all_that_it_finds(api, monkeypatch, query):
+    monkeypatch.setattr(webhookd, "SEARCHED_EVENTS", 4)
+    monkeypatch.setattr(webhookd, "SEARCH_STEP", 2)
+    monkeypatch.setattr(webhookd, "SHOWN_PAYLOAD_BYTES", 2500)
+    api.post_json(EVENTS, [{"event": "e", "n": n % 2, "x": "x" * 1000} for n in range(25)])
+
+    found = followed(api, f"{query or '?'}&where=n:1")
+
+    assert found == list(range(24, 1, -2))["start=1" in query :]
+
+
+def test_events_are_listed_with_their_payloads(api):
+    publish_as(api, "?event=a", b'{"price":1.10,"event":[2]}')
+    api.publish("b", n=1)
+
+    answer = api.get(f"{EVENTS}?payload=true")
+
+    assert [event["payload"] for event in answer.json["results"]] == [
+        {"n": 1},
+        {"price": 1.1, "event": [2]},
+    ]
+    assert b'{"price":1.10,' in answer.body
+    assert "payload" not in api.get(EVENTS).json["results"][0]
+    assert api.get(f"{EVENTS}?payload=true&where=n:1").json["results"][0]["payload"] == {"n": 1}
+
+
+def test_payloads_that_do_not_fit_into_one_answer_come_with_the_next(api, monkeypatch):
+    monkeypatch.setattr(webhookd, "SHOWN_PAYLOAD_BYTES", 2500)
+    api.post_json(EVENTS, [{"event": "e", "x": "x" * 1000}] * 5)
+
+    first = api.get(f"{EVENTS}?payload=true").json
+
+    assert (first["size"], first["totalCount"]) == (2, 5)
+    assert followed(api, "?payload=true") == [5, 4, 3, 2, 1]
 
 
 def test_an_event_is_shown_with_its_payload_and_its_deliveries(api, clock):
@@ -4852,6 +5481,7 @@ def test_an_event_is_shown_with_its_payload_and_its_deliveries(api, clock):
         "outcome": None,
         "description": None,
         "duration": None,
+        "webhookName": "http://127.0.0.1:1/",
     }
 
 
@@ -5105,7 +5735,8 @@ def fail_three_and_succeed_once(api, receiver, wall):
         ({"outcome": "FAILURE", "event": "b"}, 1),
         ({"outcome": "SUCCESS"}, 1),
         ({"outcome": ["SUCCESS", "FAILURE"]}, 4),
-        ({"until": 1}, 0),
+        ({"until": "1970-01-02"}, 0),
+        ({"since": "1d"}, 3),
         ({"since": "2023-11-14T00:00:00Z", "until": 1_700_000_000_000}, 3),
     ],
 )
@@ -5132,6 +5763,10 @@ def test_many_are_redelivered_by_what_became_of_them(api, receiver, wall, select
         ({"outcome": "GOOD"}, "outcome"),
         ({"event": 7}, "event"),
         ({"dryRun": "maybe"}, "dryRun"),
+        ({"dryrun": True}, "dryrun"),
+        ({"from": 0}, "from"),
+        ({"state": "failed"}, "state"),
+        ({"since": 1_700_000_000}, "since"),
         ([], None),
         ({"event": "\ud800"}, None),
     ],
@@ -5143,6 +5778,39 @@ def test_a_selection_at_fault_is_named(api, operation, selection, field):
     answer = api.post_json(f"{WEBHOOKS}/1/{operation}", selection)
 
     assert (answer.status_int, contexts(answer)) == (400, [field])
+
+
+@pytest.mark.parametrize(
+    "path", [f"{WEBHOOKS}/1/redeliver", f"{WEBHOOKS}/1/replay", f"{WEBHOOKS}/test"]
+)
+def test_an_operation_refuses_what_it_does_not_know_in_its_query_too(api, receiver, path):
+    api.create(receiver.url)
+
+    answer = api.post(f"{path}?dry_run=true")
+
+    assert (answer.status_int, "dry_run" in contexts(answer)) == (400, True)
+
+
+def test_a_replay_does_not_go_by_outcome(api):
+    api.create("http://127.0.0.1:1/")
+
+    answer = api.post_json(f"{WEBHOOKS}/1/replay", {"outcome": "FAILURE"})
+
+    assert (answer.status_int, contexts(answer)) == (400, ["outcome"])
+
+
+def test_redelivering_one_refuses_every_field(api, receiver, dispatcher):
+    webhook = api.create(receiver.url)
+    api.publish()
+    dispatcher.run_until_idle()
+    [delivery] = api.deliveries(webhook)
+    path = f"/rest/api/deliveries/{delivery['id']}/redeliver"
+
+    answers = [api.post_json(path, {"dryRun": True}), api.post(f"{path}?dryRun=true")]
+
+    assert [(a.status_int, contexts(a)) for a in answers] == [(400, ["dryRun"])] * 2
+    assert api.deliveries(webhook) == [delivery]
+    assert api.post_json(path, {}).status_int == 202
 
 
 def test_a_replay_brings_what_a_webhook_never_got(api, receiver, wall, clock):

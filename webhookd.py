@@ -35,8 +35,8 @@ and one for each name that is being looked up. The sections, in the order in whi
 file builds on itself (`grep '^# ==='` finds them):
 
     constants and logging   settings   errors   model   reading input   signatures
-    policy   outbound HTTP   store   dispatcher   maintenance   users   metrics   REST API
-    pages   systemd   sink   command line
+    policy   outbound HTTP   store   templates   dispatcher   maintenance   users   metrics
+    REST API   pages   systemd   sink   command line
 """
 
 import argparse
@@ -101,6 +101,9 @@ MAX_REQUEST_BYTES = 32 << 20  # many events; one is bounded by MAX_EVENT_SIZE
 LARGE_REQUEST_BYTES = 1 << 20
 MAX_WEBHOOK_BYTES = 1 << 20  # the JSON of one webhook
 MAX_EVENTS_PER_REQUEST = 1000
+MAX_JSON_DEPTH = 100  # objects and lists within each other
+MAX_FAULTS = 100  # that one error lists
+MAX_TEMPLATE_BYTES = 16 << 10
 MAX_RESPONSE_BYTES = 64 << 10  # read from a receiver, headers and body together
 MAX_KEPT_BODY_BYTES = 16 << 10  # of a response, kept with the attempt
 MAX_PAGE = 1000
@@ -308,7 +311,8 @@ class WebhookdError(Exception):
     status = 500
 
     def __init__(self, *faults: Fault | str, headers: dict | None = None):
-        self.faults = [f if isinstance(f, Fault) else Fault(None, f) for f in faults]
+        listed = faults[:MAX_FAULTS]
+        self.faults = [f if isinstance(f, Fault) else Fault(None, f) for f in listed]
         self.headers = headers or {}
         super().__init__("; ".join(map(str, self.faults)))
 
@@ -369,8 +373,9 @@ def error_document(status: int, faults: list[Fault]) -> dict:
 # ======================================================================================
 
 OUTCOMES = SUCCESS, FAILURE, ERROR = "SUCCESS", "FAILURE", "ERROR"  # of an attempt
-PENDING, SUCCEEDED, FAILED = "pending", "succeeded", "failed"  # states of a delivery
 GONE = "gone"  # of one that was deleted during an attempt
+DELIVERY_STATES = PENDING, SUCCEEDED, FAILED = "pending", "succeeded", "failed"
+HEALTH_STATES = ("healthy", "failing", "paused", "disabled", "inactive")
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -480,8 +485,8 @@ class Webhook:
         return urllib.parse.unquote(parts.username), password
 
     def _fixed_headers(self):
-        headers = {"Content-Type": "application/json; charset=utf-8"}
-        headers["User-Agent"] = USER_AGENT
+        kind = "text/plain" if isinstance(self.template, str) else "application/json"
+        headers = {"Content-Type": f"{kind}; charset=utf-8", "User-Agent": USER_AGENT}
         if self.login:
             headers["Authorization"] = f"Basic {base64_of(':'.join(self.login))}"
         own = {name.lower() for name in self.headers}
@@ -611,6 +616,7 @@ class NewEvent(typing.NamedTuple):
     name: str
     timestamp: int  # milliseconds
     body: bytes
+    is_foreign: bool = False  # named from outside; its body is another program's
 
 
 WEBHOOK_DISABLED, WEBHOOK_PAUSED = "webhook_disabled", "webhook_paused"
@@ -632,10 +638,19 @@ class Event(typing.NamedTuple):
         return dict(zip(EVENT_KEYS, self))
 
 
-def payload_of(body: bytes, name: str) -> bytes:
-    """The JSON object of an event without its timestamp and name, which lead it."""
-    head = b'"event":"%s"' % name.encode()
-    return b"{" + body[body.index(head) + len(head) :].removeprefix(b",")
+def payload_of(body: bytes, name: str, timestamp: int) -> bytes:
+    """The JSON object of an event without its time and name, where these lead it."""
+    named = b'"event":"%s"' % re.escape(name).encode()
+    timed = b'"timestamp":([-+.0-9eE]+)'
+    lead = re.match(b"{(?:%s(?:,%s)?|%s)(?=[,}])" % (timed, named, named), body)
+    # another time is that of another program, and stays
+    is_its = lead and (lead[1] is None or abs(float(lead[1]) - timestamp) < 1)
+    return b"{" + body[lead.end() :].removeprefix(b",") if is_its else body
+
+
+def with_payload(document: dict, payload: bytes) -> bytes:
+    """The JSON of a document and of a payload, put in as text: its digits stay."""
+    return json_bytes(document).removesuffix(b"}") + b',"payload":' + payload + b"}"
 
 
 DELIVERY_KEYS = [
@@ -736,11 +751,13 @@ class Page(typing.NamedTuple):
     start: int = 0
     limit: int = DEFAULT_PAGE
 
-    def neighbours(self, total: int) -> dict[str, int]:
-        """Where the part itself starts, and the next and the previous, if there are."""
-        starts = {"self": self.start}
-        if self.start + self.limit < total:
-            starts["next"] = self.start + self.limit
+    def neighbours(self, total: int, size: int | None = None) -> dict[str, int]:
+        """Where the part itself starts, and the next and the previous, if there are.
+
+        size: of the part, if that is not the limit."""
+        starts, after = {"self": self.start}, self.start + (self.limit if size is None else size)
+        if after < total:
+            starts["next"] = after
         if self.start > 0:
             starts["prev"] = max(0, self.start - self.limit)
         return starts
@@ -754,6 +771,7 @@ class Filter(typing.NamedTuple):
     states: tuple[str, ...] = ()
     since: int | None = None  # milliseconds, both ends included
     until: int | None = None
+    where: tuple[tuple[str, str], ...] = ()  # dotted paths, and the text there
 
 
 # ======================================================================================
@@ -813,14 +831,42 @@ def decoded(body: bytes) -> str:
         raise Invalid(f"the body is not UTF-8: {error.reason}") from None
 
 
-def json_value(text: str, decode: collections.abc.Callable = _decode):
+TOO_DEEP = f"the JSON is nested deeper than {MAX_JSON_DEPTH}"
+
+
+def _check_depth(value, text, start=0, end=None):
+    """Raise Invalid if a value, which the text has there, is nested too deeply."""
+    if text.count("{", start, end) + text.count("[", start, end) <= MAX_JSON_DEPTH:
+        return
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        objects = [item.values() for item in level if isinstance(item, dict)]
+        lists = [item for item in level if isinstance(item, list)]
+        level = list(itertools.chain(*objects, *lists))
+    require(not any(isinstance(item, (dict, list)) for item in level), TOO_DEEP)
+
+
+def _parsed_json(text, decode, *arguments):
     """What decode, which raises ValueError, makes of a JSON text; raises Invalid."""
     try:
-        return decode(text)
+        return decode(text, *arguments)
     except RecursionError:
-        raise Invalid("the JSON is nested too deeply") from None
+        raise Invalid(TOO_DEEP) from None
     except ValueError as error:
         raise Invalid(f"the body is not valid JSON: {error}") from None
+
+
+def json_value(text: str, decode: collections.abc.Callable = _decode):
+    """The value of a JSON text; raises Invalid."""
+    value = _parsed_json(text, decode)
+    _check_depth(value, text)
+    return value
+
+
+def json_text(value: object) -> str:
+    """Compact JSON of a value of an event, its numbers as they were written."""
+    text = _encode(value)
+    return _marked_number.sub(r"\1", text) if NUMBER_MARK in text else text
 
 
 def json_object(body: bytes) -> dict:
@@ -866,6 +912,12 @@ class Reader:
         if self._fields.get(name) is None:
             return default
         return self.read(name, parse, self._fields[name], *arguments)
+
+    def only(self, *names: str) -> None:
+        """A fault for each other field: what does something heeds all that it is told."""
+        for name in self._fields.keys() - set(names):
+            self.check(name, False, "is unknown here, so nothing was done")
+            del self._fields[name]
 
 
 # ---- fields: their readers raise Invalid, with no name or one inside the field ----
@@ -1079,29 +1131,43 @@ def read_filters(value: object) -> dict:
     return filters
 
 
-def epoch_ms(text: str) -> int:
-    """Epoch milliseconds of the same or of an ISO 8601 time (UTC if unsaid)."""
-    if re.fullmatch(r"-?\d{1,15}", text, re.ASCII):
-        return int(text)
+TIME_RULE = "must be epoch milliseconds, an ISO 8601 time, or a duration ago such as 2h"
+MARCH_1973_MS = 100_000_000_000  # as seconds, what is smaller is before the year 5138
+
+
+def _epoch_ms(digits):
+    number = int(digits)
+    rule = "is before March 1973, so it seems to be in seconds: milliseconds are needed"
+    require(number == 0 or number >= MARCH_1973_MS, rule)
+    return number
+
+
+def _iso_ms(text):
     try:
         # in a query string an unencoded + of a time zone arrives as a space
         iso = text.upper().replace(" ", "+") if "T" in text.upper() else text
         moment = datetime.datetime.fromisoformat(iso)
     except ValueError:
-        raise Invalid("must be epoch milliseconds or an ISO 8601 time") from None
+        raise Invalid(TIME_RULE) from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=datetime.UTC)
     return round(moment.timestamp() * 1000)
 
 
-def moment_ms(value: object) -> int:
-    """Epoch milliseconds of a JSON number or string, see `epoch_ms`."""
-    # true is no number, and what epoch_ms() says of it is right
-    return epoch_ms(str(value) if isinstance(value, (int, str)) else "")
+def moment_ms(value: object, now_ms: int) -> int:
+    """Epoch milliseconds of the same, of an ISO 8601 time (UTC if unsaid), or so long ago."""
+    # true is no number, and what _iso_ms() says of it is right
+    text = str(value) if isinstance(value, (int, str)) else ""
+    if re.fullmatch(r"-?\d{1,15}", text, re.ASCII):
+        return _epoch_ms(text)
+    with contextlib.suppress(ValueError):
+        return now_ms - round(duration(text) * 1000)
+    return _iso_ms(text)
 
 
-def whole_number(text: str, lowest: int, highest: int = 1 << 53) -> int:
-    """A whole number from lowest up; above the highest, the highest."""
+def whole_number(value: object, lowest: int, highest: int = 1 << 53) -> int:
+    """A whole number, or its text, from lowest up; above the highest, the highest."""
+    text = str(value)
     is_number = re.fullmatch(r"\d{1,15}", text, re.ASCII) and int(text) >= lowest
     require(is_number, f"must be a whole number from {lowest} up")
     return min(int(text), highest)
@@ -1118,13 +1184,74 @@ def strings(value: object, allowed: tuple[str, ...] = ()) -> tuple[str, ...]:
     return tuple(several)
 
 
+# ---- values within an event ----
+
+ABSENT = object()
+
+
+def value_at(fields: object, path: str) -> object:
+    """The value at a dotted path, whose numbers are indexes of lists; or ABSENT."""
+    for key in path.split("."):
+        if isinstance(fields, list) and re.fullmatch(r"\d{1,9}", key, re.ASCII):
+            fields = fields[int(key)] if int(key) < len(fields) else ABSENT
+        else:
+            fields = fields.get(key, ABSENT) if isinstance(fields, dict) else ABSENT
+    return fields
+
+
+def text_of(value: object) -> str:
+    """A string as it is, a number as it was written, anything else as JSON."""
+    return value.removeprefix(NUMBER_MARK) if isinstance(value, str) else json_text(value)
+
+
+def has(fields: dict, path: str, text: str) -> bool:
+    """Whether an event has a plain value of that text at a dotted path."""
+    value = value_at(fields, path)
+    return value is not ABSENT and not isinstance(value, (dict, list)) and text_of(value) == text
+
+
+def condition(text: str) -> tuple[str, str]:
+    """The dotted path and the text that `where` asks for."""
+    path, colon, wanted = text.partition(":")
+    require(path and colon, "must be a dotted path, a colon and a value, such as user.id:42")
+    return path, wanted
+
+
+def conditions(value: object) -> tuple[tuple[str, str], ...]:
+    """All that several `where` ask for."""
+    return tuple(map(condition, strings(value)))
+
+
+# ---- templates ----
+
+PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
+
+
+def _check_placeholders(value):
+    if isinstance(value, str):
+        parts = PLACEHOLDER.split(value)  # texts, with paths between them
+        are_whole = not any("{{" in text for text in parts[::2])
+        require(are_whole, "has a {{ without }}, or braces within a placeholder")
+        require(all(map(str.strip, parts[1::2])), "has an empty placeholder")
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_placeholders(item)
+
+
+def read_template(value: object) -> object:
+    """Any JSON value whose strings may have placeholders; null is none."""
+    at_most(MAX_TEMPLATE_BYTES, json_bytes(value), " bytes")
+    _check_placeholders(value)
+    return value
+
+
 # ---- queries ----
 
 
 def query_fields(text: str) -> dict[str, str | list[str]]:
     """What a query string asks for: all values of what may be repeated, or the last."""
     query = urllib.parse.parse_qs(text)  # which leaves out what is blank
-    repeatable = ("event", "outcome", "state")
+    repeatable = ("event", "outcome", "state", "where")
     return {name: v if name in repeatable else v[-1] for name, v in query.items()}
 
 
@@ -1134,21 +1261,32 @@ def read_page(reader: Reader, limit: int = DEFAULT_PAGE) -> Page:
     return Page(start, reader.field("limit", limit, whole_number, 1, MAX_PAGE))
 
 
-def read_filter(reader: Reader) -> Filter:
-    """What event, outcome, state, since and until ask for."""
-    return Filter(
-        events=reader.field("event", (), strings),
-        outcomes=reader.field("outcome", (), strings, OUTCOMES),
-        states=reader.field("state", (), strings, (PENDING, SUCCEEDED, FAILED)),
-        since=reader.field("since", None, moment_ms),
-        until=reader.field("until", None, moment_ms),
-    )
+def _refuse_filter(_):
+    raise Invalid("does not apply here")
+
+
+def read_filter(
+    reader: Reader, now_ms: int, *names: str, states: tuple[str, ...] = DELIVERY_STATES
+) -> Filter:
+    """What those filters ask for; any other, which would be passed over, is a fault."""
+    given = {}
+    for attribute, name, parse, *arguments in (
+        ("events", "event", strings),
+        ("outcomes", "outcome", strings, OUTCOMES),
+        ("states", "state", strings, states),
+        ("since", "since", moment_ms, now_ms),
+        ("until", "until", moment_ms, now_ms),
+        ("where", "where", conditions),
+    ):
+        parse, *arguments = (parse, *arguments) if name in names else (_refuse_filter,)
+        given[attribute] = reader.field(name, getattr(Filter(), attribute), parse, *arguments)
+    return Filter(**given)
 
 
 # ---- webhooks ----
 
 
-NULLABLE = ("credentials", "headers", "filters", "rateLimit")
+NULLABLE = ("credentials", "headers", "filters", "rateLimit", "template")
 
 
 def _read_fields(reader, fields, old, check_url):
@@ -1167,6 +1305,7 @@ def _read_fields(reader, fields, old, check_url):
         ("ordered", "ordered", boolean),
         ("paused", "paused", boolean),
         ("rate_limit", "rateLimit", rate),
+        ("template", "template", read_template),
     ):
         if fields.get(name) is not None or name in fields and name in NULLABLE:
             yield attribute, reader.read(name, parse, fields[name], *arguments)
@@ -1196,9 +1335,6 @@ def _accepts(accepted, value):
     return any(i == value and isinstance(i, bool) == is_bool for i in accepted)
 
 
-ABSENT = object()
-
-
 def _field_at(fields, path):
     for key in path.split("."):
         if not isinstance(fields, dict) or key not in fields:
@@ -1208,8 +1344,22 @@ def _field_at(fields, path):
 
 
 def event_fields(body: bytes) -> dict:
-    """The fields of an event's body, for filters."""
+    """The fields of an event's body; Invalid if it is from before their depth was bounded."""
     return json_value(body.decode(), _event_decoder.decode)
+
+
+def readable_fields(body: bytes) -> dict:
+    """The same, or none of an event that is too deep."""
+    try:
+        return event_fields(body)
+    except Invalid:
+        return {}
+
+
+def has_all(body: bytes, conditions: tuple[tuple[str, str], ...]) -> bool:
+    """Whether an event has all of these texts at their paths."""
+    fields = readable_fields(body)
+    return all(has(fields, path, text) for path, text in conditions)
 
 
 def wants(webhook: Webhook, fields: dict) -> bool:
@@ -1222,20 +1372,52 @@ def wants(webhook: Webhook, fields: dict) -> bool:
 # ---- events ----
 
 
-def _event_body(fields):
+OWN_EVENTS = ("webhook_disabled", "webhook_paused", "webhook_recovered", "delivery_failed")
+
+
+def published_name(value: object) -> str:
+    """The name of an event that somebody else publishes."""
+    require(value not in OWN_EVENTS, "is a name of webhookd's own events")
+    return event_name(value)
+
+
+class Naming(typing.NamedTuple):
+    """The names that a request gives to events of other programs."""
+
+    query: str | None = None  # that of every event
+    header: str | None = None  # as it came; that of events without one
+
+    def name_of(self, fields: dict) -> str | None:
+        """The name from outside, or None if the event has its own."""
+        if self.query or isinstance(fields.get("event"), str):
+            return self.query
+        return self.header
+
+
+def read_query_name(value: object) -> str:
+    """The one name that a query gives."""
+    [name, *more] = strings(value)
+    require(not more, "must be one name")
+    return published_name(name)
+
+
+def _header_name(value):
     try:
-        text = _encode(fields)
-    except RecursionError:
-        raise Invalid("the JSON is nested too deeply") from None
-    if NUMBER_MARK in text:
-        text = _marked_number.sub(r"\1", text)
-    return text.encode("utf-8", "backslashreplace")
+        return published_name(value)
+    except Invalid as error:
+        place = "the name in X-Event-Key or X-GitHub-Event (?event=NAME gives another)"
+        raise Invalid(f"{place} {error}") from None
+
+
+def _event_body(fields):
+    return json_text(fields).encode("utf-8", "backslashreplace")
 
 
 def _name_of(fields):
     if fields.get("event") is None:
-        raise Invalid("must be a string" if "event" in fields else "is needed")
-    return event_name(fields["event"])
+        way = "(in the body, or by ?event=NAME, or by X-Event-Key)"
+        raise Invalid("must be a string" if "event" in fields else f"is needed {way}")
+    return published_name(fields["event"])
 
 
 def _event_time(value):
@@ -1253,9 +1435,22 @@ def _check_size(size_bytes, max_bytes, place=None):
         raise TooLarge(Fault(place, rule))
 
 
-def _read_event(value, now_ms, max_bytes):
+def _read_foreign(value, now_ms, max_bytes, naming):
+    """An event of another program: what it has stays where and as it is."""
+    with Reader() as reader:
+        name = naming.query or reader.read("event", _header_name, naming.header)
+    lead = {"timestamp": now_ms, "event": name}
+    added = {key: lead[key] for key in lead if key not in value}
+    body = _event_body(added | value)
+    _check_size(len(body) - (len(_encode(added)) - 1 if added else 0), max_bytes)
+    return NewEvent(name, now_ms, body, is_foreign=True)
+
+
+def _read_event(value, now_ms, max_bytes, naming):
     if not isinstance(value, dict):
         raise Invalid("an event must be a JSON object")
+    if naming.name_of(value):
+        return _read_foreign(value, now_ms, max_bytes, naming)
     timestamp = value.get("timestamp", now_ms)
     with Reader() as reader:
         name = reader.read("event", _name_of, value)
@@ -1266,10 +1461,10 @@ def _read_event(value, now_ms, max_bytes):
     return NewEvent(name, moment, body)
 
 
-def _read_one(body, now_ms, max_bytes):
+def _read_one(body, now_ms, max_bytes, naming):
     _check_size(len(body), max_bytes)
     value = json_value(decoded(body), _event_decoder.decode)
-    return _read_event(value, now_ms, max_bytes)
+    return _read_event(value, now_ms, max_bytes, naming)
 
 
 _blank = re.compile(r"[ \t\r\n]*").match
@@ -1277,14 +1472,16 @@ _blank = re.compile(r"[ \t\r\n]*").match
 
 def _item(text, start, max_bytes, place):
     """The JSON value at a position of a text, and where it ends; raises ValueError."""
-    part = text[start : start + max_bytes + 1]
+    is_large = len(text) > max_bytes
+    part, at = (text[start : start + max_bytes + 1], 0) if is_large else (text, start)
     try:
-        item, length = _event_decoder.raw_decode(part)
+        item, end = _event_decoder.raw_decode(part, at)
     except json.JSONDecodeError as error:
         is_at_end = error.pos > len(part) - 16 or "Unterminated" in error.msg
-        _check_size(len(part) if is_at_end else 0, max_bytes, place)  # it was cut off
-        raise ValueError(f"{error.msg}: char {start + error.pos}") from None
-    return item, start + length
+        _check_size(len(part) if is_at_end and is_large else 0, max_bytes, place)  # it was cut off
+        raise ValueError(f"{error.msg}: char {start - at + error.pos}") from None
+    _check_depth(item, part, at, end)
+    return item, start - at + end
 
 
 def _items(text, max_bytes):
@@ -1294,8 +1491,7 @@ def _items(text, max_bytes):
         at = _blank(text, at + 1).end()  # after the bracket or the comma
         if not index and text.startswith("]", at):
             break
-        what = {"start": at, "max_bytes": max_bytes, "place": f"[{index}]"}
-        item, at = json_value(text, functools.partial(_item, **what))
+        item, at = _parsed_json(text, _item, at, max_bytes, f"[{index}]")
         yield item
         at = _blank(text, at).end()
         if not text.startswith(",", at):
@@ -1304,7 +1500,9 @@ def _items(text, max_bytes):
     require(is_end, f"the body is not valid JSON: Expecting ',' or ']': char {at}")
 
 
-def read_events(body: bytes, lines: bool, now_ms: int, max_bytes: int) -> NewEvent | list[NewEvent]:
+def read_events(
+    body: bytes, lines: bool, now_ms: int, max_bytes: int, naming: Naming = Naming()
+) -> NewEvent | list[NewEvent]:
     """The event of a JSON object; a list of those of an array, or of NDJSON lines.
 
     Raises Invalid with the faults of all of them, TooLarge for one over max_bytes."""
@@ -1314,11 +1512,12 @@ def read_events(body: bytes, lines: bool, now_ms: int, max_bytes: int) -> NewEve
     elif body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         parts = ((_read_event, item) for item in _items(decoded(body), max_bytes))
     else:
-        return _read_one(body, now_ms, max_bytes)
+        return _read_one(body, now_ms, max_bytes, naming)
     parts = itertools.islice(parts, MAX_EVENTS_PER_REQUEST + 1)
     with Reader() as reader:
         events = [
-            reader.read(f"[{index}]", *part, now_ms, max_bytes) for index, part in enumerate(parts)
+            reader.read(f"[{index}]", *part, now_ms, max_bytes, naming)
+            for index, part in enumerate(parts)
         ]
     require(events, "at least one event is needed")
     is_few = len(events) <= MAX_EVENTS_PER_REQUEST
@@ -2316,6 +2515,10 @@ PAGES_PER_STEP = 100
 STANDSTILL_SECONDS = 15  # without progress in a commit, or a tick of the loop: it hangs
 WINDOW = 100  # due deliveries of one webhook that are held in memory
 WINDOW_BYTES = 32 << 20  # of their bodies, for all webhooks together
+SEARCHED_EVENTS = 50_000  # that one request for those with a payload looks at
+SEARCHED_BYTES = 64 << 20  # of their payloads
+SEARCH_STEP = 2000  # events
+SHOWN_PAYLOAD_BYTES = 8 << 20  # in one answer
 
 # ---- the file ----
 
@@ -3094,6 +3297,9 @@ Steps = collections.abc.Iterator[None]  # each step is done when it is asked for
 IdsInSteps = collections.abc.Iterator[list[int]]
 
 
+EVENT_COLUMNS = "id, event, timestamp, (SELECT count(*) FROM deliveries WHERE event_id = events.id)"
+
+
 def event_tests(wanted: Filter, time: str) -> dict[str, object]:
     """What `where` takes to find the events that are wanted, by a column of times."""
     since, until = wanted.since, wanted.until
@@ -3104,6 +3310,23 @@ def delivery_tests(webhook_id: int, wanted: Filter) -> dict[str, object]:
     """What `where` takes to find the deliveries of a webhook that are wanted."""
     tests = {"webhook_id = ?": webhook_id, "state IN": wanted.states}
     return tests | {"outcome IN": wanted.outcomes} | event_tests(wanted, "created")
+
+
+def needle(path: str, text: str) -> tuple[str, list[bytes]]:
+    """An SQL condition that payloads with that text there fulfil, and few others."""
+    key, value = path.rpartition(".")[2], json_bytes(text)[1:-1]
+    if key.isdigit():  # perhaps an index
+        return "instr(body, ?)", [value]
+    name = json_bytes(key) + b":"
+    return "(instr(body, ?) OR instr(body, ?))", [name + value, name + b'"' + value]
+
+
+class Found(typing.NamedTuple):
+    """A page of what a search found."""
+
+    events: list[Event]
+    total: int | None  # None: it has not looked at all
+    more: dict[str, int] | None = None  # then: `before` and `start` of what comes next
 
 
 class Store:
@@ -3434,10 +3657,76 @@ class Store:
 
     def events(self, wanted: Filter, page: Page) -> tuple[list[Event], int]:
         """A page of events, newest first, and how many there are in all."""
-        count = "(SELECT count(*) FROM deliveries WHERE event_id = events.id)"
-        columns = f"id, event, timestamp, {count}"
         tests = event_tests(wanted, "timestamp")
-        return self._page(Event, columns, "events", tests, page)
+        return self._page(Event, EVENT_COLUMNS, "events", tests, page)
+
+    def search(self, wanted: Filter, page: Page, before: int | None = None) -> Found:
+        """A page of the events whose payload has what is wanted, newest first.
+
+        It looks at a bounded number of those before that id; who follows `more` sees all."""
+        ids, low = self._matching(wanted, before or 1 << 53)
+        part = ids[page.start : page.start + page.limit]
+        events, more = self._events_of(part), None
+        if low is None and before is None:
+            return Found(events, len(ids))
+        if page.start + page.limit < len(ids):
+            more = {"before": part[-1], "start": 0}
+        elif low is not None:
+            more = {"before": low, "start": max(0, page.start - len(ids))}
+        return Found(events, None, more)
+
+    def _matching(self, wanted, before):
+        """The ids that match, newest first, and before which it has not looked, or None."""
+        ids, looked, looked_bytes = [], 0, 0
+        while looked < SEARCHED_EVENTS and looked_bytes < SEARCHED_BYTES:
+            low, count, size_bytes = self._search_step(before)
+            if low is None:
+                return ids, None
+            ids += self._having(wanted, low, before)
+            before, looked, looked_bytes = low, looked + count, looked_bytes + size_bytes
+        return ids, before
+
+    def _search_step(self, before):
+        """The lowest of the next ids, their number, and the bytes of their payloads."""
+        step = "SELECT event_id, length(body) AS size FROM payloads WHERE event_id < ?"
+        step += f" ORDER BY event_id DESC LIMIT {SEARCH_STEP}"
+        above = "sum(size) OVER (ORDER BY event_id DESC) - size AS above"
+        return self._row(
+            "SELECT min(event_id), count(*), sum(size)"
+            f" FROM (SELECT event_id, size, {above} FROM ({step})) WHERE above < ?",
+            *(before, SEARCHED_BYTES // 4),
+        )
+
+    def _having(self, wanted, low, high):
+        """The ids from low to below high of the events that are wanted, newest first."""
+        tests = event_tests(wanted, "timestamp") | {"id >= ?": low, "id < ?": high}
+        clause, values = where(tests)
+        for path, text in wanted.where:
+            test, needles = needle(path, text)
+            clause, values = f"{clause} AND {test}", values + needles
+        sql = f"SELECT id, body FROM events CROSS JOIN payloads ON event_id = id{clause}"
+        rows = self.reader().execute(f"{sql} ORDER BY id DESC", values)
+        with contextlib.closing(rows):  # one by one, because they may be large
+            return [id for id, body in rows if has_all(body, wanted.where)]
+
+    def _events_of(self, ids):
+        if not ids:
+            return []
+        sql = f"SELECT {EVENT_COLUMNS} FROM events WHERE id IN {placeholders(ids)}"
+        return self._models(Event, f"{sql} ORDER BY id DESC", *ids)
+
+    def bodies(self, ids: list[int]) -> dict[int, bytes]:
+        """The bodies of as many of the newest of these events as one answer may show."""
+        taken, left_bytes = {}, SHOWN_PAYLOAD_BYTES
+        sql = f"SELECT event_id, body FROM payloads WHERE event_id IN {placeholders(ids)}"
+        rows = self.reader().execute(f"{sql} ORDER BY event_id DESC", ids)
+        with contextlib.closing(rows):
+            for id, body in rows:
+                left_bytes -= len(body)
+                if left_bytes < 0 and taken:
+                    break
+                taken[id] = body
+        return taken
 
     def event(self, id: int) -> tuple[Event, bytes, list[Delivery]]:
         """An event, its body and its deliveries; raises NotFound."""
@@ -3483,7 +3772,7 @@ class Store:
     def _passes(self, webhook, event_id):
         """Whether an event passes; it is read by itself because it may be large."""
         body = self._row("SELECT body FROM payloads WHERE event_id = ?", event_id)
-        return body and wants(webhook, event_fields(body[0]))
+        return body and wants(webhook, readable_fields(body[0]))
 
     # ---- reading statistics ----
 
@@ -3598,6 +3887,59 @@ class Store:
             " ORDER BY deliveries.id LIMIT 1)) FROM webhooks"
         )
         return {int(id): ms for id, ms in json.loads(created).items() if ms is not None}
+
+
+# ======================================================================================
+# Templates: the body that a receiver wants instead of the event
+# ======================================================================================
+
+RENDERED_BYTES = 1 << 20  # that a template may make of an event, beside four times its size
+_json_string = re.compile(r'"(?:[^"\\]|\\.)*+"(:?)')  # with the colon behind a key
+
+
+class Rendering:
+    """One event, put into the places of a template."""
+
+    def __init__(self, body: bytes):
+        self._fields, self._left = event_fields(body), RENDERED_BYTES + 4 * len(body)
+
+    def _counted(self, text):
+        self._left -= len(text)
+        require(self._left >= 0, "the template makes too large a body of the event")
+        return text
+
+    def _placed(self, match):
+        value = value_at(self._fields, match[1].strip())
+        return self._counted("" if value in (None, ABSENT) else text_of(value))
+
+    def text(self, template: str) -> str:
+        """The template with the values' texts in their places."""
+        return PLACEHOLDER.sub(self._placed, template)
+
+    def _string(self, match):
+        if match[1] or "{{" not in match[0]:
+            return match[0]
+        text = json.loads(match[0])
+        if not (whole := PLACEHOLDER.fullmatch(text)):
+            return _encode(self.text(text))
+        value = value_at(self._fields, whole[1].strip())
+        return self._counted("null" if value is ABSENT else json_text(value))
+
+    def json(self, template: object) -> str:
+        """The template's JSON, where a string that is one placeholder becomes the value."""
+        return _json_string.sub(self._string, _encode(template))
+
+
+def render(webhook: Webhook, body: bytes) -> bytes:
+    """What an attempt sends: an event's body, or what the webhook's template makes of it.
+
+    Raises Invalid if that is too large, or the event too deep."""
+    template = webhook.template
+    if template is None:
+        return body
+    rendering = Rendering(body)
+    text = rendering.text(template) if isinstance(template, str) else rendering.json(template)
+    return text.encode("utf-8", "backslashreplace")
 
 
 # ======================================================================================
@@ -4460,7 +4802,7 @@ ANYBODY = ()  # without a login
 JSON_TYPE = "application/json"
 NDJSON_TYPE = "application/x-ndjson"
 MAX_TESTS = 4  # at one moment: each holds one of the server's threads
-PING = b'{"test": true}'
+PING_NAME, PING = "diagnostics:ping", b'{"test": true}'
 LOGGED_NAMES = {  # of a webhook's fields, where the API has another or none
     "verify_tls": "sslVerificationRequired",
     "rate_limit": "rateLimit",
@@ -4638,12 +4980,21 @@ class Api:
         sent = bottle.request.environ.get("CONTENT_TYPE", "")
         return sent.partition(";")[0].strip().lower()
 
+    def _check_type(self, types):
+        """Raise WrongMediaType unless the body was sent as JSON, or one of these, as it is."""
+        sent = self._content_type()
+        if sent not in types and not re.fullmatch(r"application/(json|[\w.-]+\+json)", sent):
+            came = f"the body came as {sent[:100] or 'nothing'}, send it as {' or '.join(types)}"
+            hint = "curl: add -H Content-Type:application/json, or use --json"
+            raise WrongMediaType(f"{came} ({hint})" if JSON_TYPE in types else came)
+        encoding = self._header("Content-Encoding") or "identity"
+        if encoding.strip().lower() != "identity":
+            came = f"the body came with Content-Encoding {encoding[:100]}"
+            raise WrongMediaType(f"{came}, send it without")
+
     def _body(self, *types, limit=MAX_WEBHOOK_BYTES):
         """The request's body; raises WrongMediaType, TooLarge."""
-        sent = self._content_type()
-        is_json = re.fullmatch(r"application/(json|[\w.-]+\+json)", sent)
-        if sent not in types and not is_json:
-            raise WrongMediaType(f"the body must be sent as {' or '.join(types)}")
+        self._check_type(types)
         length = max(0, bottle.request.content_length)
         if length > limit:
             raise TooLarge(f"the body may have at most {limit} bytes")
@@ -4656,20 +5007,32 @@ class Api:
     def _query():
         return query_fields(bottle.request.environ.get("QUERY_STRING", ""))
 
-    def _filter(self):
+    def _filter(self, *names):
         with Reader(self._query()) as query:
-            return read_filter(query)
+            return read_filter(query, self._now_ms(), *names)
 
-    def _page_of(self, page, total, results):
-        """A page of results, with links to itself and its neighbours."""
-        path, query = bottle.request.path, self._query()
-        links = {
-            name: self._link(path, query | {"start": start, "limit": page.limit})
-            for name, start in page.neighbours(total).items()
-        }
+    def _page_of(self, page, total, results, more=None):
+        """A page of results, documents or their JSON, with links to itself and its neighbours.
+
+        more: what the next one asks for, where the total is not known."""
+        path, query = bottle.request.path, self._query() | {"limit": page.limit}
+        starts = page.neighbours(total or 0, len(results))
+        links = {name: self._link(path, query | {"start": start}) for name, start in starts.items()}
+        if more:
+            links["next"] = self._link(path, query | more)
         part = {"start": page.start, "limit": page.limit, "size": len(results)}
-        totals = {"totalCount": total, "_links": links}
-        return self._json({"results": results} | part | totals)
+        rest = json_bytes(part | {"totalCount": total, "_links": links})
+        shown = (item if isinstance(item, bytes) else json_bytes(item) for item in results)
+        return self._json(b'{"results":[' + b",".join(shown) + b"]," + rest[1:])
+
+    def _told(self, *names):
+        """A reader of what the query and the body tell an operation; other fields are faults.
+
+        From the query too, for a dryRun that went unnoticed there would do harm."""
+        fields = self._object() if bottle.request.content_length > 0 else {}
+        reader = Reader(self._query() | fields)
+        reader.only(*names)
+        return reader
 
     def _log_change(self, words, **values):
         environ = bottle.request.environ
@@ -4680,15 +5043,22 @@ class Api:
 
     def list_webhooks(self):
         with Reader(self._query()) as query:
-            page, wanted = read_page(query), read_filter(query)
+            page, wanted = read_page(query), self._webhook_filter(query)
             statistics = query.field("statistics", False, boolean)
         webhooks = [
             webhook
             for webhook in self._store.webhooks.by_id.values()
             if not wanted.events or any(map(webhook.subscribed, wanted.events))
+            if not wanted.states or self._state_of(webhook) in wanted.states
         ]
         part = webhooks[page.start : page.start + page.limit]
         return self._page_of(page, len(webhooks), self._webhooks_as_json(part, statistics))
+
+    def _state_of(self, webhook):
+        return self._store.health[webhook.id].state(webhook.active)
+
+    def _webhook_filter(self, query):
+        return read_filter(query, self._now_ms(), "event", "state", states=HEALTH_STATES)
 
     def create_webhook(self):
         webhook = self.register(self._object())
@@ -4756,7 +5126,7 @@ class Api:
         return document
 
     def latest(self, id):
-        wanted = self._filter()
+        wanted = self._filter("event", "outcome")
         invocation = self._store.latest(self._store.webhooks.get(id).id, wanted)
         if invocation is None:
             bottle.response.status = 204
@@ -4764,7 +5134,7 @@ class Api:
         return self._json(invocation)
 
     def statistics(self, id):
-        wanted, now = self._filter(), self._now_ms()
+        wanted, now = self._filter("event"), self._now_ms()
         webhook = self._store.webhooks.get(id)
         return self._json(self._store.statistics(webhook.id, wanted.events, now))
 
@@ -4782,34 +5152,36 @@ class Api:
         if not self._tests.acquire(blocking=False):
             raise TooManyRequests("too many tests at once", headers={"Retry-After": "5"})
         try:
-            attempt = asyncio.run(self._ping(webhook))
+            body, attempt = asyncio.run(self._ping(webhook))
         finally:
             self._tests.release()
         id, result = webhook.id or "none", attempt.description
         self._log_change("webhook tested", id=id, url=attempt.url, result=result)
-        answer = {"request": attempt.request(PING.decode()), "response": None}
+        answer = {"request": attempt.request(body.decode()), "response": None}
         if attempt.status is None:
             return answer | {"error": attempt.description}
         answer["response"] = {"status": attempt.status} | attempt.response()
         return answer
 
     def _webhook_to_test(self):
-        with Reader(self._query()) as query:
-            id = query.field("webhookId", None, whole_number, 1)
+        with self._told("webhookId", "url") as told:
+            id = told.field("webhookId", None, whole_number, 1)
         if id is not None:
             return self._store.webhooks.get(id)
-        with Reader(self._query()) as query:
-            url = query.field("url", "", read_url, "", self._address_policy.check_url)
-            query.check("url", url != "", "url or webhookId is needed")
+        with told:
+            url = told.field("url", "", read_url, "", self._address_policy.check_url)
+            told.check("url", url != "", "url or webhookId is needed")
         return Webhook(url=url)
 
     async def _ping(self, webhook):
         client = Client(self._address_policy, self._settings.delivery_timeout)
         now, made = self._now_ms(), asyncio.get_running_loop().create_future()
-        headers = attempt_headers(webhook, "diagnostics:ping", uuid7(now), 1, PING, now)
-        start_attempt(client, webhook, headers, PING, now, made.set_result)
+        event = {"timestamp": now, "event": PING_NAME, "test": True}
+        body = PING if webhook.template is None else render(webhook, json_bytes(event))
+        headers = attempt_headers(webhook, PING_NAME, uuid7(now), 1, body, now)
+        start_attempt(client, webhook, headers, body, now, made.set_result)
         try:
-            return await made
+            return body, await made
         finally:
             client.close()
 
@@ -4824,41 +5196,78 @@ class Api:
         limit = max(MAX_REQUEST_BYTES, self._settings.max_event_size)
         body, now = self._body(JSON_TYPE, NDJSON_TYPE, limit=limit), self._now_ms()
         are_lines = self._content_type() == NDJSON_TYPE
-        events = read_events(body, are_lines, now, self._settings.max_event_size)
-        several, key = isinstance(events, list), self._idempotency(body)
-
+        largest = self._settings.max_event_size
+        events = read_events(body, are_lines, now, largest, self._naming())
+        several = isinstance(events, list)
         events = events if several else [events]
+        key = self._idempotency(body, events)
+
         published, is_repeated = self._store.publish(events, now, key)
         shown = [event.as_json() for event in published]
         answer = {"results": shown} if several else shown[0]
         return self._json(answer, 200 if is_repeated else 202)
 
-    def _idempotency(self, body):
+    def _naming(self):
+        with Reader(self._query()) as query:
+            name = query.field("event", None, read_query_name)
+        return Naming(name, self._header("X-Event-Key") or self._header("X-GitHub-Event"))
+
+    def _idempotency(self, body, events):
         key = self._header("Idempotency-Key")
         if key is None:
             return None
         if not 1 <= len(key) <= 255:
             raise Invalid(Fault("Idempotency-Key", "must have 1 to 255 characters"))
         user = bottle.request.environ["webhookd.user"].name
-        return IdempotencyKey(user, key, hashlib.sha256(body).digest())
+        fingerprint = hashlib.sha256(body)
+        for event in events:
+            if event.is_foreign:
+                fingerprint.update(b"\n" + event.name.encode())
+        return IdempotencyKey(user, key, fingerprint.digest())
 
     def list_events(self):
+        filters = "event", "since", "until", "where"
         with Reader(self._query()) as query:
-            page, wanted = read_page(query), read_filter(query)
-        events, total = self._store.events(wanted, page)
-        return self._page_of(page, total, [event.as_json() for event in events])
+            page, wanted = read_page(query), read_filter(query, self._now_ms(), *filters)
+            before = query.field("before", None, whole_number, 1)
+            payload = query.field("payload", False, boolean)
+        found = self.find_events(wanted, page, before)
+        if payload:
+            return self._events_with_payload(page, found)
+        shown = [event.as_json() for event in found.events]
+        return self._page_of(page, found.total, shown, found.more)
+
+    def find_events(self, wanted: Filter, page: Page, before: int | None = None) -> Found:
+        """A page of events; where a payload is wanted, of those before an id."""
+        if wanted.where:
+            return self._store.search(wanted, page, before)
+        return Found(*self._store.events(wanted, page))
+
+    def _events_with_payload(self, page, found):
+        bodies = self._store.bodies([event.id for event in found.events])
+        events, more = [event for event in found.events if event.id in bodies], found.more
+        if found.total is None and 0 < len(events) < len(found.events):
+            more = {"before": events[-1].id, "start": 0}
+        shown = [
+            with_payload(event.as_json(), payload_of(bodies[event.id], event.name, event.timestamp))
+            for event in events
+        ]
+        return self._page_of(page, found.total, shown, more)
 
     def get_event(self, id):
         event, body, deliveries = self._store.event(id)
-        shown = event.as_json()
-        shown["deliveries"] = [delivery.as_json() for delivery in deliveries]
-        # the payload is put in as text: it was sent, so it need not be read once more
-        head = json_bytes(shown).removesuffix(b"}")
-        return self._json(head + b',"payload":' + payload_of(body, event.name) + b"}")
+        shown, webhooks = [], self._store.webhooks.by_id
+        for delivery in deliveries:
+            if delivery.webhook_id in webhooks:
+                name = webhooks[delivery.webhook_id].name
+                shown.append(delivery.as_json() | {"webhookName": name})
+        payload = payload_of(body, event.name, event.timestamp)
+        return self._json(with_payload(event.as_json() | {"deliveries": shown}, payload))
 
     def list_deliveries(self, id):
+        filters = "event", "state", "outcome", "since", "until"
         with Reader(self._query()) as query:
-            page, wanted = read_page(query), read_filter(query)
+            page, wanted = read_page(query), read_filter(query, self._now_ms(), *filters)
         webhook = self._store.webhooks.get(id)
         deliveries, total = self._store.deliveries(webhook.id, wanted, page)
         return self._page_of(page, total, [delivery.as_json() for delivery in deliveries])
@@ -4872,6 +5281,8 @@ class Api:
     # ---- operations ----
 
     def redeliver(self, uuid):
+        with self._told():
+            pass  # it takes no fields
         return self._json(self.redeliver_one(uuid.lower()).as_json(), 202)
 
     def redeliver_one(self, uuid: str) -> Delivery:
@@ -4882,7 +5293,8 @@ class Api:
 
     def redeliver_many(self, id):
         self._store.webhooks.get(id)  # that there is none comes before a fault in the body
-        counts = self.redeliver_all(id, *self._selection())
+        wanted, dry_run = self._selection("event", "outcome", "since", "until")
+        counts = self.redeliver_all(id, wanted, dry_run)
         return self._json(dict(zip(("matched", "redelivered"), counts)), 202)
 
     def redeliver_all(self, id: int, wanted: Filter, dry_run: bool = False) -> tuple[int, int]:
@@ -4910,18 +5322,16 @@ class Api:
 
     def replay(self, id):
         webhook = self._store.webhooks.get(id)
-        wanted, dry_run = self._selection()
+        wanted, dry_run = self._selection("event", "since", "until")
         found, words = self._store.missed_events(webhook, wanted), "events replayed"
         counts = self._make_due(id, found, Batch.replay, dry_run, words)
         return self._json(dict(zip(("matched", "replayed"), counts)), 202)
 
-    def _selection(self):
-        """Which deliveries or events an operation is for, and if it only counts them.
-
-        From the query too, for a dryRun that went unnoticed there would do harm."""
-        fields = self._object() if bottle.request.content_length > 0 else {}
-        with Reader(self._query() | fields | {"state": None}) as reader:
-            return read_filter(reader), reader.field("dryRun", False, boolean)
+    def _selection(self, *filters):
+        """Which deliveries or events an operation is for, and if it only counts them."""
+        with self._told("dryRun", *filters) as told:
+            dry_run = told.field("dryRun", False, boolean)
+            return read_filter(told, self._now_ms(), *filters), dry_run
 
     def delete_event(self, id):
         self._store.write(Batch.delete_event, id)
@@ -5473,7 +5883,9 @@ class Pages(Api):
 
     def show_webhook(self, id):
         with Reader(self._query()) as query:
-            page, wanted = read_page(query, DELIVERIES_PER_PAGE), read_filter(query)
+            page = read_page(query, DELIVERIES_PER_PAGE)
+            filters = "event", "state", "outcome", "since", "until"
+            wanted = read_filter(query, self._now_ms(), *filters)
             redelivered = query.field("redelivered", None, whole_number, 0)
         [webhook] = self._webhooks_as_json([self._store.webhooks.get(id)], statistics=True)
         deliveries, total = self._store.deliveries(id, wanted, page)
