@@ -1164,6 +1164,13 @@ def test_a_condition_has_a_path_and_a_colon(text):
         webhookd.conditions(["a:1", text])
 
 
+def test_conditions_are_few_and_their_paths_short():
+    webhookd.conditions(["p" * 255 + ":1"] * 20)
+    for several in ["p" * 256 + ":1"], ["p:1"] * 21:
+        with pytest.raises(webhookd.Invalid, match="at most"):
+            webhookd.conditions(several)
+
+
 # ======================================================================================
 # Signatures
 # ======================================================================================
@@ -2943,6 +2950,16 @@ def test_however_a_value_is_written_it_is_found(store, value, path, field):
     text = json.loads(value) if value.startswith('"') else value
 
     assert searched(store, f"{path}:{text}")[0] == [id]
+
+
+@pytest.mark.parametrize("path", ["k", "l.0", "m" * 200])
+def test_a_long_value_is_found_to_its_last_character(store, path):
+    value = "x" * 300
+    event = {"event": "e", "k": value, "l": [value], "m" * 200: value}
+    publish_bodies(store, json.dumps(event))
+
+    assert searched(store, f"{path}:{value}")[0] == [1]
+    assert searched(store, f"{path}:{value[:-1]}")[0] == []
 
 
 def walk(store, *conditions, limit=1000):

@@ -1192,10 +1192,12 @@ ABSENT = object()
 def value_at(fields: object, path: str) -> object:
     """The value at a dotted path, whose numbers are indexes of lists; or ABSENT."""
     for key in path.split("."):
-        if isinstance(fields, list) and re.fullmatch(r"\d{1,9}", key, re.ASCII):
+        if isinstance(fields, dict) and key in fields:
+            fields = fields[key]
+        elif isinstance(fields, list) and re.fullmatch(r"\d{1,9}", key, re.ASCII):
             fields = fields[int(key)] if int(key) < len(fields) else ABSENT
         else:
-            fields = fields.get(key, ABSENT) if isinstance(fields, dict) else ABSENT
+            return ABSENT
     return fields
 
 
@@ -1214,12 +1216,15 @@ def condition(text: str) -> tuple[str, str]:
     """The dotted path and the text that `where` asks for."""
     path, colon, wanted = text.partition(":")
     require(path and colon, "must be a dotted path, a colon and a value, such as user.id:42")
+    at_most(255, path, " characters of a path")
     return path, wanted
 
 
 def conditions(value: object) -> tuple[tuple[str, str], ...]:
     """All that several `where` ask for."""
-    return tuple(map(condition, strings(value)))
+    several = strings(value)
+    at_most(20, several)
+    return tuple(map(condition, several))
 
 
 # ---- templates ----
@@ -2516,8 +2521,9 @@ STANDSTILL_SECONDS = 15  # without progress in a commit, or a tick of the loop: 
 WINDOW = 100  # due deliveries of one webhook that are held in memory
 WINDOW_BYTES = 32 << 20  # of their bodies, for all webhooks together
 SEARCHED_EVENTS = 50_000  # that one request for those with a payload looks at
-SEARCHED_BYTES = 32 << 20  # of their payloads
+SEARCHED_BYTES = 16 << 20  # of their payloads
 SEARCH_STEP = 2000  # events
+NEEDLE_BYTES = 100  # instr() takes as much longer as what it looks for is longer
 SHOWN_PAYLOAD_BYTES = 8 << 20  # in one answer
 
 # ---- the file ----
@@ -3316,9 +3322,10 @@ def needle(path: str, text: str) -> tuple[str, list[bytes]]:
     """An SQL condition that payloads with that text there fulfil, and few others."""
     key, value = path.rpartition(".")[2], json_bytes(text)[1:-1]
     if key.isdigit():  # perhaps an index
-        return "instr(body, ?)", [value]
+        return "instr(body, ?)", [value[:NEEDLE_BYTES]]
     name = json_bytes(key) + b":"
-    return "(instr(body, ?) OR instr(body, ?))", [name + value, name + b'"' + value]
+    needles = [(name + quote + value)[:NEEDLE_BYTES] for quote in (b"", b'"')]
+    return "(instr(body, ?) OR instr(body, ?))", needles
 
 
 class Found(typing.NamedTuple):
