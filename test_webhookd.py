@@ -3777,6 +3777,54 @@ def test_the_word_of_a_person_goes_before_retry_after(api, receiver, wall, field
     assert wall(0) == [0]
 
 
+# ---- templates ----
+
+
+def test_a_template_is_rendered_signed_and_kept_with_each_attempt(api, receiver, dispatcher, clock):
+    receiver.answers(500, times=1)
+    webhook = api.create(receiver.url, template={"text": "{{n}}"}, configuration={"secret": "s"})
+    api.publish(n=1)
+    dispatcher.run_until_idle()
+    api.put_json(f"{WEBHOOKS}/1", {"template": "now {{n}}"})
+    clock.advance(11)
+
+    dispatcher.run_until_idle()
+
+    assert [r.body for r in receiver.received] == [b'{"text":1}', b"now 1"]
+    for request in receiver.received:
+        signature = webhookd.hub_signature("s", request.body)
+        assert request.headers["X-Hub-Signature"] == signature
+    assert receiver.received[1].headers["Content-Type"] == "text/plain; charset=utf-8"
+    [delivery] = api.deliveries(webhook)
+    attempts = api.get(f"/rest/api/deliveries/{delivery['id']}").json["attempts"]
+    assert [a["request"]["body"] for a in attempts] == ['{"text":1}', "now 1"]
+    assert api.get(f"{WEBHOOKS}/1/latest").json["request"]["body"] == "now 1"
+
+
+def test_without_a_template_an_attempt_shares_the_body_of_its_event(
+    api, receiver, dispatcher, store
+):
+    api.create(receiver.url)
+    api.publish()
+
+    dispatcher.run_until_idle()
+
+    assert store.reader().rows("SELECT request_body FROM attempts") == [(None,)]
+
+
+def test_an_event_that_a_template_makes_too_large_is_an_error_that_says_so(
+    api, receiver, dispatcher
+):
+    webhook = api.create(receiver.url, template=["{{a}}"] * 1000)
+    api.publish(a="x" * 100_000)
+
+    dispatcher.run_until_idle()
+
+    [delivery] = api.deliveries(webhook)
+    assert (delivery["outcome"], receiver.received) == ("ERROR", [])
+    assert "the template makes too large a body" in delivery["description"]
+
+
 # ---- own events ----
 
 
@@ -5308,16 +5356,6 @@ def test_the_name_from_outside_belongs_to_what_a_key_compares(api):
 
     assert [status("?event=a"), status("?event=a"), status("?event=b")] == [202, 200, 422]
     assert [status(X_Event_Key="a"), status(X_GitHub_Event="b")] == [200, 422]
-
-
-def test_a_key_from_before_names_came_from_outside_still_repeats(api, store):
-    body = b'{"event":"e"}'
-    key = webhookd.IdempotencyKey("admin", "k", hashlib.sha256(body).digest())
-    store.publish([new_event()], 1, lambda stored: b"{}", idempotency=key)
-
-    answer = publish_as(api, "", body, Idempotency_Key="k")
-
-    assert (answer.status_int, answer.json) == (200, {})
 
 
 def test_a_header_that_names_nothing_is_no_part_of_what_a_key_compares(api):

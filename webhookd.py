@@ -621,7 +621,7 @@ class NewEvent(typing.NamedTuple):
 
 WEBHOOK_DISABLED, WEBHOOK_PAUSED = "webhook_disabled", "webhook_paused"
 WEBHOOK_RECOVERED, DELIVERY_FAILED = "webhook_recovered", "delivery_failed"
-OWN_EVENTS = frozenset((WEBHOOK_DISABLED, WEBHOOK_PAUSED, WEBHOOK_RECOVERED, DELIVERY_FAILED))
+OWN_EVENTS = (WEBHOOK_DISABLED, WEBHOOK_PAUSED, WEBHOOK_RECOVERED, DELIVERY_FAILED)
 EVENT_KEYS = ("id", "event", "timestamp", "deliveries")
 
 
@@ -1375,9 +1375,6 @@ def wants(webhook: Webhook, fields: dict) -> bool:
 
 
 # ---- events ----
-
-
-OWN_EVENTS = ("webhook_disabled", "webhook_paused", "webhook_recovered", "delivery_failed")
 
 
 def published_name(value: object) -> str:
@@ -3009,7 +3006,7 @@ class Batch:
             return None
         fingerprint, first, count = row
         if fingerprint != idempotency.fingerprint:
-            raise KeyReused(Fault("Idempotency-Key", "was used with another body"))
+            raise KeyReused(Fault("Idempotency-Key", "was used with another body or name"))
         self.flush()  # they may have been published in this batch
         sql = "SELECT id, event, timestamp, deliveries FROM events WHERE id BETWEEN ? AND ?"
         found = {row[0]: Event(*row) for row in self.connection.rows(sql, first, first + count - 1)}
@@ -4418,14 +4415,28 @@ class Dispatcher:
         if webhook.rate_limit:
             start = max(queue.not_before, now_ms)
             queue.not_before = start + 1000 / webhook.rate_limit
-        begun = self._scheduler.begin(queue, len(due.body))
-        headers = attempt_headers(webhook, due.event, due.uuid, number, due.body, now_ms)
-        done = functools.partial(self._finish, queue, due, begun)
-        start_attempt(self._client, webhook, headers, due.body, now_ms, done)
+        try:
+            body = render(webhook, due.body)
+        except Invalid as error:
+            return self._fail_to_render(queue, due, webhook, now_ms, error)
+        sent = None if webhook.template is None else body.decode()
+        begun = self._scheduler.begin(queue, len(body))
+        headers = attempt_headers(webhook, due.event, due.uuid, number, body, now_ms)
+        done = functools.partial(self._finish, queue, due, begun, sent)
+        start_attempt(self._client, webhook, headers, body, now_ms, done)
 
-    def _finish(self, queue, due, begun, attempt):
-        """Hand the facts in; what follows from them is told by a commit."""
+    def _fail_to_render(self, queue, due, webhook, now_ms, error):
+        where = webhook.masked_url, webhook.masked_headers
+        attempt = Attempt(now_ms, 0, *where, ERROR, f"nothing was sent: {error}")
+        begun = self._scheduler.begin(queue, 0)
+        self._loop.call_soon(self._finish, queue, due, begun, "", attempt)
+
+    def _finish(self, queue, due, begun, sent, attempt):
+        """Hand the facts in; what follows from them is told by a commit.
+
+        sent: the body that a template made; None if it is the event's."""
         self._scheduler.end(queue, *begun)
+        attempt = attempt._replace(request_body=sent)
         health = self._store.health[due.webhook_id]
         is_plain = attempt.outcome == SUCCESS and health.is_well and not health.announced
         queue.uncertain += not is_plain
@@ -5062,7 +5073,7 @@ class Api:
         return self._page_of(page, len(webhooks), self._webhooks_as_json(part, statistics))
 
     def _state_of(self, webhook):
-        return self._store.health[webhook.id].state(webhook.active)
+        return self._store.health[webhook.id].state(webhook)
 
     def _webhook_filter(self, query):
         return read_filter(query, self._now_ms(), "event", "state", states=HEALTH_STATES)
