@@ -2513,7 +2513,7 @@ def test_the_file_is_for_its_owner_only(store):
 @pytest.fixture
 def maintenance(store, dispatcher, settings, clock):
     steady = Clock()
-    maintenance = webhookd.Maintenance(store, settings, clock, steady)
+    maintenance = webhookd.Maintenance(store, settings, webhookd.Clock(clock, steady))
     maintenance.steady = steady
     return maintenance
 
@@ -2530,7 +2530,7 @@ def record_successes(store, deliveries, clock):
 
 def test_finished_deliveries_are_kept_as_long_as_is_set(store, dispatcher, settings, clock):
     ten_days = dataclasses.replace(settings, retention=10 * 86400.0)
-    maintenance = webhookd.Maintenance(store, ten_days, clock, clock)
+    maintenance = webhookd.Maintenance(store, ten_days, webhookd.Clock(clock, clock))
     webhook = add_webhook(store)
     publish(store, *[new_event()] * 1200, now_ms=clock.ms)
     record_successes(store, due_deliveries(store, webhook, clock.ms)[:700], clock)
@@ -2584,7 +2584,7 @@ def test_a_webhook_has_succeeded_unless_it_has_failed_since(store):
 
 def test_the_latest_attempt_is_known_as_long_as_it_is_kept(store, dispatcher, settings, clock):
     long = dataclasses.replace(settings, retention=90 * 86400.0)
-    maintenance = webhookd.Maintenance(store, long, clock, clock)
+    maintenance = webhookd.Maintenance(store, long, webhookd.Clock(clock, clock))
     webhook = add_webhook(store)
     publish(store, now_ms=clock.ms)
     record_successes(store, due_deliveries(store, webhook, clock.ms), clock)
@@ -2618,7 +2618,7 @@ def test_past_its_size_the_database_lets_the_oldest_go_and_then_takes_nothing_mo
     store, dispatcher, settings, clock
 ):
     small = dataclasses.replace(settings, max_database_size=1 << 20)
-    maintenance = webhookd.Maintenance(store, small, clock)
+    maintenance = webhookd.Maintenance(store, small, webhookd.Clock(clock, clock))
     webhook = add_webhook(store)
     publish(store, *[new_event(body=b"x" * 10_000)] * 200, now_ms=clock.ms)
     record_successes(store, store.due(webhook, clock.ms, set(), 1000)[0][:60], clock)
@@ -2647,9 +2647,8 @@ def test_what_a_webhook_has_that_maintenance_does_not_know_yet_stays(store):
 def test_what_a_wrong_clock_made_does_not_keep_the_rest(store, maintenance, clock):
     publish(store, now_ms=clock.ms + 10**9)
     publish(store, *[new_event()] * 1000, now_ms=clock.ms)
-    clock.advance(40 * 86400)
 
-    maintenance.run_once()
+    pass_time(maintenance, clock, 40 * 86400)
 
     assert count(store, "events") == 1
 
@@ -2664,7 +2663,7 @@ def test_past_its_size_the_database_lets_no_more_go_than_it_has_to(
         record_successes(store, due, clock)
     small = dataclasses.replace(settings, max_database_size=store.size_bytes - 1)
 
-    webhookd.Maintenance(store, small, clock).run_once()
+    webhookd.Maintenance(store, small, webhookd.Clock(clock, clock)).run_once()
 
     # one step: the oldest deliveries, and with them their events and payloads
     kept = 1500 - webhookd.ROWS_PER_STEP
@@ -2741,7 +2740,7 @@ def test_publications_that_fill_the_database_wake_maintenance(
     small = dataclasses.replace(settings, max_database_size=1 << 20)
     add_webhook(store)
 
-    with webhookd.Maintenance(store, small):
+    with webhookd.Maintenance(store, small, webhookd.Clock()):
         publish(store, *[new_event(body=b"x" * 10_000)] * 200)
         wait_until(lambda: store.full)
 
@@ -2775,6 +2774,51 @@ def test_a_clock_that_runs_takes_nothing_with_it(store, maintenance, clock):
     pass_time(maintenance, clock, 3600)
 
     assert store.next_due(webhook.id, 0) == clock.ms - 3_600_000
+
+
+def test_a_jump_forward_deletes_nothing_for_a_day(store, maintenance, clock):
+    publish(store, now_ms=clock.ms)
+
+    clock.advance(46 * 86400)
+    maintenance.run_once()
+    pass_time(maintenance, clock, 86399)
+    assert count(store, "events") == 1
+
+    pass_time(maintenance, clock, 2)
+    assert count(store, "events") == 0
+
+
+@pytest.mark.parametrize("hours", [-24 * 700, 24 * 700])
+def test_a_wrong_clock_before_the_start_neither_delays_disables_nor_deletes(
+    store, settings, clock, hours
+):
+    webhook = add_webhook(store)
+    publish(store, now_ms=clock.ms)
+    [due] = due_deliveries(store, webhook, clock.ms)
+    record(store, due, "FAILURE", now_ms=clock.ms)
+    set_health(store, webhook, failures=5, failing_since=clock.ms, paused_until=clock.ms + 10_000)
+    clock.advance(hours * 3600)
+
+    with webhookd.Maintenance(store, settings, webhookd.Clock(clock, lambda: 0.0)):
+        pass
+
+    longest_ms = webhookd.longest_wait_seconds(settings) * 1000
+    assert store.next_due(webhook.id, 0) <= clock.ms + longest_ms
+    health = store.health[webhook.id]
+    assert health.paused_until <= clock.ms + longest_ms
+    assert abs(clock.ms - health.failing_since) < 1000
+    assert count(store, "deliveries") == 1
+
+
+def test_a_clock_follows_small_steps_as_they_come(clock):
+    steady = Clock()
+    own = webhookd.Clock(clock, steady)
+    clock.advance(1.5)
+    steady.advance(1)
+
+    assert own() == clock() - 0.5
+    own.advance(own.behind())
+    assert own() == clock()
 
 
 def busy(store):

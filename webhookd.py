@@ -3138,27 +3138,36 @@ class Batch:
         planned = "state = 'pending' AND next_attempt > ?"
         sql = f"UPDATE deliveries SET next_attempt = next_attempt + ? WHERE {planned}"
         self.connection.change(sql, by_ms, after_ms)
+        names = "failing_since", "paused_until", "resting_until"
         for webhook_id in self.webhooks.by_id:
             health = self._health_of(webhook_id)
-            names = "failing_since", "paused_until", "resting_until"
             moments = {name: getattr(health, name) for name in names}
             shifted = {name: moment and moment + by_ms for name, moment in moments.items()}
             self.changed_health[webhook_id] = health._replace(**shifted)
         self.commit.changed.update(self.webhooks.by_id)
 
-    def bound_schedule(self, latest_ms: int) -> None:
-        """Let no wait end later than that: a wrong clock has planned it."""
-        sql = "UPDATE deliveries SET next_attempt = ? WHERE state = 'pending' AND next_attempt > ?"
-        self.connection.change(sql, latest_ms, latest_ms)
-        for webhook_id in self.webhooks.by_id:
+    def bound_schedule(self, webhook_ids: list[int], latest_ms: int) -> None:
+        """Let no wait for these webhooks end later than that: a wrong clock has planned it."""
+        self.connection.change(
+            "UPDATE deliveries SET next_attempt = ?"
+            f" WHERE state = 'pending' AND webhook_id IN {LISTED} AND next_attempt > ?",
+            *(latest_ms, json.dumps(webhook_ids), latest_ms),
+        )
+        for webhook_id in webhook_ids:
             health = self._health_of(webhook_id)
-            bounded = health._replace(
+            self.changed_health[webhook_id] = health._replace(
                 paused_until=health.paused_until and min(health.paused_until, latest_ms),
                 resting_until=health.resting_until and min(health.resting_until, latest_ms),
             )
-            if bounded != health:
-                self.changed_health[webhook_id] = bounded
-        self.commit.changed.update(self.webhooks.by_id)
+        self.commit.changed.update(webhook_ids)
+
+    def excuse_failures(self, by_ms: int) -> None:
+        """Let webhooks fail so much shorter: the time is not known to have passed."""
+        for webhook_id in self.webhooks.by_id:
+            health = self._health_of(webhook_id)
+            if health.failing_since:
+                since = health.failing_since + by_ms
+                self.changed_health[webhook_id] = health._replace(failing_since=since)
 
     # ---- deleting ----
 
@@ -3883,6 +3892,19 @@ class Store:
         later = "webhook_id = ? AND next_attempt > ?"
         return self._row(f"{sql} AND {later}", webhook_id, now_ms)[0]
 
+    def planned_after(self, moment_ms: int) -> list[int]:
+        """The webhooks that have something planned, or wait themselves, after a moment."""
+        sql = "SELECT id, (SELECT max(next_attempt) FROM deliveries WHERE state = 'pending'"
+        rows = self.reader().rows(f"{sql} AND webhook_id = webhooks.id) FROM webhooks")
+        latest = {id: max(ms or 0, self.health[id].waits_until()) for id, ms in rows}
+        return [id for id, ms in latest.items() if ms > moment_ms]
+
+    def latest_moment(self) -> int | None:
+        """When the last thing that is known happened, milliseconds; None if nothing did."""
+        sql = "SELECT (SELECT created FROM events ORDER BY id DESC LIMIT 1)"
+        sql += ", (SELECT start + duration FROM attempts ORDER BY id DESC LIMIT 1)"
+        return max(filter(None, self.reader().row(sql)), default=None)
+
     def oldest_pending(self) -> dict[int, int]:
         """When each webhook's oldest pending delivery was made; milliseconds."""
         [created] = self._row(  # one row, because each gives up the GIL
@@ -4454,31 +4476,52 @@ MAINTENANCE_SECONDS = 1
 PRUNING_SECONDS = 60
 REST_SHARE = 9  # maintenance rests so many times as long as each of its steps took
 CLOCK_JUMP_SECONDS = 2
+DOUBTFUL_SECONDS = 3600  # by a longer jump, nothing is known to have become old
 
 
-class Maintenance:
-    """Deletes what is old or too much, and gives its space back; small steps, with
-    pauses between them. `with` runs it in a thread of its own."""
+class Clock:
+    """The time of the whole program, in seconds since 1970.
+
+    It runs with the machine's steady clock, which nobody sets, and follows the wall clock by
+    small steps as they come. A jump of that it takes only together with the schedule, see
+    Maintenance, so that no wait becomes longer or shorter."""
 
     def __init__(
         self,
-        store: Store,
-        settings: Settings,
-        clock: collections.abc.Callable[[], float] = time.time,
-        steady_clock: collections.abc.Callable[[], float] = lambda: time.clock_gettime(
+        wall: collections.abc.Callable[[], float] = time.time,
+        steady: collections.abc.Callable[[], float] = lambda: time.clock_gettime(
             time.CLOCK_BOOTTIME  # goes on while the machine sleeps
         ),
     ):
-        self._store, self._settings = store, settings
-        self._clock, self._steady_clock = clock, steady_clock
-        self._clock_offset = clock() - steady_clock()
+        self._wall, self.steady = wall, steady
+        self._offset = wall() - steady()
+
+    def __call__(self) -> float:
+        return self.steady() + self._offset
+
+    def behind(self) -> float:
+        """How many seconds the wall clock is ahead; negative if it was set back."""
+        return self._wall() - self()
+
+    def advance(self, seconds: float) -> None:
+        """Go on or back by so much."""
+        self._offset += seconds
+
+
+class Maintenance:
+    """Deletes what is old or too much, gives its space back, and follows the wall clock; in
+    small steps, with pauses between them. `with` runs it in a thread of its own."""
+
+    def __init__(self, store: Store, settings: Settings, clock: Clock):
+        self._store, self._settings, self._clock = store, settings, clock
         self._stop = threading.Event()
         self._wakeup = threading.Event()  # set by any thread
-        self._next_pruning = 0.0  # by the steady clock
+        self._next_pruning = -math.inf  # by the steady clock
         self._too_large = False  # the database
         store.on_commit(self._watch_size)
 
     def __enter__(self):
+        self.check_clock()
         self._thread = threading.Thread(target=self._run, name="maintenance")
         self._thread.start()
         return self
@@ -4525,24 +4568,54 @@ class Maintenance:
             self._store.full = False
             log_fact("database has room again", level=logging.WARNING)
 
+    # ---- the clock ----
+
+    def check_clock(self) -> None:
+        """Put right what a wrong clock may have planned before this start, or may undo."""
+        now_ms = int(self._clock() * 1000)
+        with contextlib.suppress(WebhookdError):  # the log has said why nothing is written
+            latest_ms = now_ms + int(longest_wait_seconds(self._settings) * 1000)
+            if webhook_ids := self._store.planned_after(latest_ms):
+                self._store.write(Batch.bound_schedule, webhook_ids, latest_ms)
+            unknown_ms = now_ms - (self._store.latest_moment() or now_ms)
+            # the machine was off, or its clock is wrong: neither has anybody failed so long
+            if not 0 <= unknown_ms <= DOUBTFUL_SECONDS * 1000:
+                self._put_pruning_off()
+                self._store.write(Batch.excuse_failures, unknown_ms)
+
+    def _put_pruning_off(self):
+        """Give people a day to see that the clock is wrong before history is deleted."""
+        self._next_pruning = self._clock.steady() + DAY_SECONDS
+
     def _follow_clock(self):
-        """Move what is planned when the clock jumps: it neither waits nor rushes."""
-        now, offset = self._clock(), self._clock() - self._steady_clock()
-        jump = offset - self._clock_offset
-        if abs(jump) > CLOCK_JUMP_SECONDS:
-            log_fact("clock jumped", level=logging.WARNING, seconds=round(jump, 3))
-            after_ms = int(min(now, now - jump) * 1000)  # what was due stays due
-            self._store.write(Batch.shift_schedule, after_ms, int(jump * 1000))
-        self._clock_offset = offset
+        """Take the wall clock's steps; what is planned goes along with a jump."""
+        behind = self._clock.behind()
+        if abs(behind) <= CLOCK_JUMP_SECONDS:
+            return self._clock.advance(behind)
+        log_fact("clock jumped", level=logging.WARNING, seconds=round(behind, 3))
+        if behind > DOUBTFUL_SECONDS:
+            self._put_pruning_off()
+        now = self._clock()
+        after_ms = int(min(now, now + behind) * 1000)  # what was due stays due
+        # for the moment between the two steps the schedule must be the later one
+        self._clock.advance(min(behind, 0))
+        try:
+            self._store.write(Batch.shift_schedule, after_ms, int(behind * 1000))
+        except WebhookdError:
+            self._clock.advance(-min(behind, 0))
+            raise
+        self._clock.advance(max(behind, 0))
+
+    # ---- pruning and space ----
 
     def _steps(self):
         yield from self._store.delete_leftovers()
         if self._too_large:
             yield from self._cut_down()
-        if self._steady_clock() >= self._next_pruning:
+        if self._clock.steady() >= self._next_pruning:
             yield from self._prune()
             every = min(PRUNING_SECONDS, self._settings.retention / 10)
-            self._next_pruning = self._steady_clock() + every
+            self._next_pruning = max(self._next_pruning, self._clock.steady() + every)
         yield from self._store.give_back()
 
     def _prune(self):
@@ -6321,10 +6394,11 @@ def serve(settings: Settings) -> None:
         address = listener.getsockname()[:2]
         address_policy = AddressPolicy(settings.allow_networks, address)
         client = Client(address_policy, settings.delivery_timeout)
-        dispatcher = Dispatcher(store, client, settings, heartbeat=lambda: _beat(store))
+        clock = Clock()
+        parts.enter_context(Maintenance(store, settings, clock))
+        dispatcher = Dispatcher(store, client, settings, clock, lambda: _beat(store))
         parts.enter_context(dispatcher)
-        parts.enter_context(Maintenance(store, settings))
-        api = Pages(store, dispatcher, address_policy, settings)
+        api = Pages(store, dispatcher, address_policy, settings, clock)
         server = make_server(api.app, listener, settings)
         stopping = threading.Event()
         on_stop(lambda *_: _stop(server, stopping))
