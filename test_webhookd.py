@@ -845,6 +845,17 @@ def test_events_are_a_set():
         ({"url": "http://%s.x/" % ("ä" * 64)}, "url"),
         ({"name": " "}, "name"),
         ({"name": "n" * 256}, "name"),
+        ({"url": "http://127.1/"}, "url"),
+        ({"url": "http://1.2.3/"}, "url"),
+        ({"url": "http://1.2.3.4.5/"}, "url"),
+        ({"url": "http://127.0.0.1./"}, "url"),
+        ({"url": "http://0177.0.0.1/"}, "url"),
+        ({"url": "http://0x7f.1/"}, "url"),
+        ({"url": "http://2130706433/"}, "url"),
+        ({"url": "http://0X7F000001./"}, "url"),
+        ({"url": "http://x.0x/"}, "url"),
+        ({"url": "http://１.２.３/"}, "url"),
+        ({"url": "http://256.0.0.1/"}, "url"),
         ({"name": 7}, "name"),
         ({"events": []}, "events"),
         ({"events": "page_created"}, "events"),
@@ -861,6 +872,13 @@ def test_events_are_a_set():
         ({"configuration": {"secret": "s" * 256}}, "configuration.secret"),
         ({"credentials": "u:p"}, "credentials"),
         ({"credentials": {"username": "u"}}, "credentials.password"),
+        ({"configuration": {"secret": "whsec_"}}, "configuration.secret"),
+        ({"configuration": {"secret": "whsec_not base64 at all!"}}, "configuration.secret"),
+        ({"configuration": {"secret": "whsec_" + "a" * 20}}, "configuration.secret"),  # 15 bytes
+        ({"configuration": {"secret": "whsec_" + "a" * 22}}, "configuration.secret"),  # unpadded
+        ({"configuration": {"secret": "whsec_" + "a" * 22 + "=="}}, "configuration.secret"),  # bits
+        ({"configuration": {"secret": "whsec_" + "-_-_" * 8}}, "configuration.secret"),
+        ({"configuration": {"secret": "whsec_" + "abcd" * 8 + "\n"}}, "configuration.secret"),
         ({"credentials": {"username": "u:v", "password": "p"}}, "credentials.username"),
         ({"headers": {"Host": "x"}}, "headers.Host"),
         ({"headers": {"content-length": "1"}}, "headers.content-length"),
@@ -896,6 +914,44 @@ def test_a_field_at_fault_is_named(fields, context):
 
 def test_all_fields_at_fault_are_named_at_once():
     with pytest.raises(webhookd.Invalid) as refused:
+@pytest.mark.parametrize(
+    "host, advised",
+    [
+        ("straße.test", "xn--strae-oqa.test"),
+        ("STRAẞE.test", "xn--strae-oqa.test"),
+        ("bücher.νίκος.test", "xn--bcher-kva.xn--kxawhkp.test"),
+        ("नी\u200cसी.test", "xn--"),
+        ("न\u200dस.test", "xn--"),
+    ],
+)
+def test_a_host_that_programs_spell_differently_is_refused_with_advice(host, advised):
+    with pytest.raises(webhookd.Invalid) as refused:
+        read_webhook(url=f"http://{host}/")
+
+    [fault] = refused.value.faults
+    assert (fault.context, advised in fault.message) == ("url", True)
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "[::1]", "1.example", "x1", "x.test.", "0xg", "bücher.test", "1.2.3.x"]
+)
+def test_other_hosts_are_taken(host):
+    assert read_webhook(url=f"http://{host}/").url == f"http://{host}/"
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+        "whsec_" + base64.b64encode(bytes(16)).decode(),
+        "WHSEC_short",
+        "whsec",
+    ],
+)
+def test_a_secret_is_what_every_library_takes(secret):
+    assert read_webhook(configuration={"secret": secret}).secret == secret
+
+
         read_webhook(url="x", name="", events=["", "e", "a b"], headers={"Te": "x", "b": 1})
 
     assert [fault.context for fault in refused.value.faults] == [

@@ -988,9 +988,32 @@ def subscriptions(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
+TWO_SPELLINGS = re.compile("[ßẞς\u200c\u200d]")  # IDNA 2003 and 2008 make two names of it
+NUMBER = re.compile(r"\d+|0[xX][0-9A-Fa-f]*", re.ASCII)
+MIN_KEY_BYTES = 16  # of a Standard Webhooks secret
+
+
+def _punycode(label):
+    return label if label.isascii() else "xn--" + label.encode("punycode").decode()
+
+
 def ascii_host(host: str) -> str:
-    """The host as it goes on the wire; raises UnicodeError."""
-    return host if host.isascii() else host.encode("idna").decode()
+    """The host as it goes on the wire; raises Invalid or UnicodeError."""
+    if host.isascii():
+        return host
+    if TWO_SPELLINGS.search(host):
+        advice = ".".join(map(_punycode, host.split(".")))
+        raise Invalid(f"has a host that programs spell differently; write it as {advice}")
+    return host.encode("idna").decode()
+
+
+def _check_number(host):
+    """What ends in a number is an IPv4 address, and the resolver knows many spellings."""
+    if NUMBER.fullmatch(host.removesuffix(".").rpartition(".")[2]):
+        try:
+            ipaddress.IPv4Address(host)
+        except ValueError:
+            raise Invalid("has a host that is no IPv4 address of four decimal parts") from None
 
 
 def _check_url(url):
@@ -1007,7 +1030,7 @@ def _check_url(url):
     require(is_plain, "must not have a zone id or escapes in its host")
     is_masked = f"{MASK}@" in parts.netloc
     require(not is_masked, "has a masked password that stands for none")
-    ascii_host(parts.hostname)
+    _check_number(ascii_host(parts.hostname))
 
 
 def _unmasked_url(url, previous):
@@ -1036,6 +1059,21 @@ def read_url(value: object, previous: str, check: collections.abc.Callable) -> s
     return url
 
 
+def _is_key(text):
+    """Whether every Standard Webhooks library takes it: padded, and no bit left over."""
+    try:
+        key = base64.b64decode(text, validate=True)
+    except ValueError:
+        return False
+    return len(key) >= MIN_KEY_BYTES and base64.b64encode(key).decode() == text
+
+
+def _check_secret(text):
+    require(len(text) <= 255, "at most 255 characters are allowed")
+    is_good = not text.startswith("whsec_") or _is_key(text.removeprefix("whsec_"))
+    require(is_good, f"whsec_ must go on with at least {MIN_KEY_BYTES} bytes in base64")
+
+
 def read_configuration(value: object, previous: dict) -> dict:
     """The configuration, merged into the previous one; null removes a key."""
     require(isinstance(value, dict), "must be an object of strings")
@@ -1043,8 +1081,8 @@ def read_configuration(value: object, previous: dict) -> dict:
         for key, text in value.items():
             is_text = text is None or isinstance(text, str)
             reader.check(key, is_text, "must be a string or null")
-            is_short = key != "secret" or len(str(text)) <= 255
-            reader.check(key, is_short, "at most 255 characters are allowed")
+            if key == "secret" and isinstance(text, str):
+                reader.read(key, _check_secret, text)
     given = {k: v for k, v in value.items() if (k, v) != ("secret", MASK)}
     merged = previous | given
     return {key: text for key, text in merged.items() if text is not None}
