@@ -52,6 +52,7 @@ import ctypes
 import dataclasses
 import datetime
 import email.utils
+import errno
 import fcntl
 import functools
 import getpass
@@ -106,6 +107,7 @@ MAX_FAULTS = 100  # that one error lists
 MAX_TEMPLATE_BYTES = 16 << 10
 MAX_RESPONSE_BYTES = 64 << 10  # read from a receiver, headers and body together
 MAX_KEPT_BODY_BYTES = 16 << 10  # of a response, kept with the attempt
+MAX_KEPT_HEADER_BYTES = 8 << 10  # of a response, whole lines
 MAX_PAGE = 1000
 DEFAULT_PAGE = 250
 MASK = "********"  # stands for a secret value; sent back, it keeps the value
@@ -409,11 +411,9 @@ def header_fields(lines: str) -> dict[str, tuple[str, str]]:
     fields = {}
     for line in filter(None, lines.split("\r\n")):
         name, _, value = line.partition(":")
-        key, value = name.lower(), value.strip(" \t")
-        if key in fields:
-            name, value = fields[key][0], f"{fields[key][1]}, {value}"
-        fields[key] = name, value
-    return fields
+        _, values = fields.setdefault(name.lower(), (name, []))
+        values.append(value.strip(" \t"))
+    return {key: (name, ", ".join(values)) for key, (name, values) in fields.items()}
 
 
 def base64_of(text: str) -> str:
@@ -486,7 +486,8 @@ class Webhook:
 
     def _fixed_headers(self):
         kind = "text/plain" if isinstance(self.template, str) else "application/json"
-        headers = {"Content-Type": f"{kind}; charset=utf-8", "User-Agent": USER_AGENT}
+        headers = {"Content-Type": f"{kind}; charset=utf-8"}
+        headers |= {"User-Agent": USER_AGENT, "Accept": "*/*"}
         if self.login:
             headers["Authorization"] = f"Basic {base64_of(':'.join(self.login))}"
         own = {name.lower() for name in self.headers}
@@ -1899,7 +1900,7 @@ class AddressPolicy:
             if refused:
                 raise AddressRefused(
                     f"{text} is not a public address; to deliver there start with"
-                    f" --allow-networks {refused}"
+                    f" --allow-networks {refused} (WEBHOOKD_ALLOW_NETWORKS)"
                 )
 
     def _is_own(self, address, port):
@@ -1943,8 +1944,10 @@ class AddressPolicy:
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
             answer = list(dict.fromkeys(address[0] for *_, address in found))
             finish = future.set_result
-        except Exception:  # whatever it is, the host must not stay looked up for ever
-            answer, finish = UnknownHost(f"unknown host {host}"), future.set_exception
+        except Exception as error:  # whatever it is, the host must not stay looked up for ever
+            is_silent = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+            words = "the name server did not answer for" if is_silent else "unknown host"
+            answer, finish = UnknownHost(f"{words} {host}"), future.set_exception
         with self._lock:
             del self._lookups[host]
         finish(answer)
@@ -1967,117 +1970,196 @@ def request_bytes(place: Endpoint, headers: str, body: bytes) -> bytes:
 
 
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9]\d\d)(?: [^\r\n\0]*)?", re.ASCII)
+LOOSE_STATUS_LINE = re.compile(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t].*)?", re.ASCII | re.DOTALL)
 HEADER_LINE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*")
+FOLD = re.compile(r"\n[ \t]+")  # RFC 9112, 5.2
+HEAD_START = b"HTTP/1."
 HEAD_END = re.compile(rb"\r?\n\r?\n")  # RFC 9112, 2.2: a line may end in LF alone
+BLANK_LINES = re.compile(rb"(?:\r?\n)*")  # before a status line: RFC 9112, 2.2
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\0]*)?")
+CHUNK_LINE_START = re.compile(rb"[0-9A-Fa-f]{1,15}(?:[ \t;\r]|$)")
 LENGTH = re.compile(r"(\d{1,18})(?:[ \t]*,[ \t]*\1)*", re.ASCII)
+
+# how the end of a body is found; UNCLEAR: by the end of the connection, or of our patience
+BY_LENGTH, BY_CHUNKS, BY_CLOSE, UNCLEAR = "length", "chunks", "close", "unclear"
+
+# what can be wrong with an answer whose status is known
+MALFORMED_HEAD = "its head is malformed"
+UNCLEAR_LENGTH = "the length of its body is not clear"
+BODY_OF_204 = "a body was announced"
+BADLY_FRAMED = "its body is badly framed"
+BROKE_OFF = "its body broke off"
+TOO_SLOW = "its body took too long"
 
 
 class Head(typing.NamedTuple):
-    """What comes before the body of a response."""
+    """What comes before the body of a response, and what it says of the body."""
 
     status: int
-    keeps_alive: bool
     lines: str  # the headers, as they came
     fields: dict[str, tuple[str, str]]  # see header_fields
+    framing: str
+    length: int  # of the body, when that is its framing
+    keeps_alive: bool
+    faults: tuple[str, ...]
 
     def header(self, name: str) -> str | None:
         """The value of a header by its lower-case name; None if it was not sent."""
         return self.fields.get(name, (name, None))[1]
 
 
-@functools.lru_cache(64)  # a receiver's heads are alike, but for the second in Date
-def parse_head(head: bytes) -> Head:
-    """The head of a response, strictly read (RFC 9112); raises ProtocolError."""
-    text = head.decode("latin-1").replace("\r\n", "\n").replace("\n", "\r\n")
-    first, _, lines = text.partition("\r\n")
-    match = STATUS_LINE.fullmatch(first)
+def _framing(status, coding, length):
+    """The framing of a body, its length, and what is wrong with them (RFC 9112, 6.3)."""
+    if status in (204, 304):
+        is_announced = status == 204 and (coding or length or "0") != "0"
+        return BY_LENGTH, 0, BODY_OF_204 if is_announced else None
+    if coding is not None:
+        coding = coding.lower()
+        framing = BY_CHUNKS if coding.rpartition(",")[2].strip() == "chunked" else UNCLEAR
+        is_clear = coding == "chunked" and length is None
+        return framing, 0, None if is_clear else UNCLEAR_LENGTH
+    if length is None:
+        return BY_CLOSE, 0, None
+    match = LENGTH.fullmatch(length)
+    return (BY_LENGTH, int(match[1]), None) if match else (UNCLEAR, 0, UNCLEAR_LENGTH)
+
+
+def _read_status_line(line):
+    """Minor version and status; raises ProtocolError."""
+    match = LOOSE_STATUS_LINE.fullmatch(line)
     if not match:
         raise ProtocolError("the answer is not HTTP/1.1")
-    if lines and not all(map(HEADER_LINE.fullmatch, lines.split("\r\n"))):
-        raise ProtocolError("the answer has a malformed header")
     if match[2] == "101":
         raise ProtocolError("the receiver wants to switch protocols")
-    fields = header_fields(lines)
-    closes = "close" in fields.get("connection", ("", ""))[1].lower()
-    return Head(int(match[2]), match[1] == "1" and not closes, lines, fields)
+    return match[1], int(match[2])
+
+
+@functools.lru_cache(64)  # a receiver's heads are alike, but for the second in Date
+def parse_head(head: bytes) -> Head:
+    """The head of a response, leniently read; raises ProtocolError if it has no status.
+
+    Folded headers are joined, malformed ones are skipped."""
+    first, _, rest = head.decode("latin-1").replace("\r\n", "\n").partition("\n")
+    minor, status = _read_status_line(first)
+    unfolded = FOLD.sub(" ", rest)
+    came = unfolded.split("\n") if rest else []
+    good = [line for line in came if HEADER_LINE.fullmatch(line)]
+    fields = header_fields("\r\n".join(good))
+    coding, length, connection = (
+        fields.get(name, (name, None))[1]
+        for name in ("transfer-encoding", "content-length", "connection")
+    )
+    framing, length, fault = _framing(status, coding, length)
+    is_regular = len(good) == len(came) and STATUS_LINE.fullmatch(first)
+    faults = tuple(filter(None, (None if is_regular else MALFORMED_HEAD, fault)))
+    closes = minor != "1" or "close" in (connection or "").lower() or framing == BY_CLOSE
+    keeps_alive = not closes and not faults and unfolded == rest
+    return Head(status, "\r\n".join(good), fields, framing, length, keeps_alive, faults)
 
 
 class Response:
     """Reads one HTTP/1.1 response (RFC 9112) from bytes as they come; does no I/O.
 
-    It is strict, and reads at most MAX_RESPONSE_BYTES."""
+    The head decides: before its end what is wrong raises ProtocolError, after it it is only
+    a fault, which ends the use of the connection. What is read is at most MAX_RESPONSE_BYTES,
+    and nothing of it is searched twice."""
 
     def __init__(self):
         self.head: Head | None = None
         self.body = bytearray()
-        self.started = False  # something came
         self.complete = False
         self.reusable = False  # the connection, for another request
+        self.faults: tuple[str, ...] = ()  # in words
         self._unread = bytearray()
+        self._searched = 0  # bytes of what is unread in which no end of a line is
         self._received = 0
         self._wanted = 0  # bytes of the body or of the chunk
-        self._step = self._read_head
+        self._read_next = self._read_head
+
+    @property
+    def is_unclear(self) -> bool:
+        """Whether nobody can tell how long its body is."""
+        return self.head is not None and self.head.framing == UNCLEAR
 
     def feed(self, chunk: bytes) -> bool:
         """Take in what came; whether the response is complete. Raises ProtocolError."""
-        self.started = True
         chunk = chunk[: MAX_RESPONSE_BYTES - self._received]
         self._received += len(chunk)
         self._unread += chunk
-        while not self.complete and self._step():
+        while not self.complete and self._read_next():
             pass
         if not self.complete and self._received >= MAX_RESPONSE_BYTES:
             if not self.head:
                 raise ProtocolError("the answer's headers are too long")
-            self.complete, self.reusable = True, False
+            self._stop()
         if self.complete and self._unread:
             self.reusable = False
         return self.complete
 
     def end(self) -> None:
-        """The receiver closed the connection; raises ProtocolError if too early."""
-        if self._step != self._read_until_close:
-            when = "in the middle of its" if self.started else "without an"
+        """The receiver closed the connection; raises ProtocolError if there is no head."""
+        if not self.head:
+            when = "in the middle of its" if self._received else "without an"
             raise ProtocolError(f"the receiver closed the connection {when} answer")
-        self.complete = True
+        self.break_off(BROKE_OFF if self._read_next != self._read_until_close else None)
+
+    def break_off(self, fault: str | None) -> None:
+        """Nothing more of the body will come."""
+        self._stop(None if self.is_unclear else fault)
+
+    def _blame(self, fault):
+        if fault not in self.faults:
+            self.faults += (fault,)
+        self.reusable = False
+
+    def _stop(self, fault=None):
+        if fault:
+            self._blame(fault)
+        self.complete, self.reusable = True, False
+
+    def _take(self, end, next_start):
+        """What is unread up to its end; what comes next starts there."""
+        taken = bytes(self._unread[:end])
+        del self._unread[:next_start]
+        self._searched = 0
+        return taken
 
     def _read_line(self):
         """The next line, or None if it is not there yet."""
-        end = self._unread.find(b"\r\n")
+        end = self._unread.find(b"\n", self._searched)
         if end < 0:
+            self._searched = len(self._unread)
             return None
-        line = bytes(self._unread[:end])
-        del self._unread[: end + 2]
+        line = self._take(end, end + 1)
+        if line[-1:] == b"\r":
+            return line[:-1]
+        self._blame(BADLY_FRAMED)
         return line
 
     def _read_head(self):
-        end = HEAD_END.search(self._unread)
+        if self._unread[:1] in (b"\r", b"\n"):
+            del self._unread[: BLANK_LINES.match(self._unread).end()]
+        end = HEAD_END.search(self._unread, self._searched)
         if not end:
+            self._searched = max(0, len(self._unread) - 3)
+            begins = bytes(self._unread[: len(HEAD_START)])
+            if not HEAD_START.startswith(begins) and begins != b"\r":
+                raise ProtocolError("the answer is not HTTP/1.1")
             return False
-        head = parse_head(bytes(self._unread[: end.start()]))
-        del self._unread[: end.end()]
+        head = parse_head(self._take(end.start(), end.end()))
         if head.status >= 200:  # the others announce a final answer
-            self.head, self.reusable = head, head.keeps_alive
-            self._choose_framing(head)
+            self._begin_body(head)
         return True
 
-    def _choose_framing(self, head):
-        coding, length = head.header("transfer-encoding"), head.header("content-length")
-        if head.status in (204, 304):
-            self.complete = True
-        elif coding is not None:
-            if coding.lower() != "chunked" or length is not None:
-                raise ProtocolError("the answer's length is not clear")
-            self._step = self._read_chunk_size
-        elif length is not None:
-            match = LENGTH.fullmatch(length)
-            if not match:
-                raise ProtocolError("the answer's length is not clear")
-            self._wanted = int(match[1])
-            self._step = self._read_length
+    def _begin_body(self, head):
+        self.head, self.reusable, self.faults = head, head.keeps_alive, head.faults
+        self._wanted = head.length
+        if head.framing == BY_LENGTH:
+            self._read_next = self._read_length
+        elif head.framing == BY_CHUNKS:
+            self._read_next = self._read_chunk_size
         else:
-            self._step, self.reusable = self._read_until_close, False
+            self._read_next = self._read_until_close
 
     def _take_body(self):
         taken = self._unread[: self._wanted]
@@ -2098,22 +2180,31 @@ class Response:
     def _read_chunk_size(self):
         line = self._read_line()
         if line is None:
+            if self._unread and not CHUNK_LINE_START.match(self._unread):
+                self._stop(BADLY_FRAMED)
             return False
         match = CHUNK_LINE.fullmatch(line)
         if not match:
-            raise ProtocolError("the answer has a malformed chunk")
+            return self._stop(BADLY_FRAMED)
         self._wanted = int(match[1], 16)
-        self._step = self._read_chunk if self._wanted else self._read_trailer
+        self._read_next = self._read_chunk if self._wanted else self._read_trailer
         return True
 
     def _read_chunk(self):
         self._take_body()
-        if self._wanted or len(self._unread) < 2:
+        if self._wanted:
             return False
-        if self._read_line() != b"":
-            raise ProtocolError("the answer has a malformed chunk")
-        self._step = self._read_chunk_size
+        self._read_next = self._read_chunk_end
         return True
+
+    def _read_chunk_end(self):
+        if self._unread and self._unread[0] not in b"\r\n":
+            return self._stop(BADLY_FRAMED)
+        line = self._read_line()
+        if line:
+            return self._stop(BADLY_FRAMED)
+        self._read_next = self._read_chunk_end if line is None else self._read_chunk_size
+        return line is not None
 
     def _read_trailer(self):
         line = self._read_line()
@@ -2144,19 +2235,115 @@ def kept_text(body: bytes, content_type: str | None, masked=str) -> str:
     return kept.decode(errors="ignore")
 
 
+def kept_headers(lines: str) -> str:
+    """What is kept of a response's headers: 8 KiB of whole lines."""
+    if len(lines) <= MAX_KEPT_HEADER_BYTES:
+        return lines
+    end = lines.rfind("\r\n", 0, MAX_KEPT_HEADER_BYTES + 2)
+    return lines[: max(end, 0)]
+
+
+# ---- connecting ----
+
+CONNECT_DELAY_SECONDS = 0.25  # between the addresses of a name: RFC 8305, 8
+MAX_ADDRESSES_TRIED = 16  # of a name; all are checked
+NOT_FROM_HERE = (errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+
+def _progress(error):
+    """How far a connection got: 0 not out of this machine, 3 to an answer."""
+    if isinstance(error, (ConnectionError, UnknownHost)):
+        return 3
+    if isinstance(error, TimeoutError):
+        return 2
+    return 0 if getattr(error, "errno", None) in NOT_FROM_HERE else 1
+
+
+def furthest(failures: list[Exception]) -> Exception:
+    """The one that says most about why there is no connection."""
+    return max(failures, key=_progress)
+
+
+def by_turns(addresses: list[str]) -> list[str]:
+    """The addresses, both families by turns, the first one's first (RFC 8305, 4)."""
+    first = [a for a in addresses if (":" in a) == (":" in addresses[0])]
+    others = [a for a in addresses if (":" in a) != (":" in addresses[0])]
+    return [a for pair in itertools.zip_longest(first, others) for a in pair if a]
+
+
+async def open_socket(address: str, port: int) -> socket.socket:
+    """A socket connected to an IP address; raises OSError."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    opened = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        await asyncio.get_running_loop().sock_connect(opened, (address, port))
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+def _close_unused(task):
+    if not task.cancelled() and not task.exception():
+        task.result().close()
+
+
+async def open_first(addresses: list[str], port: int, failures: list) -> socket.socket:
+    """A socket connected to whichever address stands first; raises the furthest failure.
+
+    The next address is tried after a quarter of a second, or when one fails. failures:
+    gets those of the addresses."""
+    waiting, running = collections.deque(by_turns(addresses)[:MAX_ADDRESSES_TRIED]), set()
+    try:
+        while waiting or running:
+            if waiting:
+                running.add(asyncio.create_task(open_socket(waiting.popleft(), port)))
+            delay = CONNECT_DELAY_SECONDS if waiting else None
+            done, _ = await asyncio.wait(running, timeout=delay, return_when="FIRST_COMPLETED")
+            for task in done:
+                running.remove(task)
+                if not task.exception():
+                    return task.result()
+                failures.append(task.exception())
+        raise furthest(failures)
+    finally:
+        for task in running:
+            task.cancel()
+            task.add_done_callback(_close_unused)
+
+
+@functools.cache
+def tls_context(verify: bool) -> ssl.SSLContext:
+    """The one context of all connections that verify, or that do not."""
+    context = ssl.create_default_context()  # honours SSL_CERT_FILE
+    # many a private authority breaks the rules that Python 3.13 began to insist on
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    # a hostile receiver's finite-field Diffie-Hellman costs the loop a tenth of a second
+    ciphers = [c["name"] for c in context.get_ciphers() if "kx-dhe" not in c["kea"]]
+    context.set_ciphers(":".join(ciphers))
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 # ---- connections ----
 
 IDLE_SECONDS = 30  # an unused connection is closed after this time
+CONNECTION_SECONDS = 60  # it serves no longer, so that a moved name is noticed
 MAX_IDLE_CONNECTIONS = 256
+UNCLEAR_SECONDS = 1  # for a body whose length nobody can tell
 
 
 class Connection(asyncio.Protocol):
     """One connection to a receiver, used by one exchange at a time."""
 
-    def __init__(self, exchange):
+    def __init__(self, exchange, opened: socket.socket):
         self.exchange = exchange  # whom it serves now; None: it is idle
         self.transport = None
+        self._socket = opened
         self.idle_since = 0.0  # time.monotonic()
+        self._good_until = time.monotonic() + CONNECTION_SECONDS
 
     def connection_made(self, transport):
         self.transport = transport
@@ -2168,11 +2355,23 @@ class Connection(asyncio.Protocol):
         else:  # nobody asked: it must not become somebody's answer
             self.transport.abort()
 
+    def is_usable(self) -> bool:
+        """Whether it can take another request: it is young, and nothing came since its
+        last answer, not even what the loop has not read yet."""
+        if self.transport.is_closing() or time.monotonic() >= self._good_until:
+            return False
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)  # bytes or an end
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
     def acknowledge(self) -> None:
         """Acknowledge what came at once, and not after tcp(7)'s 40 ms: a receiver that
         writes its answer in pieces may wait for it (Nagle's algorithm)."""
-        connected = self.transport.get_extra_info("socket")
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def eof_received(self):
         self.connection_lost(None)
@@ -2187,13 +2386,15 @@ class Exchange:
     with the exception that says why there is none.
 
     That is AddressRefused, ProtocolError, OSError (TimeoutError among them) or a bug.
-    Callbacks and no coroutine: a task for each costs as much as the rest of it."""
+    Callbacks and no coroutine: a task for each is a sixth of the CPU of an attempt."""
 
     def __init__(self, client, place, verify_tls, request, done):
         self._client, self._done = client, done
         self.place, self.verify_tls, self._request = place, verify_tls, request
+        self.failures: list[Exception] = []  # of addresses, while another may still answer
         self._connection: Connection | None = None
         self._connecting: asyncio.Task | None = None
+        self._patience: asyncio.TimerHandle | None = None
         self._is_reused = False  # the connection
         self._response = Response()
 
@@ -2208,42 +2409,71 @@ class Exchange:
 
     def send_on(self, connection: Connection) -> None:
         """Send the request; what comes on the connection now is for this exchange."""
+        if self._done is None:  # its time was up at the moment the connection stood
+            connection.transport.abort()
+            return
         self._connection, connection.exchange = connection, self
         connection.transport.write(self._request)
 
     def received(self, data: bytes) -> None:
         """The connection has brought something."""
         try:
-            if self._response.feed(data):
-                self._end(self._response)
-            else:
-                self._connection.acknowledge()
+            is_complete = self._response.feed(data)
         except ProtocolError as error:
-            self._end(error)
+            self._end_without_answer(error)
+        else:
+            self._go_on(is_complete)
+
+    def _go_on(self, is_complete):
+        head = self._response.head
+        if self._is_reused and head and head.status == 408:  # of the time it was idle
+            self._send_again()
+        elif is_complete:
+            self._end(self._response)
+        else:
+            self._connection.acknowledge()
+            self._limit_patience()
 
     def lost(self, error: Exception | None) -> None:
         """The connection is closed, by the receiver or by an error."""
-        if self._is_reused and not self._response.started:
-            self._is_reused = False
-            self._drop_connection()
-            self._connect()  # it had been closed while it was idle
-        elif error:
-            self._end(error)
-        else:
-            try:
+        try:
+            if error and self._response.head:
+                self._response.break_off(BROKE_OFF)
+            else:
                 self._response.end()
-                self._end(self._response)
-            except ProtocolError as error:
-                self._end(error)
+            self._end(self._response)
+        except ProtocolError as failure:
+            self._end_without_answer(error or failure)
 
     def expire(self) -> None:
         """Its time is up."""
-        self._end(TimeoutError())
+        if self._response.head:
+            self._response.break_off(TOO_SLOW)
+            self._end(self._response)
+        else:
+            self._end(furthest([*self.failures, TimeoutError()]))
 
     def abandon(self) -> None:
         """Close everything; nobody is called back."""
         self._done = lambda answer: None
         self.expire()
+
+    def _limit_patience(self):
+        if self._response.is_unclear and not self._patience:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(UNCLEAR_SECONDS, self.expire)
+
+    def _end_without_answer(self, error):
+        if self._is_reused:
+            self._send_again()
+        else:
+            self._end(error)
+
+    def _send_again(self):
+        """On a new connection, once: the idle one was stale, what it brought is no answer."""
+        self._is_reused, self._response = False, Response()
+        self._drop_connection()
+        self._connect()
 
     def _connect(self):
         connecting = self._client.connect(self)
@@ -2266,6 +2496,8 @@ class Exchange:
             return
         if self._connecting:
             self._connecting.cancel()
+        if self._patience:
+            self._patience.cancel()
         if self._connection and answer is self._response and self._is_reusable():
             self._connection.exchange = None
             self._client.keep_idle(self._connection, self.place, self.verify_tls)
@@ -2281,16 +2513,6 @@ class Exchange:
         transport = self._connection.transport
         unsent = transport.get_write_buffer_size()  # the answer came before
         return self._response.reusable and not unsent and not transport.is_closing()
-
-
-@functools.cache
-def tls_context(verify: bool) -> ssl.SSLContext:
-    """The one context of all connections that verify, or that do not."""
-    context = ssl.create_default_context()  # honours SSL_CERT_FILE
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 class Client:
@@ -2349,8 +2571,9 @@ class Client:
         while connections:
             self._idle_count -= 1
             connection = connections.pop()
-            if not connection.transport.is_closing():
+            if connection.is_usable():
                 return connection
+            connection.transport.abort()
         return None
 
     def keep_idle(self, connection: Connection, place: Endpoint, verify_tls: bool):
@@ -2364,27 +2587,29 @@ class Client:
     async def connect(self, exchange: Exchange) -> None:
         """Connect to a checked address for it; raises AddressRefused or OSError."""
         place = exchange.place
-        addresses = await asyncio.wrap_future(self._address_policy.lookup(place.host))
+        addresses = await self._addresses(exchange)
         for address in addresses:  # all of them, before one is used
             self._address_policy.check(address, place.port)
-        failure = None
-        for address in addresses:
-            try:
-                async with asyncio.timeout(self.timeout_seconds / len(addresses)):
-                    return await self._connect_to(address, exchange)
-            except OSError as error:
-                failure = error
-        raise failure
-
-    @staticmethod
-    async def _connect_to(address, exchange):
-        place, tls = exchange.place, {}
-        if place.tls:
-            context = tls_context(exchange.verify_tls)
-            tls = {"ssl": context, "server_hostname": place.host}
+        if len(addresses) == 1:
+            opened = await open_socket(addresses[0], place.port)
+        else:
+            opened = await open_first(addresses, place.port, exchange.failures)
+        exchange.failures.clear()
+        tls = {}
+        if place.tls:  # RFC 6066, 3: neither the name sent nor the one verified ends in a dot
+            name = place.host.removesuffix(".")
+            tls = {"ssl": tls_context(exchange.verify_tls), "server_hostname": name}
         await asyncio.get_running_loop().create_connection(
-            lambda: Connection(exchange), address, place.port, **tls
+            lambda: Connection(exchange, opened), sock=opened, **tls
         )
+
+    async def _addresses(self, exchange):
+        host = exchange.place.host
+        silent = UnknownHost(f"timed out, the name server did not answer for {host}")
+        exchange.failures.append(silent)
+        addresses = await asyncio.wrap_future(self._address_policy.lookup(host))
+        exchange.failures.clear()
+        return addresses
 
     def close_idle(self, older_than_seconds: float = 0) -> None:
         """Close the connections that nobody has used for so long."""
@@ -2407,14 +2632,15 @@ def _answered(response, masked):
     if 300 <= head.status < 400 and target:
         target = masked(target)[:200]
         description += f", a redirect to {target}, which is not followed"
+    description = ", ".join([description, *response.faults])
     body = kept_text(response.body, head.header("content-type"), masked)
     judged = outcome_of(head.status), description, head.status
-    return *judged, masked(head.lines), body, head.header("retry-after")
+    return *judged, kept_headers(masked(head.lines)), body, head.header("retry-after")
 
 
 def described(error: Exception) -> str:
     """Why there was no answer, in words."""
-    if not isinstance(error, (AddressRefused, ProtocolError, OSError)):
+    if not isinstance(error, (Invalid, ProtocolError, OSError)):
         log.error("an attempt failed unexpectedly", exc_info=error)
         return "internal error"
     if isinstance(error, TimeoutError):
