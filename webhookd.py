@@ -1009,7 +1009,7 @@ def ascii_host(host: str) -> str:
 
 
 def _check_number(host):
-    """What ends in a number is an IPv4 address, and the resolver knows many spellings."""
+    """Raise Invalid if resolvers read the host as an address that it does not show."""
     if NUMBER.fullmatch(host.removesuffix(".").rpartition(".")[2]):
         try:
             ipaddress.IPv4Address(host)
@@ -1912,7 +1912,7 @@ class AddressPolicy:
         return address == own or own.is_unspecified and _is_local(address)
 
     def check_url(self, url: str) -> None:
-        """Raise AddressRefused if the URL leads, as far as is known now, astray."""
+        """Raise AddressRefused if the URL's host is known to be where nothing may go."""
         place = endpoint(url)
         with contextlib.suppress(OSError):  # TimeoutError is one
             found = self.lookup(place.host).result(LOOKUP_SECONDS_AT_REGISTRATION)
@@ -1944,7 +1944,7 @@ class AddressPolicy:
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
             answer = list(dict.fromkeys(address[0] for *_, address in found))
             finish = future.set_result
-        except Exception as error:  # whatever it is, the host must not stay looked up for ever
+        except Exception as error:  # whatever it is: what stays in _lookups is stuck
             is_silent = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
             words = "the name server did not answer for" if is_silent else "unknown host"
             answer, finish = UnknownHost(f"{words} {host}"), future.set_exception
