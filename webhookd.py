@@ -71,6 +71,7 @@ import pathlib
 import random
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -2137,7 +2138,7 @@ class Response:
         return line
 
     def _read_head(self):
-        if self._unread[:1] in (b"\r", b"\n"):
+        if self._unread.startswith((b"\r", b"\n")):
             del self._unread[: BLANK_LINES.match(self._unread).end()]
         end = HEAD_END.search(self._unread, self._searched)
         if not end:
@@ -2163,7 +2164,7 @@ class Response:
 
     def _take_body(self):
         taken = self._unread[: self._wanted]
-        del self._unread[: self._wanted]
+        del self._unread[: len(taken)]
         self.body += taken
         self._wanted -= len(taken)
 
@@ -2342,6 +2343,8 @@ class Connection(asyncio.Protocol):
         self.exchange = exchange  # whom it serves now; None: it is idle
         self.transport = None
         self._socket = opened
+        self._incoming = select.poll()  # bytes, an end or an error
+        self._incoming.register(opened, select.POLLIN)
         self.idle_since = 0.0  # time.monotonic()
         self._good_until = time.monotonic() + CONNECTION_SECONDS
 
@@ -2358,15 +2361,8 @@ class Connection(asyncio.Protocol):
     def is_usable(self) -> bool:
         """Whether it can take another request: it is young, and nothing came since its
         last answer, not even what the loop has not read yet."""
-        if self.transport.is_closing() or time.monotonic() >= self._good_until:
-            return False
-        try:
-            self._socket.recv(1, socket.MSG_PEEK)  # bytes or an end
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
+        is_over = self.transport.is_closing() or time.monotonic() >= self._good_until
+        return not is_over and not self._incoming.poll(0)
 
     def acknowledge(self) -> None:
         """Acknowledge what came at once, and not after tcp(7)'s 40 ms: a receiver that
