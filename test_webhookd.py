@@ -3830,6 +3830,22 @@ def test_a_connection_that_speaks_unasked_is_closed(api, dispatcher):
                 assert connection.recv(1) == b""
 
 
+def test_whose_handshakes_cost_the_loop_much_waits_the_longer(
+    api, dispatcher, tls_receiver, clock, monkeypatch
+):
+    monkeypatch.setattr(webhookd, "FAIR_HANDSHAKE_SECONDS", 0)
+    monkeypatch.setattr(webhookd, "HANDSHAKE_REST", 1_000_000)
+    api.create(tls_receiver.url, sslVerificationRequired=False)
+    publish_numbers(api, 0, 1)
+
+    dispatcher.run_until_idle()
+    assert len(tls_receiver.received) == 1
+
+    clock.advance(10**6)
+    dispatcher.run_until_idle()
+    assert len(tls_receiver.received) == 2
+
+
 def test_who_verifies_does_not_share_a_connection_with_who_does_not(api, dispatcher, tls_receiver):
     careless = api.create(tls_receiver.url, "first", sslVerificationRequired=False)
     careful = api.create(tls_receiver.url, "second")

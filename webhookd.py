@@ -48,6 +48,7 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import contextvars
 import ctypes
 import dataclasses
 import datetime
@@ -716,8 +717,10 @@ class Attempt(typing.NamedTuple):
     status: int | None = None
     response_headers: str = ""
     response_body: str | None = None
-    retry_after: str | None = None  # the receiver's Retry-After, as it came; not stored
     request_body: str | None = None  # where a template made it; else it is the event's
+    # these two are not stored
+    retry_after: str | None = None  # the receiver's Retry-After, as it came
+    handshake_seconds: float = 0.0  # of the loop's time, for TLS
 
     @property
     def finish(self) -> int:
@@ -2313,6 +2316,20 @@ async def open_first(addresses: list[str], port: int, failures: list) -> socket.
             task.add_done_callback(_close_unused)
 
 
+handshake_for: contextvars.ContextVar["Exchange"] = contextvars.ContextVar("handshake_for")
+
+
+class TimedTls(ssl.SSLObject):
+    """Counts what the handshake of an exchange costs the loop."""
+
+    def do_handshake(self) -> None:
+        begun = time.thread_time()
+        try:
+            super().do_handshake()
+        finally:
+            handshake_for.get().handshake_seconds += time.thread_time() - begun
+
+
 @functools.cache
 def tls_context(verify: bool) -> ssl.SSLContext:
     """The one context of all connections that verify, or that do not."""
@@ -2322,6 +2339,7 @@ def tls_context(verify: bool) -> ssl.SSLContext:
     # a hostile receiver's finite-field Diffie-Hellman costs the loop a tenth of a second
     ciphers = [c["name"] for c in context.get_ciphers() if "kx-dhe" not in c["kea"]]
     context.set_ciphers(":".join(ciphers))
+    context.sslobject_class = TimedTls
     if not verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -2387,6 +2405,7 @@ class Exchange:
     def __init__(self, client, place, verify_tls, request, done):
         self._client, self._done = client, done
         self.place, self.verify_tls, self._request = place, verify_tls, request
+        self.handshake_seconds = 0.0  # see TimedTls
         self.failures: list[Exception] = []  # of addresses, while another may still answer
         self._connection: Connection | None = None
         self._connecting: asyncio.Task | None = None
@@ -2524,8 +2543,8 @@ class Client:
 
     def send(
         self, webhook: Webhook, headers: str, body: bytes, done: collections.abc.Callable
-    ) -> None:
-        """POST to a webhook, and call done with what an Exchange ends in."""
+    ) -> Exchange:
+        """POST to a webhook, and later call done with what the Exchange ends in."""
         place = endpoint(webhook.url)
         request = request_bytes(place, webhook.fixed_headers + headers, body)
         exchange = Exchange(self, place, webhook.verify_tls, request, done)
@@ -2534,6 +2553,7 @@ class Client:
         if not self._timer:
             self._expire_old()
         exchange.start()
+        return exchange
 
     def _expire_old(self):
         """One timer for all: they have the same time, and stand in order."""
@@ -2583,6 +2603,7 @@ class Client:
     async def connect(self, exchange: Exchange) -> None:
         """Connect to a checked address for it; raises AddressRefused or OSError."""
         place = exchange.place
+        handshake_for.set(exchange)
         addresses = await self._addresses(exchange)
         for address in addresses:  # all of them, before one is used
             self._address_policy.check(address, place.port)
@@ -2631,7 +2652,7 @@ def _answered(response, masked):
     description = ", ".join([description, *response.faults])
     body = kept_text(response.body, head.header("content-type"), masked)
     judged = outcome_of(head.status), description, head.status
-    return *judged, kept_headers(masked(head.lines)), body, head.header("retry-after")
+    return *judged, kept_headers(masked(head.lines)), body, None, head.header("retry-after")
 
 
 def described(error: Exception) -> str:
@@ -2665,21 +2686,24 @@ def start_attempt(
     """POST to a webhook, and call done with what came of it, every secret masked.
 
     headers: the attempt's own, see attempt_headers."""
-    begun = time.monotonic()
+    begun, exchange = time.monotonic(), None
 
-    def judge(answer):
+    def finish(answer):
         if isinstance(answer, Response):
             outcome = _answered(answer, webhook.without_secrets)
         else:
             outcome = ERROR, described(answer)
         duration = round((time.monotonic() - begun) * 1000)
         sent = webhook.masked_headers + headers
-        done(Attempt(start_ms, duration, webhook.masked_url, sent, *outcome))
+        attempt = Attempt(start_ms, duration, webhook.masked_url, sent, *outcome)
+        if exchange and exchange.handshake_seconds:
+            attempt = attempt._replace(handshake_seconds=exchange.handshake_seconds)
+        done(attempt)
 
     try:
-        client.send(webhook, headers, body, judge)
+        exchange = client.send(webhook, headers, body, finish)
     except Exception as error:  # a bug costs this attempt, and not the loop
-        asyncio.get_running_loop().call_soon(judge, error)
+        asyncio.get_running_loop().call_soon(finish, error)
 
 
 # ======================================================================================
@@ -3140,8 +3164,7 @@ class Batch:
         rows, counts = [], {}
         for due, attempt, *_ in results:
             id = next(self._ids["attempts"])
-            *kept, _, request_body = attempt  # retry_after is not kept
-            rows.append((id, due.row_id, *kept, request_body))
+            rows.append((id, due.row_id, *attempt[:-2]))
             name = self._counted_name(due.webhook_id, due.event)
             key = due.webhook_id, name, attempt.outcome, attempt.start // DAY_MS
             counts[key] = counts.get(key, (0,))[0] + 1, id
@@ -3562,9 +3585,7 @@ DELIVERY_COLUMNS = (
     "uuid, webhook_id, event_id, event, state, attempt_count, next_attempt, created,"
     " outcome, description, duration"
 )
-ATTEMPT_COLUMNS = ", ".join(
-    "NULL" if field == "retry_after" else f"attempts.{field}" for field in Attempt._fields
-)
+ATTEMPT_COLUMNS = ", ".join(f"attempts.{field}" for field in Attempt._fields[:-2])
 Steps = collections.abc.Iterator[None]  # each step is done when it is asked for
 IdsInSteps = collections.abc.Iterator[list[int]]
 
@@ -4237,6 +4258,8 @@ RESERVED_SHARE = 8  # one slot in so many is kept for webhooks proven to work, a
 # turn in so many is for those that come last otherwise
 SLOT_BYTES = 128 << 10  # an attempt takes one more slot for each of its body
 TICK_SECONDS = 1
+FAIR_HANDSHAKE_SECONDS = 0.02  # of the loop's time; whose TLS costs more of it, as large
+HANDSHAKE_REST = 10  # finite fields do, waits so many times as long before its next attempt
 LOG_SECONDS = 60  # what a receiver does is logged once in so long
 STOP_SECONDS = 10  # what is in flight at the end has this long
 DURATION_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
@@ -4719,6 +4742,9 @@ class Dispatcher:
         sent: the body that a template made; None if it is the event's."""
         self._scheduler.end(queue, *begun)
         attempt = attempt._replace(request_body=sent)
+        if attempt.handshake_seconds > FAIR_HANDSHAKE_SECONDS:
+            rest_ms = HANDSHAKE_REST * attempt.handshake_seconds * 1000
+            queue.not_before = max(queue.not_before, self._clock() * 1000) + rest_ms
         health = self._store.health[due.webhook_id]
         is_plain = attempt.outcome == SUCCESS and health.is_well and not health.announced
         queue.uncertain += not is_plain
