@@ -542,14 +542,66 @@ def test_an_error_lists_at_most_100_faults():
 @pytest.mark.parametrize(
     "url, shown",
     [
-        ("https://u:p@host/p@th", "https://u:********@host/p@th"),
-        ("https://u:p:q@host/", "https://u:********@host/"),
+        ("https://u:p@host/p@th", "https://********@host/p@th"),
+        ("https://u:p:q@host/", "https://********@host/"),
         ("https://token@host/", "https://********@host/"),
+        ("https://token:@host/", "https://********@host/"),
         ("https://host/?a:b@c", "https://host/?a:b@c"),
     ],
 )
-def test_the_password_in_a_url_is_masked(url, shown):
+def test_both_halves_of_the_user_information_in_a_url_are_masked(url, shown):
     assert webhookd.masked_url(url) == shown
+
+
+@pytest.mark.parametrize(
+    "url, shown",
+    [
+        ("https://u:p@host:8443/hooks/8zx3?key=1", "https://host:8443/…"),
+        ("http://[::1]/", "http://[::1]/…"),
+        ("http://host?key", "http://host/…"),
+    ],
+)
+def test_a_short_url_ends_with_the_host(url, shown):
+    assert webhookd.short_url(url) == shown
+
+
+TOKEN = "0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"url": f"https://{TOKEN}@host/"},
+        {"url": f"https://{TOKEN}:@host/"},
+        {"url": f"https://{TOKEN}:password@host/"},
+        {"url": f"https://user:{TOKEN}@host/"},
+        {"url": "https://%30123456789abcdef@host/"},
+        {"headers": {"Authorization": f"Bearer {TOKEN}"}},
+        {"headers": {"Authorization": "Basic " + webhookd.base64_of(f"user:{TOKEN}")}},
+        {"headers": {"X-Key": TOKEN}},
+        {"credentials": {"username": "user", "password": TOKEN}},
+        {"secret": TOKEN},
+        {"secret": f"whsec_{TOKEN}"},
+        {"previous_secret": TOKEN},
+    ],
+)
+def test_no_secret_comes_back_from_a_receiver_in_whatever_half_or_scheme_it_is(fields):
+    webhook = webhookd.Webhook(**{"url": "https://host/"} | fields)
+
+    assert webhook.without_secrets(f"got: {TOKEN}") == f"got: {webhookd.MASK}"
+
+
+@pytest.mark.parametrize(
+    "url, text, shown",
+    [
+        ("https://host/hooks/8zx3-8zx3-8zx3", "at /hooks/8zx3-8zx3-8zx3/", "at …/"),
+        ("https://host/bot8zx38zx38zx38zx3/send", "bot8zx38zx38zx38zx3", "…"),
+        ("https://host/?key=8zx38zx38zx38zx3", '{"key": "8zx38zx38zx38zx3"}', '{"key": "…"}'),
+        ("https://host/hook", "at /hook", "at /hook"),
+    ],
+)
+def test_what_can_be_a_token_in_a_path_is_left_out_of_what_receivers_say(url, text, shown):
+    assert webhookd.without_path(text, url) == shown
 
 
 @pytest.mark.parametrize(
@@ -803,7 +855,7 @@ def read_webhook(old=webhookd.Webhook(), **fields):
 def test_what_is_left_out_has_defaults():
     webhook = read_webhook()
 
-    assert (webhook.name, webhook.active, webhook.verify_tls) == ("http://x/", True, True)
+    assert (webhook.name, webhook.active, webhook.verify_tls) == ("http://x", True, True)
 
 
 @pytest.mark.parametrize("value", [True, "true", "True"])
@@ -816,10 +868,21 @@ def test_events_are_counted_without_duplicates():
     assert read_webhook(events=["a"] * 101).events == ("a",)
 
 
-def test_a_name_left_out_is_as_much_of_the_url_as_a_name_may_have():
-    url = "http://x/" + "x" * 300
+@pytest.mark.parametrize(
+    "url, name",
+    [
+        ("http://u:p@x:81/hooks/8zx3?key=8zx3", "http://x:81"),
+        ("https://[2001:db8::1]/", "https://[2001:db8::1]"),
+        ("http://" + "x." * 150 + "x/", ("http://" + "x." * 150)[:255]),
+    ],
+)
+def test_a_name_left_out_is_scheme_and_host_and_nothing_secret(url, name):
+    assert read_webhook(url=url).name == name
 
-    assert read_webhook(url=url).name == url[:255]
+
+def test_a_shortened_url_is_not_taken_for_the_whole():
+    with pytest.raises(webhookd.Invalid, match="shortened"):
+        read_webhook(FULL, url=FULL.short_url)
 
 
 def test_events_are_a_set():
@@ -962,7 +1025,7 @@ def test_all_fields_at_fault_are_named_at_once():
 
 
 def test_a_masked_password_stays_when_the_rest_of_the_url_changes():
-    assert read_webhook(FULL, url="http://u:********@y/z").url == "http://u:p@y/z"
+    assert read_webhook(FULL, url="http://********@y/z").url == "http://u:p@y/z"
 
 
 def test_a_fault_in_a_url_does_not_tell_a_part_of_its_password():
@@ -1040,7 +1103,7 @@ def test_a_template_is_any_json_value(template):
 
 
 def test_what_is_shown_can_be_sent_back_and_changes_nothing():
-    assert read_webhook(FULL, **FULL.as_json()) == FULL
+    assert read_webhook(FULL, **FULL.as_json(whole_url=True)) == FULL
 
 
 @pytest.mark.parametrize("password", [{}, {"password": "********"}])
@@ -1099,7 +1162,7 @@ def test_nothing_that_is_shown_holds_a_secret():
         headers={"A": "header-secret"},
     )
 
-    assert "secret" not in json.dumps(webhook.as_json()).replace("secretSet", "")
+    assert "secret" not in json.dumps(webhook.as_json(whole_url=True)).replace("secretSet", "")
 
 
 @pytest.mark.parametrize(
@@ -3050,6 +3113,20 @@ def record_successes(store, deliveries, clock):
     store.flush()
 
 
+def test_a_secret_that_no_longer_signs_is_gone_from_the_files(api, store, maintenance, clock):
+    api.create("http://127.0.0.1:1/", configuration={"secret": "OLD-SECRET"})
+    api.put_json(f"{WEBHOOKS}/1", {"configuration": {"secret": "NEW-SECRET"}})
+    maintenance.run_once()
+    assert b"OLD-SECRET" in files_of(store)
+
+    for passing in (clock, maintenance.steady):
+        passing.advance(86400)
+    maintenance.run_once()
+
+    assert b"OLD-SECRET" not in files_of(store)
+    assert store.webhooks.get(1).secret == "NEW-SECRET"
+
+
 def test_finished_deliveries_are_kept_as_long_as_is_set(store, dispatcher, settings, clock):
     ten_days = dataclasses.replace(settings, retention=10 * 86400.0)
     maintenance = webhookd.Maintenance(store, ten_days, webhookd.Clock(clock, clock))
@@ -4698,13 +4775,15 @@ def test_a_change_of_something_else_leaves_the_signatures_alone(api, receiver, w
         wall(0)
         headers, body = receiver.received[-1].headers, receiver.received[-1].body
         id, time = headers["webhook-id"], int(headers["webhook-timestamp"])
-        signatures = headers["webhook-signature"].split(" ")
+        signatures = headers.get("webhook-signature", "").split()
         of = functools.partial(webhookd.standard_signature, id=id, seconds=time, body=body)
         return [{of("old"): "old", of("new"): "new"}[s] for s in signatures]
 
     assert signers_after(name="other") == ["old"]
     assert signers_after(configuration={"secret": "new"}) == ["new", "old"]
     assert signers_after(name="another") == ["new", "old"]
+    assert signers_after(configuration={"secret": None}) == []
+    assert signers_after(configuration={"secret": "new"}) == ["new"]
 
 
 def test_nothing_is_started_while_the_database_cannot_be_written(api, receiver, dispatcher, store):
@@ -5604,6 +5683,92 @@ def test_a_field_that_nobody_knows_is_passed_over_in_lists(api):
     assert api.get(f"{EVENTS}?colour=red").status_int == 200
 
 
+def test_viewers_see_no_path_of_a_url_wherever_it_is_shown(api, wsgi, receiver, dispatcher):
+    url = f"{receiver.url}/8zx38zx38zx38zx3?key=8zx38zx38zx38zx3"
+    echo = b"you sent me to /hook/8zx38zx38zx38zx3"
+    receiver.answers(307, {"Location": url.replace("hook", "hook2")}, echo)
+    webhook = api.create(url)
+    api.publish()
+    dispatcher.run_until_idle()
+    [delivery] = api.deliveries(webhook)
+    one = f"{WEBHOOKS}/{webhook['id']}"
+    paths = [
+        f"{WEBHOOKS}?statistics=true",
+        f"{one}?statistics=true",
+        f"{one}/latest",
+        f"{one}/statistics",
+        f"{one}/statistics/summary",
+        f"{one}/deliveries",
+        f"/rest/api/deliveries/{delivery['id']}",
+        f"{EVENTS}/{delivery['eventId']}",
+        "/metrics",
+        f"/deliveries/{delivery['id']}",
+        f"/webhooks/{webhook['id']}",
+    ]
+
+    viewer = App(wsgi).log_in("viewer")
+    answers = {path: viewer.get(path) for path in paths}
+
+    assert {answer.status_int for answer in answers.values()} == {200}
+    assert [path for path, answer in answers.items() if "8zx3" in answer.text] == []
+    short = receiver.url.removesuffix("hook") + "…"
+    assert answers[one + "?statistics=true"].json["url"] == short
+    assert answers[one + "/latest"].json["request"]["url"] == short
+    assert api.get_webhook(webhook)["url"] == url
+    assert api.get(f"{one}/latest").json["request"]["url"] == url
+
+
+def test_no_path_of_a_url_is_logged(api, receiver, dispatcher, caplog):
+    caplog.set_level("DEBUG")
+    url = f"{receiver.url}/8zx38zx38zx38zx3"
+    receiver.answers(301, {"Location": f"{url}/"})
+    api.create(url)
+    api.put_json(f"{WEBHOOKS}/1", {"active": "true"})
+    api.post(f"{WEBHOOKS}/test?webhookId=1")
+
+    api.publish()
+    dispatcher.run_until_idle()
+
+    assert "webhook fails" in caplog.text
+    assert "8zx3" not in caplog.text
+
+
+OLD = "OLD-SECRET"
+
+
+def secret_of(value):
+    return {"configuration": {"secret": value}}
+
+
+@pytest.mark.parametrize(
+    "held, changes",
+    [
+        (secret_of(OLD), [secret_of(None)]),
+        (secret_of(OLD), [secret_of("the next"), secret_of(None)]),
+        (secret_of(OLD), [secret_of("the next"), secret_of("the one after")]),
+        ({"credentials": {"username": "u", "password": OLD}}, [{"credentials": None}]),
+        ({"headers": {"X-Key": OLD}}, [{"headers": {}}]),
+        ({"url": f"http://u:{OLD}@127.0.0.1:1/"}, [{"url": "http://127.0.0.1:1/"}]),
+    ],
+)
+def test_a_secret_that_is_removed_is_gone_from_the_files(api, store, held, changes):
+    api.post_json(WEBHOOKS, {"url": "http://127.0.0.1:1/", "events": ["e"]} | held)
+    assert OLD.encode() in files_of(store)
+
+    for change in changes:
+        assert api.put_json(f"{WEBHOOKS}/1", change).status_int == 200
+
+    assert OLD.encode() not in files_of(store)
+
+
+def test_the_secret_of_a_deleted_webhook_is_gone_from_the_files(api, store):
+    api.create("http://127.0.0.1:1/", **secret_of(OLD))
+
+    api.delete(f"{WEBHOOKS}/1")
+
+    assert OLD.encode() not in files_of(store)
+
+
 def test_secrets_never_come_out(api, receiver, dispatcher, caplog):
     caplog.set_level("DEBUG")
     receiver.answers(500, {"X-Echo": "HEADER-SECRET"}, b"PASS-SECRET HMAC-SECRET")
@@ -6209,7 +6374,7 @@ def test_every_change_is_logged_with_who_what_and_which(api, dispatcher, caplog)
         dispatcher.run_until_idle()
 
     lines = [line for line in caplog.messages if " by=" in line]
-    url = "url=http://u:********@127.0.0.1:1/"
+    url = "url=http://127.0.0.1:1/…"
     assert [line.removesuffix(" by=admin address=None") for line in lines] == [
         f"webhook created id=1 {url}",
         f"webhook changed id=1 fields=name,configuration.secret {url}",
@@ -6721,10 +6886,10 @@ def test_a_webhook_is_created_with_the_form(browser, receiver):
     assert (shown["ordered"], shown["rateLimit"]) == (True, 2.5)
 
 
-def test_a_name_left_out_is_the_url(browser, receiver):
+def test_a_name_left_out_is_the_host_of_the_url(browser, receiver):
     fill_in(browser.get("/webhooks/new"), url=receiver.url, events="e")
 
-    assert browser.get(f"{WEBHOOKS}/1").json["name"] == receiver.url
+    assert browser.get(f"{WEBHOOKS}/1").json["name"] == receiver.url.removesuffix("/hook")
 
 
 def test_faults_stand_beside_their_fields_and_the_input_stays(browser):

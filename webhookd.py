@@ -112,6 +112,7 @@ MAX_KEPT_BODY_BYTES = 16 << 10  # of a response, kept with the attempt
 MAX_KEPT_HEADER_BYTES = 8 << 10  # of a response, whole lines
 MAX_PAGE = 1000
 DEFAULT_PAGE = 250
+MIN_TOKEN_LENGTH = 16  # of a path or a query: shorter ones are no secrets
 MASK = "********"  # stands for a secret value; sent back, it keeps the value
 DAY_SECONDS = 86_400
 DAY_MS = DAY_SECONDS * 1000
@@ -390,17 +391,20 @@ def json_bytes(value: object) -> bytes:
 
 
 def masked_url(url: str) -> str:
-    """The URL with the password, or else the name, of its user information masked."""
+    """The URL with its user information masked: either half of it may be a key."""
     userinfo, at, _ = urllib.parse.urlsplit(url).netloc.rpartition("@")
-    user, colon, _ = userinfo.partition(":")
-    masked = f"{user}:{MASK}@" if colon else f"{MASK}@"
-    return url.replace(f"{userinfo}@", masked, 1) if at else url
+    return url.replace(f"{userinfo}@", f"{MASK}@", 1) if at else url
+
+
+def site_of(url: str) -> str:
+    """Scheme, host and, where it is given, port of a URL."""
+    parts = urllib.parse.urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def short_url(url: str) -> str:
-    """Scheme, host and port of a URL: its path and query may be a secret."""
-    parts = urllib.parse.urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/…"
+    """The URL as viewers and the log see it: its path and query may be a secret."""
+    return f"{site_of(url)}/…"
 
 
 def header_lines(headers: dict[str, str]) -> str:
@@ -429,6 +433,32 @@ def spellings(text: str) -> list[str]:
     encoded = [urllib.parse.quote(text, safe=""), urllib.parse.quote_plus(text)]
     encoded += [html.escape(text), base64_of(text)]
     return [text, *escaped, *[e.replace("/", "\\/") for e in escaped], *encoded]
+
+
+@functools.lru_cache(1024)
+def _path_texts(url):
+    """What a receiver could repeat of a URL's path and query, longest first."""
+    parts = urllib.parse.urlsplit(url)
+    texts = {f"{parts.path}?{parts.query}", parts.path, parts.query, *parts.path.split("/")}
+    texts |= {value for _, value in urllib.parse.parse_qsl(parts.query)}
+    spelled = {s for text in texts if len(text) >= MIN_TOKEN_LENGTH for s in spellings(text)}
+    return sorted(spelled, key=len, reverse=True)
+
+
+def without_path(text: str, url: str) -> str:
+    """The text without what may be a secret of the path and query of a URL."""
+    for repeated in _path_texts(url):
+        text = text.replace(repeated, "…")
+    return text
+
+
+def _behind_scheme(value):
+    """The credentials of a header such as `Bearer …`, as sent and as meant."""
+    scheme, _, credentials = value.partition(" ")
+    yield credentials.strip()
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            yield base64.b64decode(credentials).decode().partition(":")[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -467,12 +497,12 @@ class Webhook:
 
     @functools.cached_property
     def masked_url(self) -> str:
-        """The URL as it may be shown."""
+        """The URL as admins see it, and as it is kept with an attempt."""
         return masked_url(self.url)
 
     @functools.cached_property
     def short_url(self) -> str:
-        """The URL as those see it who need not know all of it."""
+        """The URL as viewers and the log see it."""
         return short_url(self.url)
 
     @functools.cached_property
@@ -510,10 +540,14 @@ class Webhook:
     @functools.cached_property
     def _secret_texts(self):
         """Every text that no answer of a receiver may bring back, longest first."""
-        texts = [self.secret or "", self.previous_secret or "", *self.headers.values()]
+        own = [self.secret or "", self.previous_secret or ""]
+        texts = own + [secret.removeprefix("whsec_") for secret in own]
+        for value in self.headers.values():
+            texts += [value, *_behind_scheme(value)]
+        userinfo = urllib.parse.urlsplit(self.url).netloc.rpartition("@")[0]
+        texts += map(urllib.parse.unquote, userinfo.partition(":"))
         if self.login:
-            user, password = self.login
-            texts += [password or user, base64_of(":".join(self.login))]
+            texts += [self.login[1], base64_of(":".join(self.login))]
         # shorter ones are no secrets, and masking them would spoil the answer
         spelled = {s for text in texts if len(text) >= 4 for s in spellings(text)}
         return sorted(spelled, key=len, reverse=True)
@@ -526,8 +560,8 @@ class Webhook:
 
     # ---- what the API shows ----
 
-    def as_json(self) -> dict:
-        """The webhook as the API shows it."""
+    def as_json(self, whole_url: bool) -> dict:
+        """The webhook as the API shows it; only admins see the whole URL."""
         login = self.credentials and {"username": self.credentials["username"]}
         return {
             "id": self.id,
@@ -536,7 +570,7 @@ class Webhook:
             "updatedDate": self.updated,
             "events": list(self.events),
             "configuration": self.configuration,
-            "url": self.masked_url,
+            "url": self.masked_url if whole_url else self.short_url,
             "active": self.active,
             "scopeType": "global",
             "sslVerificationRequired": self.verify_tls,
@@ -731,18 +765,28 @@ class Attempt(typing.NamedTuple):
         """What was sent, as the API shows it; body: the event's."""
         headers = dict(header_fields(self.request_headers).values())
         sent = body if self.request_body is None else self.request_body
-        return {"method": "POST", "url": self.url, "headers": headers, "body": sent}
+        url = masked_url(self.url)
+        return {"method": "POST", "url": url, "headers": headers, "body": sent}
 
     def response(self) -> dict:
         """Headers and body of what came back, as the API shows them."""
         headers = dict(header_fields(self.response_headers).values())
         return {"headers": headers, "body": self.response_body}
 
+    def for_viewers(self) -> "Attempt":
+        """The attempt without the path and query of its URL."""
+        headers, body = self.response_headers, self.response_body
+        return self._replace(
+            url=short_url(self.url),
+            response_headers=without_path(headers, self.url),
+            response_body=body and without_path(body, self.url),
+        )
+
     def as_json(self, delivery_id: str, event: str, body: str | None) -> dict:
         """The invocation as the API shows it; body None: without headers and bodies."""
         sent = {"id": delivery_id, "event": event, "duration": self.duration}
         sent |= {"start": self.start, "finish": self.finish}
-        request = {"method": "POST", "url": self.url}
+        request = {"method": "POST", "url": masked_url(self.url)}
         result = {"description": self.description, "outcome": self.outcome}
         result |= {"statusCode": self.status}
         if body is not None:
@@ -1035,20 +1079,20 @@ def _check_url(url):
     require(is_plain, "must not have a zone id or escapes in its host")
     is_masked = f"{MASK}@" in parts.netloc
     require(not is_masked, "has a masked password that stands for none")
+    require(not url.endswith("/…"), "is shortened where its path may be a secret")
     _check_number(ascii_host(parts.hostname))
 
 
 def _unmasked_url(url, previous):
-    """The URL with what a mask stands for: what was there for the same user."""
-    mask = urllib.parse.urlsplit(masked_url(previous)).netloc.rpartition("@")[0]
+    """The URL with what a mask stands for: the user information that was there."""
     userinfo = urllib.parse.urlsplit(previous).netloc.rpartition("@")[0]
-    if mask and urllib.parse.urlsplit(url).netloc.startswith(f"{mask}@"):
-        return url.replace(mask, userinfo, 1)
+    if userinfo and urllib.parse.urlsplit(url).netloc.startswith(f"{MASK}@"):
+        return url.replace(MASK, userinfo, 1)
     return url
 
 
 def read_url(value: object, previous: str, check: collections.abc.Callable) -> str:
-    """A webhook's URL; a masked password stands for the previous one's.
+    """A webhook's URL; masked user information stands for the previous one's.
 
     check(url) raises Invalid if deliveries may not go there; the previous may stay."""
     require(value and isinstance(value, str), "must be a string")
@@ -1373,7 +1417,7 @@ def read_webhook(
     if "configuration" in given:
         given["secret"] = given["configuration"].pop("secret", None) or None
     if not old.name and "name" not in given:
-        given["name"] = masked_url(given.get("url", old.url))[:255]
+        given["name"] = site_of(given.get("url", old.url))[:255]
     return dataclasses.replace(old, **given)
 
 
@@ -1627,10 +1671,17 @@ def signing_secrets(webhook: Webhook, now_ms: int) -> list[str]:
     return [webhook.secret]
 
 
+def has_old_secret(webhook: Webhook, now_ms: int) -> bool:
+    """Whether it holds a secret that no longer signs."""
+    return bool(webhook.previous_secret) and now_ms >= webhook.previous_secret_until
+
+
 def with_rotated_secret(old: Webhook, new: Webhook, now_ms: int) -> Webhook:
-    """The new webhook; if its secret changed, the old one's signs for a day too."""
-    if not old.secret or old.secret == new.secret:
+    """The new webhook; if its secret was replaced, the old one's signs for a day too."""
+    if old.secret == new.secret:
         return new
+    if not old.secret or not new.secret:
+        return dataclasses.replace(new, previous_secret=None, previous_secret_until=0)
     previous = {"previous_secret": old.secret, "previous_secret_until": now_ms + DAY_MS}
     return dataclasses.replace(new, **previous)
 
@@ -2643,11 +2694,12 @@ class Client:
 # ---- one attempt ----
 
 
-def _answered(response, masked):
+def _answered(response, webhook):
+    masked = webhook.without_secrets
     head, description = response.head, str(response.head.status)
     target = head.header("location")
     if 300 <= head.status < 400 and target:
-        target = masked(target)[:200]
+        target = without_path(masked(target), webhook.url)[:200]
         description += f", a redirect to {target}, which is not followed"
     description = ", ".join([description, *response.faults])
     body = kept_text(response.body, head.header("content-type"), masked)
@@ -2690,7 +2742,7 @@ def start_attempt(
 
     def finish(answer):
         if isinstance(answer, Response):
-            outcome = _answered(answer, webhook.without_secrets)
+            outcome = _answered(answer, webhook)
         else:
             outcome = ERROR, described(answer)
         duration = round((time.monotonic() - begun) * 1000)
@@ -3373,6 +3425,13 @@ class Batch:
         self._changed_at[webhook.id] = now_ms
         self.commit.changed.add(webhook.id)
 
+    def forget_old_secrets(self, now_ms: int) -> None:
+        """Drop the secrets that were replaced more than a day ago."""
+        for webhook in list(self.webhooks.by_id.values()):
+            if has_old_secret(webhook, now_ms):
+                without = {"previous_secret": None, "previous_secret_until": 0}
+                self._replace(dataclasses.replace(webhook, **without), now_ms)
+
     def _start_clean(self, old, now_ms):
         """Forget a webhook's failures; what they or a pause made wait is due."""
         health = self._health_of(old.id)
@@ -3892,6 +3951,12 @@ class Store:
         if self._row("SELECT 1 FROM statistics WHERE day < ? LIMIT 1", day):
             self.write(Batch.forget_statistics, day)
 
+    def forget_old_secrets(self, now_ms: int) -> None:
+        """Drop the secrets that were replaced more than a day ago, from the log too."""
+        if any(has_old_secret(webhook, now_ms) for webhook in self.webhooks.by_id.values()):
+            self.write(Batch.forget_old_secrets, now_ms)
+            self.empty_log()
+
     def give_back(self) -> Steps:
         """Return free pages to the file system, and with them the log's."""
 
@@ -4076,7 +4141,9 @@ class Store:
         ids = self.reader().column(sql, SUCCESS)
         return {id for id in ids if not self.health[id].failures}
 
-    def latest(self, webhook_id: int, wanted: Filter, bodies: bool = True) -> dict | None:
+    def latest(
+        self, webhook_id: int, wanted: Filter, whole_url: bool = True, bodies: bool = True
+    ) -> dict | None:
         """The last invocation that matches, as the API shows it, or None."""
         tests = {"webhook_id = ?": webhook_id, "event IN": wanted.events}
         clause, values = where(tests | {"statistics.outcome IN": wanted.outcomes})
@@ -4090,15 +4157,19 @@ class Store:
         )
         if row is None:
             return None
-        uuid, event, body, *attempt = row
-        return Attempt(*attempt).as_json(uuid, event, body.decode() if bodies else None)
+        uuid, event, body, *columns = row
+        attempt = Attempt(*columns)
+        attempt = attempt if whole_url else attempt.for_viewers()
+        return attempt.as_json(uuid, event, body.decode() if bodies else None)
 
-    def statistics(self, webhook_id: int, events: tuple[str, ...], now_ms: int) -> dict:
+    def statistics(
+        self, webhook_id: int, events: tuple[str, ...], now_ms: int, whole_url: bool = True
+    ) -> dict:
         """Counts of attempts and the last of each outcome, as the API shows them."""
         shown = {}
         for outcome in OUTCOMES:
             wanted = Filter(events=events, outcomes=(outcome,))
-            invocation = self.latest(webhook_id, wanted, bodies=False)
+            invocation = self.latest(webhook_id, wanted, whole_url, bodies=False)
             if invocation:
                 shown[f"last{outcome.capitalize()}"] = invocation
         shown["counts"] = self._counts(webhook_id, events, now_ms)
@@ -4909,6 +4980,7 @@ class Maintenance:
         before_ms = now_ms - int(self._settings.retention * 1000)
         yield from self._store.prune(before_ms)
         self._store.prune_rest(now_ms)
+        self._store.forget_old_secrets(now_ms)
 
     def _cut_down(self):
         """Let the oldest go until the size is right; else it is full."""
@@ -5212,6 +5284,14 @@ def change_in_words(old: Webhook, new: Webhook) -> str:
     return "webhook changed"
 
 
+def lost_secret(old: Webhook, new: Webhook) -> bool:
+    """Whether a change takes away something that was secret."""
+    if old.url != new.url or old.credentials != new.credentials or old.headers != new.headers:
+        return True
+    kept = (new.secret, new.previous_secret)
+    return any(secret not in kept for secret in (old.secret, old.previous_secret) if secret)
+
+
 class Api:
     """The routes; built of its parts, so that there may be as many as one likes."""
 
@@ -5411,6 +5491,14 @@ class Api:
         reader.only(*names)
         return reader
 
+    @staticmethod
+    def _sees_urls():
+        """Whether the user sees URLs whole; in a path or a query may be a secret."""
+        return bottle.request.environ["webhookd.user"].role == ADMIN
+
+    def _seen(self, attempt):
+        return attempt if self._sees_urls() else attempt.for_viewers()
+
     def _log_change(self, words, **values):
         environ = bottle.request.environ
         user, address = environ["webhookd.user"].name, environ.get("REMOTE_ADDR")
@@ -5450,7 +5538,7 @@ class Api:
         new = Webhook(created=now, updated=now, halted_by=user)
         webhook = read_webhook(fields, new, self._address_policy.check_url)
         webhook = self._store.write(Batch.add_webhook, webhook)
-        self._log_change("webhook created", id=webhook.id, url=webhook.masked_url)
+        self._log_change("webhook created", id=webhook.id, url=webhook.short_url)
         return webhook
 
     def get_webhook(self, id):
@@ -5477,7 +5565,9 @@ class Api:
             return with_rotated_secret(old, new, now)
 
         old, webhook = self._store.write(Batch.change_webhook, id, change, starts_clean)
-        names, url = changed_fields(old, webhook), webhook.masked_url
+        if lost_secret(old, webhook):
+            self._store.empty_log()
+        names, url = changed_fields(old, webhook), webhook.short_url
         self._log_change(change_in_words(old, webhook), id=id, fields=names, url=url)
         return webhook
 
@@ -5488,6 +5578,7 @@ class Api:
     def delete(self, id: int) -> None:
         """Delete a webhook and its deliveries; raises NotFound."""
         self._store.write(Batch.delete_webhook, id)
+        self._store.empty_log()  # which holds its secrets
         self._log_change("webhook deleted", id=id)
 
     def _webhooks_as_json(self, webhooks, statistics=False):
@@ -5495,16 +5586,16 @@ class Api:
         return [self._webhook_as_json(webhook, statistics) for webhook in webhooks]
 
     def _webhook_as_json(self, webhook, statistics):
-        store, id = self._store, webhook.id
+        store, id, sees_urls = self._store, webhook.id, self._sees_urls()
         health = store.health[id].as_json(webhook, store.pending[id], store.last_attempts.get(id))
-        document = webhook.as_json() | {"health": health}
+        document = webhook.as_json(sees_urls) | {"health": health}
         if statistics:
-            document["statistics"] = store.statistics(id, (), self._now_ms())
+            document["statistics"] = store.statistics(id, (), self._now_ms(), sees_urls)
         return document
 
     def latest(self, id):
-        wanted = self._filter("event", "outcome")
-        invocation = self._store.latest(self._store.webhooks.get(id).id, wanted)
+        wanted, webhook = self._filter("event", "outcome"), self._store.webhooks.get(id)
+        invocation = self._store.latest(webhook.id, wanted, self._sees_urls())
         if invocation is None:
             bottle.response.status = 204
             return None
@@ -5513,13 +5604,15 @@ class Api:
     def statistics(self, id):
         wanted, now = self._filter("event"), self._now_ms()
         webhook = self._store.webhooks.get(id)
-        return self._json(self._store.statistics(webhook.id, wanted.events, now))
+        shown = self._store.statistics(webhook.id, wanted.events, now, self._sees_urls())
+        return self._json(shown)
 
     def statistics_summary(self, id):
         webhook, now = self._store.webhooks.get(id), self._now_ms()
         events = self._store.attempted_events(webhook.id)
-        of_event = functools.partial(self._store.statistics, webhook.id, now_ms=now)
-        return self._json({event: of_event((event,)) for event in events})
+        sees_urls, of_events = self._sees_urls(), self._store.statistics
+        shown = {event: of_events(webhook.id, (event,), now, sees_urls) for event in events}
+        return self._json(shown)
 
     def test_webhook(self):
         return self._json(self.test(self._webhook_to_test()))
@@ -5533,7 +5626,8 @@ class Api:
         finally:
             self._tests.release()
         id, result = webhook.id or "none", attempt.description
-        self._log_change("webhook tested", id=id, url=attempt.url, result=result)
+        url = short_url(attempt.url)
+        self._log_change("webhook tested", id=id, url=url, result=result)
         answer = {"request": attempt.request(body.decode()), "response": None}
         if attempt.status is None:
             return answer | {"error": attempt.description}
@@ -5652,7 +5746,7 @@ class Api:
     def get_delivery(self, uuid):
         delivery, body, attempts = self._store.delivery(uuid.lower())
         id, event = delivery.id, delivery.event
-        shown = [attempt.as_json(id, event, body) for attempt in attempts]
+        shown = [self._seen(attempt).as_json(id, event, body) for attempt in attempts]
         return self._json(delivery.as_json() | {"attempts": shown})
 
     # ---- operations ----
@@ -5840,7 +5934,7 @@ def form_fields(form: dict[str, str], old: Webhook) -> dict:
     }
     if form.get("secret") or "removeSecret" in form:
         fields["configuration"] = {"secret": form.get("secret") or None}
-    before = old.as_json()
+    before = old.as_json(whole_url=True)
     return {k: v for k, v in fields.items() if v != before.get(k)}
 
 
@@ -6286,6 +6380,7 @@ class Pages(Api):
     def show_delivery(self, uuid):
         delivery, body, attempts = self._store.delivery(uuid.lower())
         [webhook] = self._webhooks_as_json([self._store.webhooks.get(delivery.webhook_id)])
+        attempts = [self._seen(attempt) for attempt in attempts]
         values = {"delivery": delivery, "body": body, "attempts": attempts}
         return self._page(DELIVERY_PAGE, webhook=webhook, **values)
 
@@ -6296,7 +6391,7 @@ class Pages(Api):
 
     def show_form(self, id=None):
         old = self._edited(id)
-        form = old.as_json() | {"events": "\n".join(old.events)}
+        form = old.as_json(whole_url=True) | {"events": "\n".join(old.events)}
         return self._page(FORM_PAGE, old=old, form=form, faults={})
 
     def submit_form(self, id=None):
