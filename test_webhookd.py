@@ -491,6 +491,7 @@ def test_a_systemd_credential_is_the_admin_password(tmp_path):
         ("LISTEN", "::1:8090"),
         ("LISTEN", "127.0.0.1:65536"),
         ("LISTEN", "127.0.0.1:\u0663"),
+        ("LISTEN", "*:8090"),
         ("ADMIN_PASSWORD", "\udcff"),
         ("ALLOW_NETWORKS", "127.0.0.0/33"),
         ("RETRY_SCHEDULE", "5s,5"),
@@ -506,6 +507,19 @@ def test_a_systemd_credential_is_the_admin_password(tmp_path):
 def test_a_bad_value_is_refused_by_the_name_of_its_setting(name, text):
     with pytest.raises(webhookd.SettingError, match=f"WEBHOOKD_{name}"):
         webhookd.read_settings({}, {f"WEBHOOKD_{name}": text})
+
+
+def test_a_credential_that_cannot_be_read_is_refused_by_the_name_of_its_setting(tmp_path):
+    (tmp_path / "admin-password").mkdir()
+
+    with pytest.raises(webhookd.SettingError, match=r"WEBHOOKD_ADMIN_PASSWORD.*Is a directory"):
+        webhookd.read_settings({}, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+
+
+def test_a_variable_that_is_no_setting_is_known_by_its_name():
+    environ = {"WEBHOOKD_LISTEN": "x", "WEBHOOKD_RETENTON": "1d", "OTHER": "y", "WEBHOOKD_": "z"}
+
+    assert webhookd.unknown_variables(environ) == ["WEBHOOKD_", "WEBHOOKD_RETENTON"]
 
 
 # ======================================================================================
@@ -4905,21 +4919,24 @@ def test_passwords_are_kept_as_salted_hashes():
 
 
 def test_the_first_start_makes_an_admin_with_a_secret(store):
-    secret = webhookd.ensure_admin(store, "")
+    told = []
 
+    webhookd.ensure_admin(store, "", told.append)
+    webhookd.ensure_admin(store, "", told.append)
+
+    [secret] = told
     [admin] = webhookd.load_users(store.reader())
     assert (admin.name, admin.role) == ("admin", "admin")
     assert webhookd.matches(secret, admin.record)
-    assert webhookd.ensure_admin(store, "") is None
 
 
 def test_the_admins_password_is_set_at_every_start(store):
-    webhookd.ensure_admin(store, "first")
-    webhookd.ensure_admin(store, "second")
+    webhookd.ensure_admin(store, "first", tell=None)
+    webhookd.ensure_admin(store, "second", tell=None)
 
     [admin] = webhookd.load_users(store.reader())
     assert webhookd.matches("second", admin.record)
-    webhookd.ensure_admin(store, "second")
+    webhookd.ensure_admin(store, "second", tell=None)
     assert webhookd.load_users(store.reader()) == [admin]
 
 
@@ -4927,7 +4944,7 @@ def test_the_admin_is_an_admin_whatever_it_was_before(store):
     viewer = webhookd.User("admin", "viewer", webhookd.password_record("pw"))
     store.write(lambda batch: webhookd.save_user(batch.connection, viewer))
 
-    webhookd.ensure_admin(store, "pw")
+    webhookd.ensure_admin(store, "pw", tell=None)
 
     assert [user.role for user in webhookd.load_users(store.reader())] == ["admin"]
 
@@ -7699,32 +7716,122 @@ def test_a_database_that_cannot_be_opened_is_named_by_its_setting(path):
     assert "WEBHOOKD_DATABASE" in result.stderr
 
 
-def test_a_subcommand_makes_no_database_by_a_typing_error(tmp_path):
-    result = run("user", "list", "--database", str(tmp_path / "typo.db"))
+def test_an_unknown_subcommand_is_told_which_there_are():
+    result = run("status")
 
-    assert (result.returncode, list(tmp_path.iterdir())) == (1, [])
-
-
-def test_a_database_that_a_subcommand_makes_is_for_its_owner_only(tmp_path):
-    path = tmp_path / "test.db"
-
-    run("user", "add", "a", "--role", "viewer", "--database", str(path), umask=0)
-
-    assert path.stat().st_mode & 0o777 == 0o600
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert all(name in result.stderr for name in ("user", "backup", "restore", "sink"))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-def test_a_database_that_root_makes_belongs_to_whom_its_folder_belongs(tmp_path):
-    path = tmp_path / "test.db"
-    os.chown(tmp_path, 1234, 5678)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["user", "add", "a", "--role", "viewer"],
+        ["user", "add", "a", "--replace", "--password"],
+        ["user", "list"],
+        ["user", "remove", "a"],
+        ["backup", "copy.db"],
+        ["restore", __file__],
+    ],
+)
+def test_in_the_wrong_folder_a_subcommand_says_so_and_makes_nothing(tmp_path, command):
+    result = run(*command, cwd=tmp_path, stdin=subprocess.DEVNULL)
 
-    run("user", "add", "a", "--role", "viewer", "--database", str(path))
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert f"{tmp_path}/webhookd.db does not exist: start the service" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
-    assert (path.stat().st_uid, path.stat().st_gid) == (1234, 5678)
+
+def make_database(path):
+    with webhookd.Store(str(path)):
+        return str(path)
 
 
-def test_a_subcommand_leaves_a_database_of_another_version_alone(tmp_path):
-    version, path = len(webhookd.MIGRATIONS) + 1, str(tmp_path / "test.db")
+@pytest.fixture
+def on_it(tmp_path):
+    """What names a database of a stopped service."""
+    return ["--database", make_database(tmp_path / "test.db")]
+
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+OWNER = (1234, 5678)
+
+
+@pytest.fixture
+def owned(tmp_path):
+    """The database of a stopped service that is not root, where systemd would have it: in
+    a folder that only root may enter."""
+    private, folder = tmp_path / "private", tmp_path / "private" / "state"
+    folder.mkdir(parents=True)
+    path = make_database(folder / "test.db")
+    private.chmod(0o700)
+    for name in (folder, path):
+        os.chown(name, *OWNER)
+    return pathlib.Path(path)
+
+
+def owners(folder):
+    return {(status.st_uid, status.st_gid) for status in map(os.stat, folder.iterdir())}
+
+
+@as_root
+def test_root_adds_users_as_the_owner_of_the_databases_folder(owned):
+    on_it = ["--database", str(owned)]
+
+    added = run("user", "add", "a", "--role", "viewer", *on_it)
+
+    assert (added.returncode, run("user", "list", *on_it).stdout) == (0, "a viewer\n")
+    assert owners(owned.parent) == {OWNER}
+
+
+@as_root
+@pytest.mark.parametrize("command", [["user", "list"], ["backup", "/dev/null/x"], ["restore", "f"]])
+def test_root_follows_no_link_that_the_service_may_have_set(owned, tmp_path, command):
+    elsewhere = make_database(tmp_path / "elsewhere.db")
+    owned.unlink()
+    owned.symlink_to(elsewhere)
+    os.lchown(owned, *OWNER)
+    (tmp_path / "f").write_bytes(pathlib.Path(elsewhere).read_bytes())
+
+    result = run(*command, "--database", str(owned), cwd=tmp_path)
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert "a link that is not root's" in result.stderr
+
+
+@as_root
+def test_root_opens_no_log_that_is_a_link_out_of_the_folder(owned, tmp_path):
+    (tmp_path / "precious").write_text("as it was")
+    link = pathlib.Path(f"{owned}-wal")
+    link.symlink_to(tmp_path / "precious")
+
+    run("user", "add", "a", "--role", "viewer", "--database", str(owned))
+
+    assert (tmp_path / "precious").read_text() == "as it was"
+    assert (tmp_path / "precious").stat().st_uid == 0
+
+
+@as_root
+def test_root_backs_up_to_where_only_root_may_write(owned, tmp_path):
+    target = tmp_path / "private" / "copy.db"
+
+    result = run("backup", str(target), "--database", str(owned))
+
+    assert result.returncode == 0, result.stderr
+    assert target.stat().st_uid == 0
+    assert webhookd.connect(str(target)).column("PRAGMA integrity_check") == ["ok"]
+
+
+@as_root
+def test_root_backs_up_into_the_services_folder_as_its_owner(owned):
+    result = run("backup", str(owned.parent / "copy.db"), "--database", str(owned))
+
+    assert result.returncode == 0, result.stderr
+    assert owners(owned.parent) == {OWNER}
+
+
+def test_a_subcommand_leaves_a_database_of_a_newer_version_alone(tmp_path):
+    version, path = len(webhookd.MIGRATIONS) + 1, make_database(tmp_path / "test.db")
     with contextlib.closing(webhookd.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version = {version}")
 
@@ -7732,6 +7839,8 @@ def test_a_subcommand_leaves_a_database_of_another_version_alone(tmp_path):
 
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     assert f"has version {version}" in result.stderr
+    assert "newer webhookd" in result.stderr
+    assert "let the service start" not in result.stderr
     with contextlib.closing(webhookd.connect(path)) as connection:
         assert webhookd.schema_version(connection) == version
 
@@ -7779,7 +7888,7 @@ def test_the_main_job_end_to_end(daemon, receiver):
     assert [body["n"] for body in receiver.bodies()] == [1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_attempts_end_and_stops_with_status_0(daemon, receiver, number):
     daemon.start()
     daemon.call("POST", WEBHOOKS, {"url": receiver.url, "events": ["e"]})
@@ -7934,9 +8043,78 @@ def test_users_come_and_go_beside_the_running_service(daemon):
     assert run("user", "remove", "app", *on_it).returncode == 1
 
 
-def test_users_that_come_and_go_are_logged(tmp_path):
+@pytest.mark.parametrize("old", [["--password"], []])
+@pytest.mark.parametrize("new", [["--password"], ["--role", "viewer"]])
+def test_a_user_that_is_replaced_logs_in_with_the_new_only(daemon, old, new):
+    daemon.start()
+    on_it = ["--database", daemon.database]
+
+    def add(*flags, input):
+        added = run("user", "add", "app", *flags, *on_it, input=f"{input}\n")
+        assert added.returncode == 0, added.stderr
+        return added.stdout.strip() or input
+
+    def status(password):
+        basic = {"Authorization": f"Basic {webhookd.base64_of(f'app:{password}')}"}
+        return daemon.call("GET", WEBHOOKS, **basic)[0]
+
+    before = add("--role", "admin", *old, input="before")
+    assert status(before) == 200
+    after = add("--replace", *new, input="after")
+
+    assert (status(before), status(after)) == (401, 200)
+    role = "viewer" if "viewer" in new else "admin"
+    assert f"app {role}\n" in run("user", "list", *on_it).stdout
+
+
+@pytest.mark.parametrize(
+    "flags, status, words",
+    [
+        (["new"], 2, "needs a --role"),
+        (["new", "--replace"], 1, "there is no user new"),
+        (["old", "--role", "admin"], 1, "there is a user old already"),
+        (["old", "--role", "king"], 2, "invalid choice: 'king'"),
+        (["a:b", "--role", "admin"], 2, "is not a name"),
+    ],
+)
+def test_who_cannot_be_added_or_replaced_is_told_why_in_one_line(on_it, flags, status, words):
+    run("user", "add", "old", "--role", "viewer", *on_it)
+
+    result = run("user", "add", *flags, *on_it)
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (status, 1)
+    assert words in result.stderr
+    assert run("user", "list", *on_it).stdout == "old viewer\n"
+
+
+def full(*command):
+    """Run a command whose standard output is full."""
+    with open("/dev/full", "w") as output:
+        command = [sys.executable, str(HERE / "webhookd.py"), *command]
+        pipes = {"stdout": output, "stderr": subprocess.PIPE}
+        return subprocess.run(command, **pipes, text=True, timeout=60)
+
+
+def test_a_user_whose_secret_nobody_can_see_is_not_added(on_it):
+    result = full("user", "add", "a", "--role", "viewer", *on_it)
+
+    assert result.returncode == 1
+    assert result.stderr == "webhookd: standard output: No space left on device\n"
+    assert run("user", "list", *on_it).stdout == ""
+
+
+def test_an_admin_whose_secret_nobody_can_see_is_made_by_the_next_start(tmp_path):
     on_it = ["--database", str(tmp_path / "test.db")]
 
+    result = full("--listen", "127.0.0.1:0", *on_it)
+
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last == "webhookd: standard output: No space left on device"
+    assert run("user", "list", *on_it).stdout == ""
+
+
+def test_users_that_come_and_go_are_logged(on_it):
     added = run("user", "add", "app", "--role", "publisher", *on_it)
     environ = os.environ | {"SUDO_USER": "eve"}
     removed = run("user", "remove", "app", *on_it, env=environ)
@@ -7947,7 +8125,7 @@ def test_users_that_come_and_go_are_logged(tmp_path):
 
 
 def test_a_subcommand_is_told_of_the_database_as_the_service_is(tmp_path):
-    path = str(tmp_path / "test.db")
+    path = make_database(tmp_path / "test.db")
     variable = os.environ | {"WEBHOOKD_DATABASE": path}
 
     added = run("user", "add", "a", "--role", "viewer", env=variable)
@@ -7956,17 +8134,14 @@ def test_a_subcommand_is_told_of_the_database_as_the_service_is(tmp_path):
     assert (added.returncode, listed.stdout) == (0, "a viewer\n")
 
 
-def test_an_empty_password_is_refused(tmp_path):
-    on_it = ["--password", "--database", str(tmp_path / "test.db")]
-
-    result = run("user", "add", "app", "--role", "viewer", *on_it, input="\n")
+def test_an_empty_password_is_refused(on_it):
+    result = run("user", "add", "app", "--role", "viewer", "--password", *on_it, input="\n")
 
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     assert "the password is empty" in result.stderr
 
 
-def test_a_subcommand_does_not_mind_what_only_the_service_needs(tmp_path):
-    on_it = ["--database", str(tmp_path / "test.db")]
+def test_a_subcommand_does_not_mind_what_only_the_service_needs(on_it):
     wrong = os.environ | {"WEBHOOKD_RETENTION": "for ever"}
 
     added = run("user", "add", "app", "--role", "viewer", *on_it, env=wrong)

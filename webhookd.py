@@ -80,6 +80,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import stat
 import sys
 import tempfile
 import threading
@@ -181,6 +182,8 @@ def listen_address(text: str) -> tuple[str, int]:
         raise ValueError(f"{text!r} is not an address and port such as 127.0.0.1:8090")
     if int(match[3]) > 65535:
         raise ValueError(f"{text!r} has a port above 65535")
+    if match[2] and "*" in match[2]:
+        raise ValueError(f"{text!r} is no address; 0.0.0.0 is all of IPv4, [::] all of IPv6")
     return match[1] or match[2], int(match[3])
 
 
@@ -260,32 +263,43 @@ def flag(field: dataclasses.Field) -> str:
 
 
 def _credential(environ, name):
-    """A systemd credential (LoadCredential= and its like), or None."""
+    """A systemd credential (LoadCredential= and its like), or None; raises ValueError."""
     path = pathlib.Path(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)
-    if not path.exists():
-        return None
-    return path.read_text(errors="surrogateescape").strip("\r\n")
-
-
-def _parsed(field, text):
     try:
-        return field.metadata["parse"](text)
-    except ValueError as error:
-        raise SettingError(f"{flag(field)} ({variable(field)}): {error}") from None
+        return path.read_text("utf-8", "surrogateescape").strip("\r\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+
+
+def _given(field, flags, environ):
+    """The text that is given for a setting, or None; raises ValueError."""
+    text = flags.get(field.name)
+    if text is None:
+        text = environ.get(variable(field)) or None  # a blank one is none
+    if text is None and field.name == "admin_password":
+        text = _credential(environ, "admin-password")
+    return text
 
 
 def read_settings(flags: dict, environ: collections.abc.Mapping) -> Settings:
     """Settings from flags, else variables, else defaults; raises SettingError."""
-    given = {}
+    values = {}
     for field in dataclasses.fields(Settings):
-        text = flags.get(field.name)
-        if text is None:
-            text = environ.get(variable(field)) or None  # a blank one is none
-        if text is None and field.name == "admin_password":
-            text = _credential(environ, "admin-password")
-        if text is not None:
-            given[field.name] = _parsed(field, text)
-    return Settings(**given)
+        try:
+            text = _given(field, flags, environ)
+            if text is not None:
+                values[field.name] = field.metadata["parse"](text)
+        except ValueError as error:
+            raise SettingError(f"{flag(field)} ({variable(field)}): {error}") from None
+    return Settings(**values)
+
+
+def unknown_variables(environ: collections.abc.Mapping) -> list[str]:
+    """Names that look like a setting's and are none: misspelt ones change nothing."""
+    known = {variable(field) for field in dataclasses.fields(Settings)}
+    return sorted(name for name in environ if name.startswith("WEBHOOKD_") and name not in known)
 
 
 # ======================================================================================
@@ -5053,19 +5067,25 @@ def save_user(connection: sqlite3.Connection, user: User) -> None:
     connection.execute(sql, (user.name, user.role, user.record))
 
 
-def ensure_admin(store: Store, password: str) -> str | None:
-    """Set the admin's password; without one and any user, return a new secret."""
+def ensure_admin(store: Store, password: str, tell: collections.abc.Callable[[str], None]) -> None:
+    """Set the admin's password; without one and any user, make a secret and tell it.
+
+    A secret that cannot be told is not stored: nobody could log in, and no next start
+    would make another one."""
     users = {user.name: user for user in load_users(store.reader())}
     if not password and users:
-        return None
+        return
     admin = users.get("admin")
     if admin and admin.role == ADMIN and matches(password, admin.record):
-        return None  # what depends on the record outlives a restart
-    secret = None if password else secrets.token_urlsafe(32)
-    record = password_record(password) if password else secret_record(secret)
+        return  # what depends on the record outlives a restart
+    if password:
+        record = password_record(password)
+    else:
+        secret = secrets.token_urlsafe(32)
+        record = secret_record(secret)
+        tell(secret)
     admin = User("admin", ADMIN, record)
     store.write(lambda batch: save_user(batch.connection, admin))
-    return secret
 
 
 def read_login(header: str) -> tuple[str | None, str]:
@@ -6743,15 +6763,38 @@ def hold_to_one_core() -> None:
         os.sched_setaffinity(0, {int(fields[36])})  # proc(5): "processor", 39th of all
 
 
-def on_stop(handler: collections.abc.Callable | int) -> None:
-    """Have SIGTERM and SIGINT handled so."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+def on_stop(handler: collections.abc.Callable) -> None:
+    """Have SIGTERM, SIGINT and SIGHUP handled so."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, handler)
 
 
+def stop_once() -> None:
+    """To be called first by a handler: another signal changes nothing any more.
+
+    SIG_IGN would have Python complain of the one that has come at the same moment."""
+    on_stop(lambda *_: None)
+
+
 def _stop(server, stopping):
-    on_stop(signal.SIG_IGN)  # once is enough, and Event.set() is not to be interrupted
+    stop_once()  # also because Event.set() is not to be interrupted by itself
     stop_server(server, stopping)
+
+
+VITAL_THREADS = ("writer", "delivery loop", "maintenance")
+
+
+def end_without(died) -> None:
+    """A threading.excepthook: ends the process if it cannot do without the thread.
+
+    At once, for the others may wait for it; systemd starts the process again, which
+    loses nothing."""
+    name = died.thread and died.thread.name
+    try:
+        log.critical("the thread %s died", name, exc_info=died.exc_value)
+    finally:
+        if name in VITAL_THREADS:
+            os._exit(1)
 
 
 def _beat(store):
@@ -6759,8 +6802,30 @@ def _beat(store):
         notify("WATCHDOG=1")
 
 
+class CommandError(Exception):
+    """A subcommand cannot do what it was asked; the text says why."""
+
+
+def say(text: str) -> None:
+    """Print what must reach somebody; raises CommandError if it cannot."""
+    if sys.stdout is None:
+        raise CommandError("standard output is closed")
+    try:
+        # not print(), which would try once more at the end, and complain
+        with open(sys.stdout.fileno(), "wb", closefd=False) as output:
+            output.write(f"{text}\n".encode())
+    except OSError as error:
+        raise CommandError(f"standard output: {error.strerror}") from None
+
+
+def tell_admin(secret: str) -> None:
+    """Print the secret of the first user."""
+    say(f"user admin was created, its secret is: {secret}")
+
+
 def serve(settings: Settings) -> None:
-    """The life of the process: returns after SIGTERM or SIGINT, everything settled."""
+    """The life of the process: returns after a signal to stop, everything settled."""
+    threading.excepthook = end_without
     # until it is ready a signal just ends it, which loses nothing
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     spare_memory()
@@ -6769,9 +6834,8 @@ def serve(settings: Settings) -> None:
         listener = parts.enter_context(listen(settings.listen))
         store = parts.enter_context(Store(settings.database, settings))
         log_fact("starting", version=VERSION, database=settings.database)
-        secret = ensure_admin(store, settings.admin_password)
-        if secret:
-            print(f"user admin was created, its secret is: {secret}", flush=True)
+        store.flush()  # raises if nothing can be written
+        ensure_admin(store, settings.admin_password, tell_admin)
         address = listener.getsockname()[:2]
         address_policy = AddressPolicy(settings.allow_networks, address)
         client = Client(address_policy, settings.delivery_timeout)
@@ -6795,10 +6859,6 @@ def serve(settings: Settings) -> None:
 # ---- subcommands: functions of what the command line gave, `database` among it ----
 
 
-class CommandError(Exception):
-    """A subcommand cannot do what it was asked; the text says why."""
-
-
 def is_there(path: str) -> bool:
     """Whether there is such a file; raises DatabaseError if that cannot be known."""
     try:
@@ -6810,28 +6870,94 @@ def is_there(path: str) -> bool:
     return True
 
 
+def require_database(path: str) -> None:
+    """Raises DatabaseError if there is none: only the service makes one."""
+    if not is_there(path):
+        raise DatabaseError(
+            f"{os.path.abspath(path)} does not exist: start the service first, which makes"
+            " it, or name another one by --database"
+        )
+
+
+def resolved(path: str) -> str:
+    """The path without links; raises CommandError if root would follow somebody's."""
+    if not os.geteuid() and os.path.islink(path) and os.lstat(path).st_uid:
+        raise CommandError(f"{path} is a link that is not root's: name where it leads")
+    return os.path.realpath(path)
+
+
+def _opened(folder, undo):
+    handle = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    undo.callback(os.close, handle)
+    return handle
+
+
 @contextlib.contextmanager
-def database_beside_service(path: str, creates: bool = False):
+def acting_as_owner(path: str):
+    """As root: with the rights of whom the file's folder belongs to, and with nothing but
+    that folder in sight, so that no link in it leads astray. Yields the path to use.
+
+    A folder of systemd's DynamicUser= lies in one that only root may enter, hence the
+    change of root. The files that are open meanwhile stay open."""
+    folder, name = os.path.split(path)
+    if os.geteuid() or not os.stat(folder).st_uid:
+        yield path
+        return
+    with contextlib.ExitStack() as undo:
+        here, root, there = (_opened(place, undo) for place in (".", "/", folder))
+        owner = os.fstat(there)
+        os.fchdir(there)
+        undo.callback(os.fchdir, here)
+        os.chroot(".")
+        undo.callback(os.chroot, ".")
+        undo.callback(os.fchdir, root)
+        undo.callback(os.setgroups, os.getgroups())
+        os.setgroups([])
+        undo.callback(os.setegid, os.getegid())
+        os.setegid(owner.st_gid)
+        undo.callback(os.seteuid, os.geteuid())
+        os.seteuid(owner.st_uid)
+        yield f"/{name}"
+
+
+TABLES = {"users", "webhooks", "events", "deliveries"}
+
+
+def known_version(connection: Database, path: str) -> int:
+    """The version of a database of webhookd; raises DatabaseError."""
+    version = schema_version(connection)
+    tables = connection.column("SELECT name FROM sqlite_schema WHERE type = 'table'")
+    if version < 1 or not TABLES <= set(tables):
+        raise DatabaseError(f"{path} is not a database of webhookd")
+    if version > len(MIGRATIONS):
+        raise DatabaseError(
+            f"{path} has version {version}, written by a newer webhookd; this one knows"
+            f" {len(MIGRATIONS)}"
+        )
+    return version
+
+
+@contextlib.contextmanager
+def database_beside_service(path: str):
     """A connection in a transaction, beside a service; raises DatabaseError."""
-    is_new = not is_there(path)
-    if is_new and not creates:
-        raise DatabaseError(f"{path} does not exist")
+    require_database(path)
     try:
-        with contextlib.closing(open_database(path)) as connection:
-            version = schema_version(connection)
-            if version not in (0, len(MIGRATIONS)):
+        with (
+            acting_as_owner(resolved(path)) as inside,
+            contextlib.closing(open_database(inside)) as connection,
+        ):
+            version = known_version(connection, path)
+            if version < len(MIGRATIONS):
                 raise DatabaseError(
                     f"{path} has version {version}, not {len(MIGRATIONS)} as this"
                     " webhookd: let the service start with it first"
                 )
-            migrate(connection)
             with transaction(connection):
                 yield connection
-            if is_new and not os.geteuid():  # for a service that is not root
-                folder = os.stat(os.path.dirname(os.path.abspath(path)))
-                os.chown(path, folder.st_uid, folder.st_gid)
     except sqlite3.Error as error:
         raise DatabaseError(f"{path}: {error}") from error
+    except OSError as error:
+        raise DatabaseError(f"{path}: {error.strerror}") from error
 
 
 def operator() -> str:
@@ -6841,8 +6967,10 @@ def operator() -> str:
 
 def read_password() -> str:
     """A password from the terminal, or the first line of standard input."""
+    text = ""
     if sys.stdin.isatty():
-        text = getpass.getpass()
+        with contextlib.suppress(EOFError):
+            text = getpass.getpass()
     else:
         line = sys.stdin.buffer.readline().decode(errors="surrogateescape")
         text = line.rstrip("\r\n")
@@ -6854,24 +6982,37 @@ def read_password() -> str:
         raise CommandError(str(error)) from None
 
 
+def _role_for(given, users):
+    """The role that the user gets; raises CommandError."""
+    old = next((user for user in users if user.name == given.name), None)
+    if old and not given.replace:
+        raise CommandError(f"there is a user {given.name} already; --replace gives it a new one")
+    if given.replace and not old:
+        raise CommandError(f"there is no user {given.name} to replace")
+    return given.role or old.role
+
+
 def add_user(given: argparse.Namespace) -> None:
-    """Add a user with a password from the terminal or stdin, or with a new secret."""
+    """Add a user with a password from the terminal or stdin, or with a new secret; or
+    replace what an old one has."""
+    require_database(given.database)  # before it asks for a password
     secret = read_password() if given.password else secrets.token_urlsafe(32)
     record = password_record(secret) if given.password else secret_record(secret)
-    with database_beside_service(given.database, creates=True) as connection:
-        if any(user.name == given.name for user in load_users(connection)):
-            raise CommandError(f"there is a user {given.name} already")
-        save_user(connection, User(given.name, given.role, record))
-    log_fact("user added", name=given.name, role=given.role, by=operator())
-    if not given.password:
-        print(secret)
+    with database_beside_service(given.database) as connection:
+        role = _role_for(given, load_users(connection))
+        save_user(connection, User(given.name, role, record))
+        if not given.password:
+            say(secret)  # before it counts: if nobody sees it, nothing changes
+    words = "user replaced" if given.replace else "user added"
+    log_fact(words, name=given.name, role=role, by=operator())
 
 
 def list_users(given: argparse.Namespace) -> None:
     """Print names and roles."""
     with database_beside_service(given.database) as connection:
-        for user in load_users(connection):
-            print(user.name, user.role)
+        users = load_users(connection)
+    if users:
+        say("\n".join(f"{user.name} {user.role}" for user in users))
 
 
 def remove_user(given: argparse.Namespace) -> None:
@@ -6883,21 +7024,35 @@ def remove_user(given: argparse.Namespace) -> None:
     log_fact("user removed", name=given.name, by=operator())
 
 
-# ---- backup ----
+# ---- backup and restore ----
+
+BESIDE = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database
+
+
+def _check_unused(copy):
+    for beside in (f"{copy}-wal", f"{copy}-journal"):
+        if os.path.exists(beside):  # SQLite would take it for a part of the copy
+            raise CommandError(f"{beside} exists: {copy} is a database in use")
 
 
 def _check_backup(path, target):
-    if not is_there(path):
-        raise DatabaseError(f"{path} does not exist")
+    require_database(path)
     if os.path.exists(target) and not os.path.isfile(target):
         raise CommandError(f"{target} is not a file")
-    own = [os.path.realpath(path) + end for end in ("", "-wal", "-shm", "-journal")]
+    own = [os.path.realpath(path) + end for end in ("", *BESIDE)]
     is_it = os.path.exists(target) and os.path.samefile(path, target)
     if is_it or target in own:
         raise CommandError(f"{target} is the database itself")
-    for beside in (f"{target}-wal", f"{target}-journal"):
-        if os.path.exists(beside):  # SQLite would take it for a part of the copy
-            raise CommandError(f"{beside} exists: {target} is a database in use")
+    _check_unused(target)
+
+
+def sync_folder(folder: str) -> None:
+    """Have the names in a folder on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -6911,13 +7066,13 @@ def new_file(target: str):
         os.fsync(handle)
         os.replace(partial, target)
     except BaseException:
-        os.unlink(partial)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
         raise
     finally:
         os.close(handle)
-    folder_handle = os.open(folder, os.O_RDONLY)
-    os.fsync(folder_handle)  # else a power cut may undo the renaming
-    os.close(folder_handle)
+    with contextlib.suppress(OSError):  # some file systems cannot
+        sync_folder(folder)  # else a power cut may undo the renaming
 
 
 def _pace(handle):
@@ -6945,23 +7100,49 @@ def copy_database(source: sqlite3.Connection, partial: str, handle: int) -> None
     os.pwrite(handle, b"\1\1", 18)
 
 
+def check_whole(connection: Database, path: str) -> None:
+    """Raises DatabaseError if the database is damaged."""
+    found = connection.column("PRAGMA integrity_check(1)")
+    if found != ["ok"]:
+        raise DatabaseError(f"{path} is damaged: {' '.join(found[0].split())}")
+
+
 def _interrupt(number, frame):
+    stop_once()
     raise CommandError("interrupted")
+
+
+@contextlib.contextmanager
+def snapshot(path: str):
+    """A connection that sees the database of one moment, however long it is used."""
+    with acting_as_owner(path) as inside:
+        source = connect(inside)
+    try:
+        with acting_as_owner(path):  # reading opens what is beside it, closing removes it
+            source.execute("BEGIN")
+            if schema_version(source) < 1:
+                raise DatabaseError(f"{path} is not a database of webhookd")
+        yield source
+    finally:
+        with acting_as_owner(path):
+            source.close()
 
 
 def backup(given: argparse.Namespace) -> None:
     """Write a consistent copy; what had its name stays until the copy is complete."""
-    path, target = given.database, os.path.realpath(given.file)
+    path, target = given.database, resolved(given.file)
     on_stop(_interrupt)
-    signal.signal(signal.SIGHUP, _interrupt)
     os.nice(10)
     try:
         _check_backup(path, target)
-        with contextlib.closing(connect(path)) as source, new_file(target) as (handle, partial):
-            source.execute("BEGIN")  # one moment, however long the steps take
-            if not schema_version(source):
-                raise DatabaseError(f"{path} is not a database of webhookd")
+        with (
+            snapshot(resolved(path)) as source,
+            acting_as_owner(target) as inside,
+            new_file(inside) as (handle, partial),
+        ):
             copy_database(source, partial, handle)
+            with contextlib.closing(connect(partial)) as copy:
+                check_whole(copy, path)
     except sqlite3.Error as error:
         raise CommandError(f"{path} to {target}: {error}") from error
     except OSError as error:
@@ -6969,15 +7150,81 @@ def backup(given: argparse.Namespace) -> None:
     log_fact("backup written", file=target, bytes=os.path.getsize(target), by=operator())
 
 
+@contextlib.contextmanager
+def without_service(inside: str, path: str):
+    """While this lasts no service can use the database; yields its status."""
+    with contextlib.ExitStack() as undo:
+        handle = os.open(inside, os.O_RDONLY)
+        undo.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CommandError(f"{path} is in use: stop the service first") from None
+        yield os.fstat(handle)
+
+
+def _remove_log(path):
+    """Remove what is beside a database, whose new content it would spoil; before that
+    have it taken in, so that a crash leaves the old database or the new one, whole."""
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(connect(path)) as old:
+        old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    for end in BESIDE:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + end)
+
+
+def _check_copy(partial, handle, file):
+    os.pwrite(handle, b"\1\1", 18)  # a database without a log beside it, as in a backup
+    with contextlib.closing(connect(partial)) as copy:
+        known_version(copy, file)
+        check_whole(copy, file)
+
+
+def _put_back(source, path, file):
+    with (
+        acting_as_owner(resolved(path)) as inside,
+        without_service(inside, path) as old,
+        new_file(inside) as (handle, partial),
+    ):
+        with open(handle, "wb", closefd=False) as copy:
+            shutil.copyfileobj(source, copy)
+        _check_copy(partial, handle, file)
+        os.fchmod(handle, stat.S_IMODE(old.st_mode))
+        with contextlib.suppress(PermissionError):  # else it is the folder's owner's
+            os.fchown(handle, old.st_uid, old.st_gid)
+        _remove_log(inside)
+
+
+def restore(given: argparse.Namespace) -> None:
+    """Put a backup in the place of the database of a stopped service, or change nothing."""
+    path, file = given.database, given.file
+    require_database(path)
+    on_stop(_interrupt)
+    try:
+        if not os.path.isfile(file):
+            raise CommandError(f"{file} is not a file")
+        if os.path.samefile(file, path):
+            raise CommandError(f"{file} is the database itself")
+        _check_unused(file)
+        with open(file, "rb") as source:  # before root's rights are gone
+            _put_back(source, path, file)
+    except sqlite3.Error as error:
+        raise CommandError(f"{file} to {path}: {error}") from error
+    except OSError as error:
+        raise CommandError(f"{file} to {path}: {error.strerror}") from error
+    log_fact("database restored", file=file, database=path, by=operator())
+
+
 # ---- sink ----
 
 
 def _exit(number, frame):
+    stop_once()
     raise SystemExit(0)
 
 
 def run_sink(given: argparse.Namespace) -> None:
-    """Receive deliveries until SIGTERM or SIGINT."""
+    """Receive deliveries until a signal to stop."""
     on_stop(_exit)
     sys.stdout.reconfigure(errors="backslashreplace")
     where = given.listen or SINK_LISTEN
@@ -7027,15 +7274,20 @@ def _add_database_commands(commands):
     help = "add a user, and print the secret made for it"
     add = users.add_parser("add", help=help)
     add.add_argument("name", type=_argument(user_name))
-    add.add_argument("--role", choices=ROLES, required=True)
+    add.add_argument("--role", choices=ROLES)
     add.add_argument("--password", action="store_true", help="read a password instead")
+    help = "give a user that exists a new secret or password"
+    add.add_argument("--replace", action="store_true", help=help)
     show = users.add_parser("list", help="print names and roles")
     remove = users.add_parser("remove", help="remove a user")
     remove.add_argument("name")
     help = "write a consistent copy, also while the service runs"
     copy = commands.add_parser("backup", help=help)
     copy.add_argument("file", metavar="FILE", help="replaced once the copy is complete")
-    runs = {add: add_user, show: list_users, remove: remove_user, copy: backup}
+    help = "put a backup in the place of the database of a stopped service"
+    back = commands.add_parser("restore", help=help)
+    back.add_argument("file", metavar="FILE", help="a backup, which stays as it is")
+    runs = {add: add_user, show: list_users, remove: remove_user, copy: backup, back: restore}
     for command, run in runs.items():
         command.set_defaults(run=run)
         command.add_argument("--database", default=argparse.SUPPRESS, metavar="FILE")
@@ -7069,16 +7321,33 @@ def argument_parser() -> argparse.ArgumentParser:
         default = field.metadata["default"] or "none"
         help = f"{field.metadata['text']} [{variable(field)}, default {default}]"
         settings.add_argument(flag(field), metavar=field.metadata["metavar"], help=help)
-    commands = parser.add_subparsers(title="subcommands", metavar="")
+    commands = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND")
     _add_database_commands(commands)
     _add_sink_command(commands)
     return parser
 
 
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """What the command line says; ends the process if it makes no sense."""
+    parser = argument_parser()
+    given = parser.parse_args(arguments)
+    if getattr(given, "run", None) is add_user and not (given.role or given.replace):
+        parser.error("a new user needs a --role")
+    return given
+
+
+def start(given: argparse.Namespace) -> None:
+    """Serve, and say which variables do not count."""
+    settings = read_settings(vars(given), os.environ)
+    for name in unknown_variables(os.environ):
+        log_fact("no setting has this name", level=logging.WARNING, variable=name)
+    serve(settings)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     os.umask(0o077)  # the database holds secrets
-    given = argument_parser().parse_args(arguments)
+    given = parse(arguments)
     start_logging()
     try:
         if hasattr(given, "run"):
@@ -7087,8 +7356,10 @@ def main(arguments: list[str] | None = None) -> int:
             given.database = given.database or from_environ or Settings.database
             given.run(given)
         else:
-            serve(read_settings(vars(given), os.environ))
-    except (SettingError, DatabaseError, CommandError) as error:
+            start(given)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (SettingError, DatabaseError, CommandError, WebhookdError) as error:
         priority = "<3>" if writes_to_journal(os.environ) else ""
         print(f"{priority}webhookd: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingError) else 1
