@@ -31,6 +31,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import statistics
 import struct
 import subprocess
@@ -7691,6 +7692,14 @@ def test_a_bad_setting_stops_the_start_with_one_line_and_status_2():
     assert "--retry-schedule" in line and "WEBHOOKD_RETRY_SCHEDULE" in line
 
 
+def test_a_variable_that_is_no_setting_is_a_warning_without_its_value(daemon):
+    daemon.start(WEBHOOKD_ADMIN_PASWORD="geheim")
+
+    [line] = [line for line in daemon.log if "no setting" in line]
+    assert line.endswith("no setting has this name variable=WEBHOOKD_ADMIN_PASWORD\n")
+    assert "geheim" not in "".join(daemon.log)
+
+
 def test_half_a_flag_is_none():
     result = run("--retry", "5s", "user", "list")
 
@@ -7830,6 +7839,18 @@ def test_root_backs_up_into_the_services_folder_as_its_owner(owned):
     assert owners(owned.parent) == {OWNER}
 
 
+def test_an_error_does_not_quote_the_row_that_it_is_about(on_it):
+    run("user", "add", "a", "--role", "viewer", *on_it)
+    with contextlib.closing(webhookd.connect(on_it[1])) as connection:
+        connection.execute("UPDATE users SET password = CAST(x'53454352455480' AS TEXT)")
+
+    result = run("user", "list", *on_it)
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert "a text in it is not UTF-8" in result.stderr
+    assert "SECRET" not in result.stderr
+
+
 def test_a_subcommand_leaves_a_database_of_a_newer_version_alone(tmp_path):
     version, path = len(webhookd.MIGRATIONS) + 1, make_database(tmp_path / "test.db")
     with contextlib.closing(webhookd.connect(path)) as connection:
@@ -7920,6 +7941,118 @@ def test_a_second_signal_does_not_hurry_a_stop(daemon, receiver):
     with open_store(daemon.database) as store:
         [delivery] = store.deliveries(1, webhookd.Filter(), webhookd.Page())[0]
     assert delivery.state == "succeeded"
+
+
+def signal_at_once(process):
+    """Several signals that are there at one moment, which no handler comes between."""
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCONT):
+        process.send_signal(number)
+
+
+def test_signals_at_one_moment_are_one(daemon):
+    daemon.start()
+
+    signal_at_once(daemon.process)
+    _, rest = daemon.process.communicate(timeout=30)
+
+    assert daemon.process.returncode == 0
+    assert [line.split(" ", 2)[2] for line in rest.splitlines()] == ["stopping"]
+
+
+def test_signals_at_one_moment_end_a_sink_without_a_word():
+    command = [sys.executable, str(HERE / "webhookd.py"), "sink", "--listen", "127.0.0.1:0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True)
+    process.stdout.readline()
+
+    signal_at_once(process)
+    _, error = process.communicate(timeout=30)
+
+    assert (process.returncode, error) == (0, "")
+
+
+@pytest.mark.parametrize("name, status", [("writer", 1), ("delivery loop", 1), ("other", 0)])
+def test_a_process_whose_writer_or_loop_has_died_ends(name, status):
+    program = (
+        "import threading, webhookd\n"
+        "threading.excepthook = webhookd.end_without\n"
+        f"thread = threading.Thread(target=lambda: {{}}[0], name={name!r})\n"
+        "thread.start()\n"
+        "thread.join()\n"
+    )
+    command = [sys.executable, "-c", program]
+
+    result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60)
+
+    assert result.returncode == status
+    assert f"the thread {name} died" in result.stderr
+
+
+def test_with_too_few_file_descriptors_a_start_ends_or_is_ready(tmp_path):
+    make_database(tmp_path / "test.db")
+    command = [sys.executable, str(HERE / "webhookd.py"), "--listen", "127.0.0.1:0"]
+    command += ["--database", str(tmp_path / "test.db")]
+    ended = 0
+    for most in range(8, 40):
+        process = subprocess.Popen(
+            ["prlimit", f"--nofile={most}", *command], stderr=subprocess.PIPE, text=True
+        )
+        guard = threading.Timer(20, process.kill)
+        guard.start()
+        is_ready = any(" ready " in line for line in process.stderr)
+        if is_ready:
+            process.terminate()
+        process.communicate()
+        guard.cancel()
+
+        assert process.returncode != -signal.SIGKILL, f"{most}: it hung"
+        if is_ready:
+            break
+        ended += 1
+
+    assert is_ready and ended
+
+
+@as_root
+def test_a_log_that_the_service_may_not_write_ends_its_start(tmp_path):
+    """As it is after root has worked on the database by other means."""
+    program = (  # the interpreter may lie where the user cannot start it
+        "import os, sys, encodings.idna, webhookd\n"
+        f"os.setgroups([]); os.setresgid(*[{OWNER[1]}] * 3); os.setresuid(*[{OWNER[0]}] * 3)\n"
+        "sys.exit(webhookd.main(['--listen', '127.0.0.1:0', '--database', sys.argv[1]]))\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is in one for root only
+        path = make_database(pathlib.Path(folder, "test.db"))
+        for name in (folder, path):
+            os.chown(name, *OWNER)
+        pathlib.Path(f"{path}-wal").touch(0o644)
+        command = [sys.executable, "-c", program, path]
+
+        result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60)
+
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("webhookd: the database cannot be written: attempt to write a readonly")
+
+
+def test_a_password_that_cannot_be_stored_ends_the_start_with_a_line(tmp_path):
+    path = make_database(tmp_path / "test.db")
+    room = 32 << 10  # SQLite's index of the log has it, and the log fills it
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    with contextlib.closing(webhookd.open_database(path)) as other:
+        other.execute("CREATE TABLE fill (x)")
+        other.execute("INSERT INTO fill VALUES (zeroblob(20000))")
+        assert os.stat(f"{path}-wal").st_size > room - 8192
+        environ = os.environ | {"WEBHOOKD_ADMIN_PASSWORD": "new"}
+        flags = ["--listen", "127.0.0.1:0", "--database", path]
+        result = run(*flags, env=environ, preexec_fn=limit)
+
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("webhookd: the database cannot be written")
 
 
 def test_requests_in_hand_are_answered_before_it_stops(daemon, receiver):
@@ -8284,6 +8417,44 @@ def test_a_backup_can_be_read_where_nothing_can_be_written(daemon, back_up):
     assert back_up.file.read_bytes()[18:20] == b"\1\1"
 
 
+def test_a_folder_that_cannot_be_synced_is_no_fault(tmp_path, monkeypatch):
+    def fsync(handle, original=os.fsync):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")  # as SMB has it
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+    with webhookd.new_file(str(tmp_path / "copy.db")) as (handle, _):
+        os.write(handle, b"whole")
+
+    assert (tmp_path / "copy.db").read_bytes() == b"whole"
+
+
+def spoil(path):
+    """Damage a page of each table and index of a database."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        [(size,)] = connection.execute("PRAGMA page_size").fetchall()
+        pages = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events'")
+        [(page,)] = pages.fetchall()
+    with open(path, "r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\x55" * size)
+
+
+def test_a_damaged_database_leaves_the_backup_before(daemon, back_up):
+    fill(daemon.database, 1)
+    back_up.file.write_text("the one before")
+    spoil(daemon.database)
+
+    result = back_up()
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert re.search("is damaged|malformed", result.stderr)
+    assert back_up.file.read_text() == "the one before"
+    assert list(back_up.folder.iterdir()) == [back_up.file]
+
+
 def test_a_backup_replaces_the_one_before(daemon, back_up):
     fill(daemon.database, 1)
     back_up.file.write_text("the one before")
@@ -8349,6 +8520,128 @@ def test_a_backup_that_cannot_be_says_why_in_one_line(daemon, back_up, options, 
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
     assert words in result.stderr
     assert {file.name for file in back_up.folder.iterdir()} == beside
+
+
+# ---- restore ----
+
+
+def restored(database, file):
+    return run("restore", str(file), "--database", str(database))
+
+
+def names(database):
+    """The names of the users in a database."""
+    with contextlib.closing(webhookd.connect(str(database))) as connection:
+        return [user.name for user in webhookd.load_users(connection)]
+
+
+def with_user(path, name):
+    """A database of a stopped service that has one user."""
+    on_it = ["--database", make_database(path)]
+    run("user", "add", name, "--role", "viewer", *on_it)
+    return path
+
+
+def test_what_was_backed_up_is_there_again_after_a_restore(daemon, back_up):
+    daemon.start()
+    daemon.call("POST", EVENTS, {"event": "before"})
+    back_up()
+    daemon.call("POST", EVENTS, {"event": "after"})
+    daemon.end(signal.SIGKILL)
+    assert os.path.getsize(f"{daemon.database}-wal")
+
+    result = restored(daemon.database, back_up.file)
+
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    assert re.search(r" database restored file=\S+ database=\S+ by=\w+\n", result.stderr)
+    daemon.start()
+    [event] = daemon.call("GET", EVENTS)[1]["results"]
+    assert event["event"] == "before"
+
+
+def test_a_database_in_use_is_not_replaced(daemon, back_up):
+    daemon.start()
+    back_up()
+
+    result = restored(daemon.database, back_up.file)
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert f"{daemon.database} is in use: stop the service first" in result.stderr
+
+
+def test_a_restored_database_keeps_its_mode_and_the_backup_stays(tmp_path):
+    database, backup = with_user(tmp_path / "a.db", "old"), with_user(tmp_path / "b.db", "new")
+    database.chmod(0o640)
+    before = backup.read_bytes()
+
+    assert restored(database, backup).returncode == 0
+
+    assert database.stat().st_mode & 0o777 == 0o640
+    assert names(database) == ["new"]
+    assert backup.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.db", "b.db"]
+
+
+@as_root
+def test_root_restores_from_where_only_root_may_read_as_the_owner(owned, tmp_path):
+    backup = with_user(tmp_path / "private" / "backup.db", "new")
+
+    result = restored(owned, backup)
+
+    assert result.returncode == 0, result.stderr
+    assert names(owned) == ["new"]
+    assert owners(owned.parent) == {OWNER}
+
+
+def test_a_database_that_is_damaged_can_be_replaced(tmp_path):
+    database, backup = with_user(tmp_path / "a.db", "old"), with_user(tmp_path / "b.db", "new")
+    database.write_bytes(b"\x55" * 8192)
+
+    assert restored(database, backup).returncode == 0
+
+    assert names(database) == ["new"]
+
+
+def another_programs(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript("CREATE TABLE users (name); PRAGMA user_version = 1")
+
+
+def newer(path):
+    with contextlib.closing(webhookd.connect(make_database(path))) as connection:
+        connection.execute(f"PRAGMA user_version = {len(webhookd.MIGRATIONS) + 1}")
+
+
+def with_log(path):
+    make_database(path)
+    pathlib.Path(f"{path}-wal").touch()
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda path: None, "is not a file"),
+        (lambda path: path.mkdir(), "is not a file"),
+        (lambda path: path.touch(), "file is not a database"),
+        (lambda path: path.write_text("text" * 9999), "file is not a database"),
+        (lambda path: path.symlink_to(path.with_name("a.db")), "is the database itself"),
+        (lambda path: spoil(make_database(path)), "is damaged|malformed"),
+        (another_programs, "is not a database of webhookd"),
+        (newer, "written by a newer webhookd"),
+        (with_log, "b.db-wal exists"),
+    ],
+)
+def test_a_file_that_is_no_backup_changes_nothing(tmp_path, make, words):
+    database = with_user(tmp_path / "a.db", "old")
+    make(tmp_path / "b.db")
+    before = {path.name for path in tmp_path.iterdir()}
+
+    result = restored(database, tmp_path / "b.db")
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert re.search(words, result.stderr)
+    assert names(database) == ["old"]
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def raw_request(port, request):

@@ -2885,7 +2885,13 @@ class Database(sqlite3.Connection):
 
     def rows(self, sql: str, *values: object) -> list[tuple]:
         """All rows that it finds."""
-        return self.execute(sql, values).fetchall()
+        try:
+            return self.execute(sql, values).fetchall()
+        except sqlite3.OperationalError as error:
+            if not str(error).startswith("Could not decode"):
+                raise
+        # sqlite3's own words quote the text, and it may be a secret
+        raise sqlite3.DatabaseError("a text in it is not UTF-8")
 
     def row(self, sql: str, *values: object) -> tuple | None:
         """The first row, or None."""
@@ -5055,10 +5061,10 @@ def user_name(text: str) -> str:
     return text
 
 
-def load_users(connection: sqlite3.Connection) -> list[User]:
+def load_users(connection: Database) -> list[User]:
     """All users, by name."""
-    rows = connection.execute("SELECT name, role, password FROM users ORDER BY name")
-    return [User(*row) for row in rows.fetchall()]
+    rows = connection.rows("SELECT name, role, password FROM users ORDER BY name")
+    return [User(*row) for row in rows]
 
 
 def save_user(connection: sqlite3.Connection, user: User) -> None:
@@ -7344,6 +7350,10 @@ def start(given: argparse.Namespace) -> None:
     serve(settings)
 
 
+# what ends it with a line; the last two when the machine has too little of something
+FAILURES = SettingError, DatabaseError, CommandError, WebhookdError, sqlite3.Error, OSError
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     os.umask(0o077)  # the database holds secrets
@@ -7359,7 +7369,7 @@ def main(arguments: list[str] | None = None) -> int:
             start(given)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (SettingError, DatabaseError, CommandError, WebhookdError) as error:
+    except FAILURES as error:
         priority = "<3>" if writes_to_journal(os.environ) else ""
         print(f"{priority}webhookd: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingError) else 1
