@@ -7809,15 +7809,17 @@ def test_root_follows_no_link_that_the_service_may_have_set(owned, tmp_path, com
 
 
 @as_root
-def test_root_opens_no_log_that_is_a_link_out_of_the_folder(owned, tmp_path):
-    (tmp_path / "precious").write_text("as it was")
-    link = pathlib.Path(f"{owned}-wal")
-    link.symlink_to(tmp_path / "precious")
+@pytest.mark.parametrize(
+    "command", [["user", "list"], ["user", "remove", "a"], ["backup", "copy.db"]]
+)
+def test_root_does_not_read_what_the_owner_may_not(owned, tmp_path, command):
+    os.chown(owned, 0, 0)
 
-    run("user", "add", "a", "--role", "viewer", "--database", str(owned))
+    result = run(*command, "--database", str(owned), cwd=tmp_path)
 
-    assert (tmp_path / "precious").read_text() == "as it was"
-    assert (tmp_path / "precious").stat().st_uid == 0
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert "unable to open database file" in result.stderr
+    assert not (tmp_path / "copy.db").exists()
 
 
 @as_root
@@ -8022,7 +8024,7 @@ def test_a_log_that_the_service_may_not_write_ends_its_start(tmp_path):
         "sys.exit(webhookd.main(['--listen', '127.0.0.1:0', '--database', sys.argv[1]]))\n"
     )
     with tempfile.TemporaryDirectory() as folder:  # tmp_path is in one for root only
-        path = make_database(pathlib.Path(folder, "test.db"))
+        path = with_user(pathlib.Path(folder, "test.db"), "admin")
         for name in (folder, path):
             os.chown(name, *OWNER)
         pathlib.Path(f"{path}-wal").touch(0o644)
