@@ -7809,6 +7809,19 @@ def test_root_follows_no_link_that_the_service_may_have_set(owned, tmp_path, com
 
 
 @as_root
+def test_users_come_beside_a_service_that_is_root_in_a_folder_of_somebody(daemon, tmp_path):
+    os.chown(tmp_path, *OWNER)
+    daemon.start()
+
+    added = run("user", "add", "a", "--role", "viewer", "--database", daemon.database)
+    backed_up = run("backup", str(tmp_path / "copy.db"), "--database", daemon.database)
+
+    assert (added.returncode, backed_up.returncode) == (0, 0), added.stderr + backed_up.stderr
+    assert owners(tmp_path) == {OWNER}
+    assert daemon.call("POST", EVENTS, {"event": "e"})[0] == 202
+
+
+@as_root
 @pytest.mark.parametrize(
     "command", [["user", "list"], ["user", "remove", "a"], ["backup", "copy.db"]]
 )

@@ -2970,11 +2970,23 @@ def migrate(connection: Database) -> None:
         log_fact("database migrated", old=version, new=len(MIGRATIONS))
 
 
+def _open_or_make(path):
+    """A handle of the file; what root makes is its folder's owner's, as subcommands act."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    if not os.geteuid():
+        folder = os.stat(os.path.dirname(os.path.abspath(path)))
+        os.fchown(handle, folder.st_uid, folder.st_gid)
+    return handle
+
+
 @contextlib.contextmanager
 def process_lock(path: str):
     """Hold the database for this process; raises DatabaseError if another one does."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        handle = _open_or_make(path)
     except OSError as error:
         raise SettingError(f"--database (WEBHOOKD_DATABASE): {path}: {error.strerror}")
     # flock() does not meet SQLite's own locks, which are fcntl()'s; the file is closed
