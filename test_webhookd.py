@@ -7794,7 +7794,7 @@ def test_root_adds_users_as_the_owner_of_the_databases_folder(owned):
 
 
 @as_root
-@pytest.mark.parametrize("command", [["user", "list"], ["backup", "/dev/null/x"], ["restore", "f"]])
+@pytest.mark.parametrize("command", [["user", "list"], ["backup", "copy.db"], ["restore", "f"]])
 def test_root_follows_no_link_that_the_service_may_have_set(owned, tmp_path, command):
     elsewhere = make_database(tmp_path / "elsewhere.db")
     owned.unlink()
@@ -8606,6 +8606,19 @@ def test_root_restores_from_where_only_root_may_read_as_the_owner(owned, tmp_pat
     assert result.returncode == 0, result.stderr
     assert names(owned) == ["new"]
     assert owners(owned.parent) == {OWNER}
+
+
+@as_root
+def test_root_restores_nothing_by_a_link_that_the_service_may_have_set(owned, tmp_path):
+    backup = owned.parent / "backup.db"
+    backup.symlink_to(with_user(tmp_path / "private" / "backup.db", "new"))
+    os.lchown(backup, *OWNER)
+
+    result = restored(owned, backup)
+
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert "a link that is not root's" in result.stderr
+    assert names(owned) == []
 
 
 def test_a_database_that_is_damaged_can_be_replaced(tmp_path):

@@ -6945,7 +6945,7 @@ def known_version(connection: Database, path: str) -> int:
     """The version of a database of webhookd; raises DatabaseError."""
     version = schema_version(connection)
     tables = connection.column("SELECT name FROM sqlite_schema WHERE type = 'table'")
-    if version < 1 or not TABLES <= set(tables):
+    if version < 1 or TABLES - set(tables):
         raise DatabaseError(f"{path} is not a database of webhookd")
     if version > len(MIGRATIONS):
         raise DatabaseError(
@@ -7198,6 +7198,10 @@ def _check_copy(partial, handle, file):
         check_whole(copy, file)
 
 
+def _open_no_link(path, flags):
+    return os.open(path, flags | os.O_NOFOLLOW)
+
+
 def _put_back(source, path, file):
     with (
         acting_as_owner(resolved(path)) as inside,
@@ -7215,7 +7219,7 @@ def _put_back(source, path, file):
 
 def restore(given: argparse.Namespace) -> None:
     """Put a backup in the place of the database of a stopped service, or change nothing."""
-    path, file = given.database, given.file
+    path, file = given.database, resolved(given.file)
     require_database(path)
     on_stop(_interrupt)
     try:
@@ -7224,7 +7228,7 @@ def restore(given: argparse.Namespace) -> None:
         if os.path.samefile(file, path):
             raise CommandError(f"{file} is the database itself")
         _check_unused(file)
-        with open(file, "rb") as source:  # before root's rights are gone
+        with open(file, "rb", opener=_open_no_link) as source:  # with root's rights yet
             _put_back(source, path, file)
     except sqlite3.Error as error:
         raise CommandError(f"{file} to {path}: {error}") from error
