@@ -7752,7 +7752,7 @@ def test_in_the_wrong_folder_a_subcommand_says_so_and_makes_nothing(tmp_path, co
 
 
 def make_database(path):
-    with webhookd.Store(str(path)):
+    with webhookd.Store(str(path), webhookd.Settings()):
         return str(path)
 
 
