@@ -110,6 +110,8 @@ MAX_FAULTS = 100  # that one error lists
 MAX_TEMPLATE_BYTES = 16 << 10
 MAX_RESPONSE_BYTES = 64 << 10  # read from a receiver, headers and body together
 MAX_KEPT_BODY_BYTES = 16 << 10  # of a response, kept with the attempt
+MAX_SHARED_BYTES = 4 << 10  # of a response that is remembered, see whole_response
+MAX_KNOWN_ANSWERS = 8  # of a webhook's receiver
 MAX_KEPT_HEADER_BYTES = 8 << 10  # of a response, whole lines
 MAX_PAGE = 1000
 DEFAULT_PAGE = 250
@@ -565,6 +567,11 @@ class Webhook:
         # shorter ones are no secrets, and masking them would spoil the answer
         spelled = {s for text in texts if len(text) >= 4 for s in spellings(text)}
         return sorted(spelled, key=len, reverse=True)
+
+    @functools.cached_property
+    def known_answers(self) -> dict:
+        """What attempts have kept of responses that come again and again, by Response."""
+        return {}
 
     def without_secrets(self, text: str) -> str:
         """The text with every secret of the webhook masked."""
@@ -2144,6 +2151,12 @@ class Response:
         self._received = 0
         self._wanted = 0  # bytes of the body or of the chunk
         self._read_next = self._read_head
+        self.is_shared = False  # by all attempts that get these very bytes: see whole_response
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether something of it came."""
+        return self._received > 0
 
     @property
     def is_unclear(self) -> bool:
@@ -2279,6 +2292,18 @@ class Response:
         line = self._read_line()
         self.complete = line == b""
         return line is not None
+
+
+@functools.lru_cache(256)  # a receiver's answers are alike, but for the second in Date
+def whole_response(answer: bytes) -> Response | None:
+    """The response that these bytes are, if they are one and nothing is wrong; read only."""
+    response = Response()
+    try:
+        response.feed(answer)
+    except ProtocolError:
+        return None
+    response.is_shared = response.complete and response.reusable
+    return response if response.is_shared else None
 
 
 LATIN_CHARSET = re.compile(r"(?i)charset=\"?(iso-8859-1|us-ascii|windows-1252)\b")
@@ -2498,7 +2523,9 @@ class Exchange:
     def received(self, data: bytes) -> None:
         """The connection has brought something."""
         try:
-            is_complete = self._response.feed(data)
+            if not self._response.has_begun and len(data) <= MAX_SHARED_BYTES:
+                self._response = whole_response(data) or self._response
+            is_complete = self._response.is_shared or self._response.feed(data)
         except ProtocolError as error:
             self._end_without_answer(error)
         else:
@@ -2721,6 +2748,18 @@ def _answered(response, webhook):
     return *judged, kept_headers(masked(head.lines)), body, None, head.header("retry-after")
 
 
+def _judged(response, webhook):
+    """What an Attempt holds of a response; of a shared one it is worked out once."""
+    if not response.is_shared:
+        return _answered(response, webhook)
+    known = webhook.known_answers
+    if response not in known:
+        if len(known) >= MAX_KNOWN_ANSWERS:
+            known.clear()
+        known[response] = _answered(response, webhook)
+    return known[response]
+
+
 def described(error: Exception) -> str:
     """Why there was no answer, in words."""
     if not isinstance(error, (Invalid, ProtocolError, OSError)):
@@ -2756,7 +2795,7 @@ def start_attempt(
 
     def finish(answer):
         if isinstance(answer, Response):
-            outcome = _answered(answer, webhook)
+            outcome = _judged(answer, webhook)
         else:
             outcome = ERROR, described(answer)
         duration = round((time.monotonic() - begun) * 1000)
