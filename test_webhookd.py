@@ -39,6 +39,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.request
 
 import bottle
@@ -224,13 +225,21 @@ class App(webtest.TestApp):
         return answer.json["results"]
 
 
+Parts = collections.namedtuple("Parts", "store dispatcher policy settings clock steady_clock")
+
+
 @pytest.fixture
-def wsgi(store, dispatcher, address_policy, settings, clock):
+def parts(store, dispatcher, address_policy, settings, clock):
+    """What the API is made of, and a user of each role."""
     for role in webhookd.ROLES:
         user = webhookd.User(role, role, webhookd.secret_record(SECRETS[role]))
         store.write(lambda batch, user=user: webhookd.save_user(batch.connection, user))
-    app = webhookd.Pages(store, dispatcher, address_policy, settings, clock).app
-    return app
+    return Parts(store, dispatcher, address_policy, settings, clock, clock)
+
+
+@pytest.fixture
+def wsgi(parts):
+    return webhookd.Pages(*parts).app
 
 
 @pytest.fixture
@@ -366,7 +375,8 @@ def test_the_docstring_lists_the_sections_in_their_order():
     listed = webhookd.__doc__.partition("finds them):")[2]
 
     assert re.split(r"\s{2,}", listed.strip()) == [
-        name if name in ("REST API",) else name[0].lower() + name[1:] for name in banners
+        name if name in ("REST API", "HTTP server") else name[0].lower() + name[1:]
+        for name in banners
     ]
 
 
@@ -2721,6 +2731,22 @@ def test_no_finite_field_diffie_hellman_is_offered(verify):
 # ======================================================================================
 
 
+def test_readers_are_opened_before_the_files_run_out(store):
+    store.open_readers(2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()  # its thread is there
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+            found = pool.submit(lambda: store.reader().row("SELECT count(*) FROM events"))
+            assert found.result() == (0,)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def new_event(name="e", body=b'{"timestamp":1,"event":"e"}'):
     return webhookd.NewEvent(name, 1, body)
 
@@ -4950,6 +4976,167 @@ def test_the_admin_is_an_admin_whatever_it_was_before(store):
     assert [user.role for user in webhookd.load_users(store.reader())] == ["admin"]
 
 
+@pytest.fixture
+def logins(store, clock):
+    """Of jörg, whose password is pässword, and of others that have their names as theirs."""
+    passwords = {"jörg": "pässword", "ann": "ann", "bob": "bob"}
+    for name, password in passwords.items():
+        user = webhookd.User(name, "viewer", webhookd.password_record(password))
+        store.write(lambda batch, user=user: webhookd.save_user(batch.connection, user))
+    user = webhookd.User("app", "publisher", webhookd.secret_record("secret"))
+    store.write(lambda batch: webhookd.save_user(batch.connection, user))
+    return webhookd.Logins(store, clock)
+
+
+def log_in(logins, name, password, address="192.0.2.1", charset="utf-8"):
+    """The name of the user, or the status of the answer."""
+    basic = base64.b64encode(f"{name}:{password}".encode(charset)).decode()
+    claimed = webhookd.read_logins(f"Basic {basic}")
+    try:
+        return (logins.known(claimed, address) or logins.verify(claimed, address)).name
+    except webhookd.WebhookdError as error:
+        return error.status
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "latin-1"])
+def test_names_and_passwords_come_in_utf_8_and_in_latin_1(logins, charset):
+    assert log_in(logins, "jörg", "pässword", charset=charset) == "jörg"
+    assert log_in(logins, "jörg", "passwörd", charset=charset) == 401
+
+
+def test_ten_wrong_passwords_stop_that_user_from_that_address_and_nobody_else(logins):
+    assert log_in(logins, "ann", "ann") == "ann"
+
+    wrong = [log_in(logins, "ann", f"wrong{n}") for n in range(11)]
+
+    assert wrong == [401] * 10 + [429]
+    assert log_in(logins, "ann", "ann") == 429  # else a right guess could be told
+    assert log_in(logins, "bob", "bob") == "bob"
+    assert log_in(logins, "nobody", "x") == 401
+    assert log_in(logins, "ann", "ann", "192.0.2.2") == "ann"
+
+
+def test_a_throttle_ends_with_its_minute(logins, clock):
+    for n in range(10):
+        log_in(logins, "ann", f"wrong{n}")
+    clock.advance(59)
+    assert log_in(logins, "ann", "ann") == 429
+
+    clock.advance(1)
+
+    assert log_in(logins, "ann", "ann") == "ann"
+
+
+def test_a_right_secret_passes_whatever_else_came(logins):
+    for n in range(11):
+        log_in(logins, "app", f"wrong{n}")
+
+    assert log_in(logins, "app", "wrong") == 429
+    assert log_in(logins, "app", "secret") == "app"
+
+
+def test_all_names_that_are_no_users_count_as_one(logins):
+    statuses = [log_in(logins, f"nobody{n}", "x") for n in range(11)]
+
+    assert statuses == [401] * 10 + [429]
+    assert log_in(logins, "ann", "ann") == "ann"
+
+
+def test_that_a_user_is_throttled_is_one_warning(logins, caplog):
+    for n in range(13):
+        log_in(logins, "ann", f"wrong{n}")
+
+    warnings = [line for line in caplog.messages if "too many wrong passwords" in line]
+    assert len(warnings) == 1
+    assert warnings[0].endswith("address=192.0.2.1 user=ann")
+
+
+@pytest.mark.parametrize(
+    "one, other, are_one",
+    [
+        ("127.0.0.1", "127.8.9.10", True),
+        ("127.0.0.1", "::1", True),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("192.0.2.1", "::ffff:192.0.2.1", True),
+        ("127.0.0.1", "::ffff:127.0.0.1", True),
+        ("2001:db8::1", "2001:db8::ffff:1", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+        ("no address", "no address", True),
+    ],
+)
+def test_what_counts_as_one_client(one, other, are_one):
+    assert (webhookd.client_of(one) == webhookd.client_of(other)) == are_one
+
+
+def test_the_oldest_login_is_forgotten_first(logins, monkeypatch):
+    monkeypatch.setattr(webhookd, "MAX_VERIFIED", 2)
+    for name in ("ann", "bob"):
+        log_in(logins, name, name)
+
+    log_in(logins, "jörg", "pässword")
+
+    known = [logins.known([webhookd.Login(name, name)], "") for name in ("ann", "bob")]
+    assert [user and user.name for user in known] == [None, "bob"]
+
+
+@pytest.fixture
+def held_hashes(monkeypatch):
+    """scrypt waits for `release`, and tells how many are `inside`."""
+    held = types.SimpleNamespace(release=threading.Event(), inside=0, most=0, count=0)
+    scrypt, lock = hashlib.scrypt, threading.Lock()
+
+    def hold(*arguments, **options):
+        with lock:
+            held.inside += 1
+            held.count += 1
+            held.most = max(held.most, held.inside)
+        held.release.wait(20)
+        try:
+            return scrypt(*arguments, **options)
+        finally:
+            with lock:
+                held.inside -= 1
+
+    monkeypatch.setattr(hashlib, "scrypt", hold)
+    yield held
+    held.release.set()
+
+
+def test_a_remembered_login_does_not_wait_for_those_that_are_verified(logins, held_hashes):
+    held_hashes.release.set()
+    log_in(logins, "ann", "ann")
+    held_hashes.release.clear()
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        attempts = [pool.submit(log_in, logins, "bob", f"wrong{n}") for n in range(6)]
+        wait_until(lambda: held_hashes.inside == 2)
+
+        known = log_in(logins, "ann", "ann")
+
+        held_hashes.release.set()
+    assert known == "ann"
+    assert [attempt.result() for attempt in attempts] == [401] * 6
+    assert held_hashes.most == 2
+
+
+def test_a_login_that_comes_many_times_at_once_is_hashed_by_few(logins, held_hashes):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        attempts = [pool.submit(log_in, logins, "ann", "ann") for _ in range(8)]
+        wait_until(lambda: held_hashes.inside == 2)
+        held_hashes.release.set()
+
+    assert [attempt.result() for attempt in attempts] == ["ann"] * 8
+    assert held_hashes.count == 2
+
+
+def test_no_wrong_password_goes_uncounted(logins):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        passwords = [f"wrong{n}" for n in range(14)]
+        statuses = list(pool.map(functools.partial(log_in, logins, "ann"), passwords))
+
+    assert (statuses.count(401), statuses.count(429)) == (10, 4)
+
+
 @pytest.mark.parametrize("name", ["", " ", "a:b", "a\nb", "n" * 101])
 def test_names_that_cannot_log_in_are_refused(name):
     with pytest.raises(ValueError):
@@ -5250,20 +5437,28 @@ def test_every_route_asks_for_a_login_but_health(wsgi):
     assert len(wsgi.routes) == len(listed) + len(pages) + 2
 
 
-def test_ten_wrong_passwords_shut_an_address_out_for_the_rest_of_the_minute(api, clock):
-    right, api.authorization = api.authorization, ("Basic", ("admin", "wrong"))
-    assert [api.get(WEBHOOKS).status_int for _ in range(9)] == [401] * 9
+def test_a_throttled_user_is_told_when_to_come_back(api, clock):
+    api.authorization = ("Basic", ("admin", "wrong"))
+    for _ in range(10):
+        assert api.get(WEBHOOKS).status_int == 401
     clock.advance(20)
-    assert api.get(WEBHOOKS).status_int == 401
 
-    api.authorization = right
     answer = api.get(WEBHOOKS)
 
     assert (answer.status_int, answer.headers["Retry-After"]) == (429, "41")
-    other = {"REMOTE_ADDR": "192.0.2.7"}
-    assert api.get(WEBHOOKS, extra_environ=other).status_int == 200
-    clock.advance(41)
-    assert api.get(WEBHOOKS).status_int == 200
+
+
+@pytest.mark.parametrize(
+    "told, address", [("192.0.2.9", "192.0.2.9"), ("<b>x</b>", "127.0.0.1"), ("", "127.0.0.1")]
+)
+def test_a_trusted_proxy_is_believed_an_address_only(parts, caplog, told, address):
+    settings = dataclasses.replace(parts.settings, trusted_proxy="127.0.0.1")
+    api = App(webhookd.Pages(*parts._replace(settings=settings)).app)
+    api.authorization = ("Basic", ("admin", "wrong"))
+
+    api.get(WEBHOOKS, extra_environ={"REMOTE_ADDR": told})  # as waitress's proxy_headers sets it
+
+    assert f"address={address} " in caplog.text
 
 
 def test_a_failed_login_is_logged_with_the_user_if_it_is_one(api, caplog):
@@ -5272,16 +5467,8 @@ def test_a_failed_login_is_logged_with_the_user_if_it_is_one(api, caplog):
         api.authorization = login
         assert api.get(WEBHOOKS).status_int == 401
 
-    users = [line.rpartition("user=")[2] for line in caplog.messages]
+    users = [re.search(r"user=(\S+)", line)[1] for line in caplog.messages]
     assert users == ["viewer", "unknown"]
-
-
-def test_wrong_passwords_of_the_next_minute_are_counted_anew(api, clock):
-    api.authorization = ("Basic", ("admin", "wrong"))
-    for _ in range(2):
-        assert [api.get(WEBHOOKS).status_int for _ in range(10)] == [401] * 10
-        assert api.get(WEBHOOKS).status_int == 429
-        clock.advance(61)
 
 
 def test_every_wrong_password_takes_a_hash_whoever_it_is_for(api, store, monkeypatch):
@@ -5298,32 +5485,6 @@ def test_every_wrong_password_takes_a_hash_whoever_it_is_for(api, store, monkeyp
         api.authorization = ("Basic", (name, "wrong"))
         assert api.get(WEBHOOKS).status_int == 401
         assert len(hashes) == number, name
-
-
-def test_no_more_logins_are_remembered_than_are_allowed(store, monkeypatch):
-    monkeypatch.setattr(webhookd, "MAX_VERIFIED", 2)
-    user = webhookd.User("u", "viewer", webhookd.secret_record("secret"))
-    store.write(lambda batch: webhookd.save_user(batch.connection, user))
-    logins = webhookd.Logins(store, time.time)
-
-    for spaces in range(1, 6):
-        assert logins.user("Bearer" + " " * spaces + "secret", "192.0.2.1") == user
-
-    assert len(logins._verified) <= 2
-
-
-def test_wrong_passwords_at_the_same_moment_are_counted_too(store):
-    logins = webhookd.Logins(store, time.time)
-
-    def attempt(_):
-        with pytest.raises(webhookd.WebhookdError) as refused:
-            logins.user(BASIC, "192.0.2.1")
-        return refused.value.status
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        statuses = list(pool.map(attempt, range(14)))
-
-    assert (statuses.count(401), statuses.count(429)) == (10, 4)
 
 
 def test_requests_without_a_login_are_not_wrong_passwords(api):
@@ -5418,6 +5579,68 @@ def test_a_trailing_slash_and_head_are_the_same_resource(api):
     assert plain.json["results"] == slash.json["results"] == []
     assert (head.status_int, head.body) == (200, b"")
     assert head.headers["Content-Length"] == plain.headers["Content-Length"]
+
+
+@pytest.fixture
+def busy_api(parts, monkeypatch):
+    """All places for slow work are taken, and nobody waits."""
+    monkeypatch.setattr(webhookd, "MAX_WAITING", 0)
+    pages = webhookd.Pages(*parts)
+    with contextlib.ExitStack() as places:
+        for _ in range(webhookd.SERVER_THREADS // 2):
+            places.enter_context(pages._slow_work._place(webhookd.ORDINARY))
+        yield App(pages.app).log_in("admin")
+
+
+@pytest.mark.parametrize("path", [WEBHOOKS, EVENTS, WEBHOOKS + "/1/statistics", "/metrics"])
+def test_slow_requests_beyond_half_of_the_threads_get_503(busy_api, path):
+    answer = busy_api.get(path)
+
+    assert (answer.status_int, answer.headers["Retry-After"]) == (503, "1")
+
+
+def test_look_ups_large_requests_and_passwords_are_slow_too(busy_api, store):
+    url, large = {"url": "http://a.example/", "events": ["e"]}, {"event": "e", "x": "x" * 1_000_000}
+    record = webhookd.password_record("pw")
+    user = webhookd.User("u", "publisher", record)
+    store.write(lambda batch: webhookd.save_user(batch.connection, user))
+
+    assert busy_api.post_json(WEBHOOKS, url).status_int == 503
+    assert busy_api.post_json(EVENTS, [large, large]).status_int == 503
+    busy_api.authorization = ("Basic", ("u", "pw"))
+    assert busy_api.post_json(EVENTS, {"event": "e"}).status_int == 503
+
+
+def test_publications_and_health_always_find_a_thread(busy_api):
+    assert busy_api.post_json(EVENTS, {"event": "e"}).status_int == 202
+    assert busy_api.get("/health").status_int == 200
+    assert busy_api.delete(f"{EVENTS}/1").status_int == 204
+
+
+def test_a_few_slow_requests_wait_for_a_place():
+    work = webhookd.SlowWork()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as places:
+        for _ in range(webhookd.ORDINARY.limit):
+            places.enter_context(work._place(webhookd.ORDINARY))
+
+        def use_a_place():
+            with work.place():
+                return "it came"
+
+        waiting = pool.submit(use_a_place)
+        wait_until(lambda: work._waiting._value < webhookd.MAX_WAITING or waiting.done())
+        places.close()
+
+    assert waiting.result() == "it came"
+
+
+def test_a_thread_that_has_a_place_needs_no_second_one():
+    work = webhookd.SlowWork()
+    with contextlib.ExitStack() as places:
+        for _ in range(webhookd.ORDINARY.limit + 1):
+            places.enter_context(work.place())
+
+    assert work._free[webhookd.ORDINARY]._value == webhookd.ORDINARY.limit
 
 
 @pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "x"])
@@ -5954,14 +6177,14 @@ def test_a_test_without_an_answer_says_why(api, closed_url):
 
 def test_tests_leave_room_for_other_requests(api, receiver):
     receiver.hold.clear()
-    path, limit = f"{WEBHOOKS}/test?url={receiver.url}", webhookd.MAX_TESTS
+    path, limit = f"{WEBHOOKS}/test?url={receiver.url}", webhookd.TESTS.limit
     with concurrent.futures.ThreadPoolExecutor(limit) as pool:
         tests = [pool.submit(api.post, path) for _ in range(limit)]
         wait_until(lambda: len(receiver.received) == limit)
         refused = api.post(path)
         receiver.hold.set()
 
-    assert (refused.status_int, "Retry-After" in refused.headers) == (429, True)
+    assert (refused.status_int, "Retry-After" in refused.headers) == (503, True)
     assert [test.result().status_int for test in tests] == [200] * limit
     assert api.post(path).status_int == 200
 
@@ -6327,6 +6550,69 @@ def test_a_delivery_is_shown_with_its_attempts(api, receiver, dispatcher, clock)
     assert attempts[1] == api.get(f"{WEBHOOKS}/1/latest").json
 
 
+@pytest.fixture
+def long_delivery(api, receiver, dispatcher, store):
+    """The path of a delivery that had 30 attempts of 800 KB; a template made the last."""
+    receiver.answers(503, {}, b'a "quoted" answer')
+    webhook = api.create(receiver.url)
+    api.publish(text='"ä' * 100_000)
+    dispatcher.run_until_idle()
+    table = store.reader().rows("PRAGMA table_info(attempts)")
+    columns = ", ".join(name for _, name, *_ in table if name != "id")
+    copies = f"INSERT INTO attempts ({columns}) SELECT {columns} FROM attempts WHERE id = 1"
+    for _ in range(29):
+        store.write(lambda batch: batch.connection.execute(copies))
+    own = "UPDATE attempts SET request_body = 'its own' WHERE id = 30"
+    store.write(lambda batch: batch.connection.execute(own))
+    return f"/rest/api/deliveries/{api.deliveries(webhook)[0]['id']}"
+
+
+def test_a_delivery_with_many_attempts_is_shown_as_any_other(api, long_delivery):
+    shown = api.get(long_delivery).json
+
+    assert len(shown["attempts"]) == 30
+    assert shown["attempts"][0] == api.get(f"{WEBHOOKS}/1/latest").json
+    assert shown["attempts"][-1]["request"]["body"] == "its own"
+    assert api.head(long_delivery).status_int == 200
+
+
+def test_a_delivery_with_many_attempts_is_made_while_it_is_sent(wsgi, long_delivery):
+    environ = webtest.TestRequest.blank(long_delivery).environ
+    environ["HTTP_AUTHORIZATION"] = f"Bearer {SECRETS['viewer']}"
+
+    parts = wsgi(environ, lambda *_: None)
+
+    with contextlib.closing(parts):
+        assert max(len(part) for part in itertools.islice(parts, 100)) <= 1 << 16
+
+
+def test_a_delivery_that_is_deleted_while_it_is_sent_does_not_look_complete(
+    api, wsgi, long_delivery, monkeypatch
+):
+    environ = webtest.TestRequest.blank(long_delivery).environ
+    environ["HTTP_AUTHORIZATION"] = f"Bearer {SECRETS['viewer']}"
+    parts = wsgi(environ, lambda *_: None)
+    next(iter(parts))
+
+    api.delete(f"{EVENTS}/1")
+
+    with contextlib.closing(parts), pytest.raises(webhookd.Unavailable):
+        collections.deque(parts, 0)
+
+
+def test_an_answer_that_nobody_fetches_gives_its_place_back(wsgi, long_delivery):
+    environ = webtest.TestRequest.blank(long_delivery).environ
+    environ["HTTP_AUTHORIZATION"] = f"Bearer {SECRETS['viewer']}"
+
+    for _ in range(webhookd.STREAMS.limit + 1):
+        statuses = []
+        parts = wsgi(dict(environ), lambda status, *_: statuses.append(status))
+        next(iter(parts))
+        parts.close()
+
+        assert statuses == ["200 OK"]
+
+
 def test_health_counts_failures_and_what_waits(api, receiver, dispatcher, clock):
     receiver.answers(500, times=2)
     webhook = api.create(receiver.url)
@@ -6665,6 +6951,20 @@ def test_an_event_deleted_leaves_no_trace_in_the_files(api, receiver, wall, stor
     assert api.get_webhook(webhook)["health"]["pending"] == 1
     assert json.loads(api.get(f"{WEBHOOKS}/1/latest").json["request"]["body"])["n"] == 2
     assert wall(11) == [2]
+
+
+def test_what_a_reader_keeps_in_the_files_goes_later(api, store, maintenance):
+    api.publish(secret="PRIVATE-DATA" * 50)
+    with contextlib.closing(sqlite3.connect(store._path)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM events").fetchall()
+        api.publish()
+
+        assert api.delete(f"{EVENTS}/1").status_int == 204
+
+    assert b"PRIVATE-DATA" in files_of(store)
+    maintenance.run_once()
+    assert b"PRIVATE-DATA" not in files_of(store)
 
 
 def test_the_latest_attempt_left_is_the_latest_when_an_event_is_deleted(api, receiver, wall):
@@ -7359,6 +7659,356 @@ def test_curls_commands_have_the_address_that_was_asked(api):
 
 
 # ======================================================================================
+# HTTP server
+# ======================================================================================
+
+
+def raw_request(port, request):
+    """The status and the JSON of what comes back for some bytes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(request)
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert b"Content-Type: application/json" in head
+    return int(head.split()[1]), json.loads(body)
+
+
+@pytest.mark.parametrize(
+    "request_bytes, status",
+    [
+        (b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+        (b"GET http://[::1/health HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nBad Header: x\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
+        (b"POST /rest/api/events HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", 413),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", 431),
+    ],
+)
+def test_the_servers_own_errors_have_the_same_shape(shared_daemon, request_bytes, status):
+    found, document = raw_request(shared_daemon.port, request_bytes)
+
+    assert (found, document["statusCode"]) == (status, status)
+    assert document["errors"][0].keys() == {"context", "message", "exceptionName"}
+
+
+@pytest.fixture(scope="module")
+def shared_daemon(tmp_path_factory):
+    daemon = Daemon(tmp_path_factory.mktemp("shared"))
+    yield daemon.start("--trusted-proxy", "127.0.0.1")
+    daemon.end(signal.SIGTERM)
+
+
+def test_a_chunked_body_is_read_as_any_other(shared_daemon):
+    request = (
+        f"POST {EVENTS} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: {BASIC}\r\n"
+        "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        '5\r\n{"eve\r\na\r\nnt": "e"} \r\n0\r\n\r\n'
+    )
+
+    status, answer = raw_request(shared_daemon.port, request.encode())
+
+    assert (status, answer["event"]) == (202, "e")
+
+
+def test_the_trusted_proxy_says_where_a_request_came_from(shared_daemon):
+    headers = {"X-Forwarded-For": "192.0.2.1", "X-Forwarded-Proto": "https"}
+    headers["X-Forwarded-Host"] = "hooks.example"
+
+    _, page = shared_daemon.call("GET", WEBHOOKS, **headers)
+
+    assert page["_links"]["self"].startswith(f"https://hooks.example{WEBHOOKS}")
+    origin = {"Origin": "https://hooks.example"}
+    assert shared_daemon.call("POST", EVENTS, {"event": "e"}, **headers, **origin)[0] == 202
+
+
+def test_nobody_else_is_believed(daemon):
+    daemon.start()
+
+    _, page = daemon.call("GET", WEBHOOKS, **{"X-Forwarded-Host": "evil.example"})
+
+    assert "evil.example" not in page["_links"]["self"]
+
+
+POST = f"POST {EVENTS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
+LOGGED_IN = POST + f"Authorization: {BASIC}\r\n".encode()
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+EXPECT = b"Expect: 100-continue\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+LONG = b"x" * (9 << 10)
+
+
+@pytest.mark.parametrize(
+    "request_bytes, status",
+    [
+        (POST + b"Content-Length: 5\r\n\r\n", 401),
+        (POST + CHUNKED, 401),
+        (POST + EXPECT + b"Content-Length: 5\r\n\r\n", 401),
+        (POST + b"Content-Length: 3\r\n\r\n{}\n", 401),
+        (LOGGED_IN + EXPECT + b"Content-Length: 99999999\r\n\r\n", 413),
+        (LOGGED_IN + CHUNKED + b"1;" + LONG, 400),
+        (LOGGED_IN + CHUNKED + b"1;x=" + LONG + b"\r\n{\r\n1\r\n}\r\n0\r\n\r\n", 400),
+        (LOGGED_IN + CHUNKED + b"1\r\n1\r\n0\r\nX: " + LONG, 400),
+        (LOGGED_IN + CHUNKED + b"1\r\n1\r\n0\r\nX: " + LONG + b"\r\n\r\n", 400),
+        (LOGGED_IN + CHUNKED + b"1\r\n1\r\n" * 20_000, 400),
+        (LOGGED_IN + b"Content-Length: 5\r\n" + CHUNKED + b"0\r\n\r\n", 400),
+        (LOGGED_IN.replace(b"1.1", b"1.0") + b"Content-Length: 5\r\n" + CHUNKED, 400),
+        (HEALTH + HEALTH, 400),
+        (HEALTH + b"x", 400),
+        (LOGGED_IN + b"Content-Length: 2\r\n\r\n{}" + HEALTH, 400),
+    ],
+)
+def test_what_a_stranger_may_not_do_ends_the_connection(shared_daemon, request_bytes, status):
+    assert raw_request(shared_daemon.port, request_bytes)[0] == status
+
+
+def test_what_follows_a_request_as_an_empty_line_is_no_second_one(shared_daemon):
+    request = HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n\r\n")
+
+    assert raw_request(shared_daemon.port, request)[0] == 200
+
+
+def test_whoever_has_a_login_is_invited_to_send_the_body(shared_daemon):
+    with socket.create_connection(("127.0.0.1", shared_daemon.port), timeout=30) as connection:
+        connection.sendall(LOGGED_IN + EXPECT + b"Content-Length: 14\r\n\r\n")
+        invitation = connection.recv(100)
+        connection.sendall(b'{"event": "e"}')
+        answer = connection.recv(100)
+
+    assert invitation == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert answer.startswith(b"HTTP/1.1 202 ")
+
+
+def test_a_client_that_is_refused_sees_the_answer_when_it_has_sent_all(shared_daemon):
+    """To close while more is coming would reset the connection, and lose the answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", shared_daemon.port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("POST", EVENTS, b"x" * (20 << 20))
+        answer = connection.getresponse()
+
+        assert answer.status == 401
+        assert answer.headers["WWW-Authenticate"] == 'Basic realm="webhookd"'
+
+
+class SteppedServer:
+    """The server of an application, whose loop goes on only when a test says so."""
+
+    def __init__(self, app):
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.server = webhookd.make_server(app, self._listener, webhookd.Settings())
+        self._clients = []
+
+    def connect(self, *sent):
+        """A client that has sent something, and its channel."""
+        before = set(self.server.active_channels.values())
+        client = socket.create_connection(self._listener.getsockname(), timeout=20)
+        self._clients.append(client)
+        self.step_until(lambda: len(self.server.active_channels) > len(before))
+        [channel] = set(self.server.active_channels.values()) - before
+        for part in sent:
+            client.sendall(part)
+        return client, channel
+
+    def step_until(self, condition):
+        limit = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < limit, "it did not happen"
+            self.server.asyncore.loop(0.01, map=self.server._map, use_poll=True, count=1)
+
+    def close(self):
+        for client in self._clients:
+            client.close()
+        for channel in list(self.server.active_channels.values()):
+            channel.cut_off()
+        self.server.task_dispatcher.shutdown()
+        self.server.close()
+
+
+@pytest.fixture
+def echo():
+    """A server that sends every body back."""
+
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        return [environ["wsgi.input"].read()]
+
+    with contextlib.closing(SteppedServer(app)) as stepped:
+        yield stepped
+
+
+def overdue_after(channel, seconds):
+    """Whether the client has just that much time."""
+    since = channel._since
+    return not channel.is_overdue(since + seconds) and channel.is_overdue(since + seconds + 1)
+
+
+def test_a_connection_without_a_request_has_the_time_of_a_head(echo):
+    _, channel = echo.connect()
+
+    assert overdue_after(channel, 10)
+
+
+def test_a_head_has_ten_seconds_from_its_first_byte(echo):
+    client, channel = echo.connect(b"GET / HTTP/1.1\r\n")
+    echo.step_until(lambda: channel.request)
+    since = channel._since
+    client.sendall(b"X: x\r\n")
+    echo.step_until(lambda: b"X: x" in channel.request.header_plus)
+
+    assert channel._since == since
+    assert overdue_after(channel, 10)
+
+
+def test_a_whole_request_has_a_minute_from_its_first_byte(echo):
+    client, channel = echo.connect(LOGGED_IN)
+    echo.step_until(lambda: channel.request)
+    since = channel._since
+    client.sendall(b"Content-Length: 5\r\n\r\n12")
+    echo.step_until(lambda: channel.request.body_bytes_received == 2)
+
+    assert channel._since == since
+    assert overdue_after(channel, 60)
+
+
+def test_a_connection_may_be_idle_for_a_minute(echo):
+    client, channel = echo.connect(HEALTH)
+    echo.step_until(lambda: channel._had_request and not channel.requests)
+    echo.step_until(lambda: not channel.total_outbufs_len)
+
+    assert client.recv(100).startswith(b"HTTP/1.1 200")
+    assert overdue_after(channel, 60)
+
+
+def test_a_client_that_is_refused_has_ten_seconds_to_stop(echo):
+    client, channel = echo.connect(POST + CHUNKED)
+    echo.step_until(lambda: channel._discards)
+
+    assert client.recv(100).startswith(b"HTTP/1.1 401")
+    assert overdue_after(channel, 10)
+
+
+def test_a_request_in_hand_has_all_the_time_it_takes():
+    release = threading.Event()
+
+    def app(environ, start_response):
+        release.wait(20)
+        start_response("200 OK", [])
+        return [b"done"]
+
+    with contextlib.closing(SteppedServer(app)) as stepped:
+        _, channel = stepped.connect(HEALTH)
+        stepped.step_until(lambda: channel.requests)
+
+        assert not channel.is_overdue(time.monotonic() + 1e6)
+
+        release.set()
+        stepped.step_until(lambda: not channel.requests)
+
+
+def test_a_client_that_does_not_read_its_answer_for_a_minute_is_cut_off():
+    ended = threading.Event()
+
+    def endless():
+        try:
+            while True:
+                yield b"x" * (1 << 16)
+        finally:
+            ended.set()
+
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        return endless()
+
+    with contextlib.closing(SteppedServer(app)) as stepped:
+        _, channel = stepped.connect(HEALTH)
+        stepped.step_until(lambda: channel.total_outbufs_len > webhookd.MAX_UNSENT_BYTES)
+        stepped.server.cut_off_overdue(time.monotonic() + 59)
+        assert channel.connected and not ended.is_set()
+
+        stepped.server.cut_off_overdue(time.monotonic() + 62)
+
+        stepped.step_until(ended.is_set)
+        assert not channel.connected
+
+
+def test_neither_bodies_nor_answers_are_written_to_files(echo, monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", None)
+    body, read = b"x" * (2 << 20), []
+    client, _ = echo.connect(LOGGED_IN + b"Content-Length: %d\r\n\r\n" % len(body))
+
+    def exchange():
+        client.sendall(body)
+        head, _, start = client.recv(1000).partition(b"\r\n\r\n")
+        read.extend([head, start + client.makefile("rb").read(len(body) - len(start))])
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    echo.step_until(lambda: not thread.is_alive())
+
+    assert read[0].startswith(b"HTTP/1.1 200") and read[1] == body
+
+
+def test_bodies_that_are_received_at_once_hold_so_much_together(echo, monkeypatch):
+    monkeypatch.setattr(webhookd, "SHARED_BODIES_BYTES", 100_000)
+    length = b"Content-Length: %d\r\n\r\n"
+    first, _ = echo.connect(LOGGED_IN + length % 130_000, b"x" * 120_000)
+    echo.step_until(lambda: echo.server.adj.bodies._held_bytes > 80_000)
+
+    known, channel = echo.connect(LOGGED_IN + length % 90_000)
+    echo.step_until(lambda: channel._discards)
+    grown, channel = echo.connect(LOGGED_IN + CHUNKED + b"fffff\r\n", b"x" * 60_000)
+    echo.step_until(lambda: channel._discards)
+    small, channel = echo.connect(LOGGED_IN + length % 3, b"{}\n")
+    echo.step_until(lambda: channel._had_request and not channel.requests)
+    echo.step_until(lambda: not channel.total_outbufs_len)
+
+    for client in (known, grown):
+        answer = client.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 503") and b"Retry-After: 1" in answer
+    assert small.recv(100).startswith(b"HTTP/1.1 200")
+    first.close()
+    echo.step_until(lambda: echo.server.adj.bodies._held_bytes == 0)
+
+
+def test_a_server_without_file_descriptors_rests_and_says_so_once(echo, caplog):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    address = echo._listener.getsockname()
+    waiting = [socket.create_connection(address) for _ in range(2)]
+    try:
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        for _ in range(2):
+            echo.server._accepts_from = 0
+            echo.server.handle_accept()
+            assert not echo.server.readable()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert [line for line in caplog.messages if "no connection can be accepted" in line] == [
+        'no connection can be accepted reason="[Errno 24] Too many open files"'
+    ]
+    echo.server._accepts_from = 0
+    echo.step_until(lambda: len(echo.server.active_channels) == 2)
+    for client in waiting:
+        client.close()
+
+
+@pytest.mark.parametrize(
+    "files, connections", [(65536, 1000), (-1, 1000), (1024, 384), (256, webhookd.SERVER_THREADS)]
+)
+def test_the_connections_are_as_many_as_there_are_files_for(monkeypatch, files, connections):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+
+    assert webhookd.connection_limit(max_in_flight=256) == connections
+
+
+def test_the_service_may_open_as_many_files_as_the_system_lets_it(shared_daemon):
+    limits = pathlib.Path(f"/proc/{shared_daemon.process.pid}/limits").read_text()
+
+    soft, hard = re.search(r"Max open files +(\d+) +(\d+)", limits).groups()
+    assert int(soft) == min(int(hard), webhookd.MAX_OPEN_FILES)
+
+
+# ======================================================================================
 # systemd
 # ======================================================================================
 
@@ -7404,6 +8054,12 @@ def test_a_log_line_is_one_line_with_a_priority_or_a_time(journal, level, line):
     formatted = webhookd.LineFormatter(journal).format(record)
 
     assert formatted == line if journal else re.fullmatch(line, formatted)
+
+
+def test_control_characters_of_a_client_do_not_reach_a_terminal():
+    record = webhookd.logging.makeLogRecord({"levelno": 30, "msg": "ä /\x1b[31m\x85\u202e\r"})
+
+    assert webhookd.LineFormatter(True).format(record) == r"<4>ä /\x1b[31m\x85\u202e\r"
 
 
 # ======================================================================================
@@ -8104,30 +8760,6 @@ def test_while_attempts_end_no_requests_are_taken(daemon, receiver):
     assert daemon.process.wait(30) == 0
 
 
-def test_a_request_that_comes_slowly_gets_no_more_time():
-    """Waitress counts from the last byte that came, we from the first of a request."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    app = bottle.Bottle()
-    server = webhookd.make_server(app, listener, webhookd.Settings())
-    client = socket.create_connection(listener.getsockname())
-    stopping = threading.Event()
-    running = (server, stopping)
-    thread = threading.Thread(target=webhookd.take_requests, args=running)
-    with contextlib.closing(client), contextlib.closing(listener):
-        thread.start()
-        client.sendall(b"POST / HTTP/1.1\r\n")
-        wait_until(lambda: [c for c in server.active_channels.values() if c.request])
-        [channel] = server.active_channels.values()
-        channel.last_activity = 7.0
-        client.sendall(b"Content-Length: 5\r\n\r\n12")
-        wait_until(lambda: channel.request.headers_finished)
-        webhookd.stop_server(*running)
-        thread.join()
-        server.close()
-
-    assert channel.last_activity == 7.0
-
-
 def test_what_is_stored_while_it_stops_has_been_acknowledged(daemon):
     daemon.start()
     acknowledged = []
@@ -8670,70 +9302,6 @@ def test_a_file_that_is_no_backup_changes_nothing(tmp_path, make, words):
     assert re.search(words, result.stderr)
     assert names(database) == ["old"]
     assert {path.name for path in tmp_path.iterdir()} == before
-
-
-def raw_request(port, request):
-    """The status and the JSON of what comes back for some bytes."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        connection.sendall(request)
-        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
-    assert b"Content-Type: application/json" in head
-    return int(head.split()[1]), json.loads(body)
-
-
-@pytest.mark.parametrize(
-    "request_bytes, status",
-    [
-        (b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
-        (b"GET http://[::1/health HTTP/1.1\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nBad Header: x\r\n\r\n", 400),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
-        (b"POST /rest/api/events HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", 413),
-    ],
-)
-def test_the_servers_own_errors_have_the_same_shape(shared_daemon, request_bytes, status):
-    found, document = raw_request(shared_daemon.port, request_bytes)
-
-    assert (found, document["statusCode"]) == (status, status)
-    assert document["errors"][0].keys() == {"context", "message", "exceptionName"}
-
-
-@pytest.fixture(scope="module")
-def shared_daemon(tmp_path_factory):
-    daemon = Daemon(tmp_path_factory.mktemp("shared"))
-    yield daemon.start("--trusted-proxy", "127.0.0.1")
-    daemon.end(signal.SIGTERM)
-
-
-def test_a_chunked_body_is_read_as_any_other(shared_daemon):
-    request = (
-        f"POST {EVENTS} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: {BASIC}\r\n"
-        "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-        '5\r\n{"eve\r\na\r\nnt": "e"} \r\n0\r\n\r\n'
-    )
-
-    status, answer = raw_request(shared_daemon.port, request.encode())
-
-    assert (status, answer["event"]) == (202, "e")
-
-
-def test_the_trusted_proxy_says_where_a_request_came_from(shared_daemon):
-    headers = {"X-Forwarded-For": "192.0.2.1", "X-Forwarded-Proto": "https"}
-    headers["X-Forwarded-Host"] = "hooks.example"
-
-    _, page = shared_daemon.call("GET", WEBHOOKS, **headers)
-
-    assert page["_links"]["self"].startswith(f"https://hooks.example{WEBHOOKS}")
-    origin = {"Origin": "https://hooks.example"}
-    assert shared_daemon.call("POST", EVENTS, {"event": "e"}, **headers, **origin)[0] == 202
-
-
-def test_nobody_else_is_believed(daemon):
-    daemon.start()
-
-    _, page = daemon.call("GET", WEBHOOKS, **{"X-Forwarded-Host": "evil.example"})
-
-    assert "evil.example" not in page["_links"]["self"]
 
 
 def test_all_threads_are_kept_on_one_core(shared_daemon):

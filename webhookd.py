@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["bottle>=0.12.23", "waitress>=2.1.2"]
+# dependencies = ["bottle>=0.12.23", "waitress>=3.0.1"]
 # ///
 """webhookd: webhooks for the applications of a small server.
 
@@ -36,7 +36,7 @@ file builds on itself (`grep '^# ==='` finds them):
 
     constants and logging   settings   errors   model   reading input   signatures
     policy   outbound HTTP   store   templates   dispatcher   maintenance   users   metrics
-    REST API   pages   systemd   sink   command line
+    REST API   pages   HTTP server   systemd   sink   command line
 """
 
 import argparse
@@ -71,6 +71,7 @@ import os
 import pathlib
 import random
 import re
+import resource
 import secrets
 import select
 import shlex
@@ -89,9 +90,9 @@ import typing
 import urllib.parse
 
 import bottle
-import waitress
 import waitress.channel
 import waitress.parser
+import waitress.server
 import waitress.utilities
 
 # ======================================================================================
@@ -108,6 +109,7 @@ MAX_EVENTS_PER_REQUEST = 1000
 MAX_JSON_DEPTH = 100  # objects and lists within each other
 MAX_FAULTS = 100  # that one error lists
 MAX_TEMPLATE_BYTES = 16 << 10
+SERVER_THREADS = 16  # so many publications can share one commit
 MAX_RESPONSE_BYTES = 64 << 10  # read from a receiver, headers and body together
 MAX_KEPT_BODY_BYTES = 16 << 10  # of a response, kept with the attempt
 MAX_SHARED_BYTES = 4 << 10  # of a response that is remembered, see whole_response
@@ -813,6 +815,13 @@ class Attempt(typing.NamedTuple):
         if body is not None:
             request, result = self.request(body), result | self.response()
         return sent | {"request": request, "result": result}
+
+    def json_around_body(self, delivery_id: str, event: str) -> tuple[bytes, bytes]:
+        """The invocation as JSON, before and after the body that was sent."""
+        mark = secrets.token_hex(16)  # which nobody can have sent
+        marked = self._replace(request_body=mark).as_json(delivery_id, event, "")
+        before, after = json_bytes(marked).split(b'"%s"' % mark.encode())
+        return before, after
 
 
 class Page(typing.NamedTuple):
@@ -2903,6 +2912,7 @@ ROWS_PER_STATEMENT = 500  # of results that are looked up at once
 ROWS_IN_MEMORY = 5000  # new deliveries that wait for the end of their transaction
 ROWS_PER_STEP = 500  # of what takes several steps, so that nobody waits long
 PAGES_PER_STEP = 100
+ATTEMPTS_PER_STEP = 2
 STANDSTILL_SECONDS = 15  # without progress in a commit, or a tick of the loop: it hangs
 WINDOW = 100  # due deliveries of one webhook that are held in memory
 WINDOW_BYTES = 32 << 20  # of their bodies, for all webhooks together
@@ -3774,6 +3784,7 @@ class Store:
         self._closing = False
         self._cleanup = contextlib.ExitStack()  # closes the connections; see reader
         self._local = threading.local()  # each thread's own reader
+        self._spare_readers: list[Database] = []  # for threads that have none yet
         self._listeners: list[collections.abc.Callable] = []  # see on_commit
         # changed by the writer only, as committed: the file is ahead for a moment
         self._ids = {}  # the next ones of each table
@@ -3783,6 +3794,7 @@ class Store:
         self.pending = collections.Counter()  # deliveries that wait, by webhook
         self.last_attempts: dict[int, int] = {}  # by webhook: when it started, milliseconds
         self._deleted: list[int] = []  # webhooks that may have left something
+        self._has_log_to_empty = False  # SQLite's log: see empty_log
         self.size_bytes = 0  # of the file, in use
         self.published_count = 0  # of events, since the start
         self.problem: str | None = None  # why the last commit failed
@@ -3972,18 +3984,19 @@ class Store:
 
     def empty_log(self) -> None:
         """Move what SQLite's log holds into the database, and cut the log off, so that
-        no trace of what was deleted stays in the files."""
+        no trace of what was deleted stays in the files.
+
+        If a reader is in the way, maintenance tries again."""
+        busy = True
         with (
             contextlib.suppress(sqlite3.Error),  # the deletion is done all the same
             contextlib.closing(connect(self._path)) as connection,
         ):
             connection.execute("PRAGMA busy_timeout = 50")  # the writer waits as long
-            for _ in range(50):
-                busy, *_ = connection.row("PRAGMA wal_checkpoint(TRUNCATE)")
-                if not busy:
-                    return
-                time.sleep(0.05)  # until a reader has gone on
-        log_fact("SQLite's log is not empty yet", level=logging.WARNING)
+            busy, *_ = connection.row("PRAGMA wal_checkpoint(TRUNCATE)")
+        if busy and not self._has_log_to_empty:
+            log_fact("SQLite's log is not empty yet", level=logging.WARNING)
+        self._has_log_to_empty = bool(busy)
 
     # ---- maintenance, in steps, so that nobody waits long for the writer ----
 
@@ -4039,21 +4052,34 @@ class Store:
         while self._row("PRAGMA freelist_count")[0] >= PAGES_PER_STEP:
             yield self.write(work)
             given_back = True
-        if given_back:
+        if given_back or self._has_log_to_empty:
             self.empty_log()  # only then is the file shorter
 
     # ---- reading: called by any thread ----
 
+    def open_readers(self, count: int) -> None:
+        """Open connections for threads to come, while there are file descriptors."""
+        for _ in range(count):
+            reader = self._open_reader()
+            reader.row("SELECT 1 FROM sqlite_schema")  # before that no file is open
+            self._spare_readers.append(reader)
+
     def reader(self) -> Database:
         """This thread's own connection for reading."""
         if not hasattr(self._local, "connection"):
-            # not open_database(): its pragmas take the write lock
-            connection = connect(self._path)
-            connection.execute("PRAGMA query_only = ON")
-            with self._wakeup:
-                self._cleanup.callback(connection.close)
-            self._local.connection = connection
+            try:
+                self._local.connection = self._spare_readers.pop()
+            except IndexError:
+                self._local.connection = self._open_reader()
         return self._local.connection
+
+    def _open_reader(self):
+        # not open_database(): its pragmas take the write lock
+        connection = connect(self._path)
+        connection.execute("PRAGMA query_only = ON")
+        with self._wakeup:
+            self._cleanup.callback(connection.close)
+        return connection
 
     def _rows(self, sql, *values):
         return self.reader().rows(sql, *values)
@@ -4185,6 +4211,34 @@ class Store:
         sql = "SELECT body FROM payloads WHERE event_id = ?"
         [body] = or_404(self._row(sql, delivery.event_id), name)  # else deleted just now
         return delivery, body.decode(), attempts
+
+    def delivery_in_steps(
+        self, uuid: str
+    ) -> tuple[Delivery, bytes, collections.abc.Iterator[Attempt]]:
+        """A delivery, its event's body and its attempts, oldest first, which are read when
+        they are asked for; raises NotFound."""
+        name = f"delivery {uuid}"
+        row = self._row(
+            f"SELECT id, body, {DELIVERY_COLUMNS} FROM deliveries"
+            " JOIN payloads USING (event_id) WHERE uuid = ?",
+            uuid,
+        )
+        row_id, body, *columns = or_404(row, name)
+        delivery = Delivery(*columns)
+        or_404(delivery.webhook_id in self.webhooks.by_id, name)
+        [last] = self._row("SELECT max(id) FROM attempts WHERE delivery_id = ?", row_id)
+        return delivery, body, self._attempts_until(row_id, last or 0)
+
+    def _attempts_until(self, row_id, last):
+        """The attempts of a delivery, read a few at a time: one may have a megabyte."""
+        tests = f"delivery_id = ? AND id > ? AND id <= ? ORDER BY id LIMIT {ATTEMPTS_PER_STEP}"
+        sql, reached = f"SELECT id, {ATTEMPT_COLUMNS} FROM attempts WHERE {tests}", 0
+        while reached < last:
+            rows = self._rows(sql, row_id, reached, last)
+            yield from (Attempt(*attempt) for _, *attempt in rows)
+            if not rows:  # to end here would look as if these were all
+                raise Unavailable("the delivery was deleted meanwhile")
+            reached = rows[-1][0]
 
     def redeliverable(self, webhook_id: int, wanted: Filter) -> IdsInSteps:
         """The row ids of the deliveries that match, in steps, oldest first."""
@@ -5071,6 +5125,7 @@ class Maintenance:
 ADMIN, PUBLISHER, VIEWER = "admin", "publisher", "viewer"
 ROLES = (ADMIN, PUBLISHER, VIEWER)
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1, "maxmem": 64 << 20}  # 16 MB and about 50 ms
+MAX_HASHING = 2  # passwords at one moment: each takes a core and 16 MB
 MAX_VERIFIED = 1000
 WRONG_PASSWORDS = 10
 WRONG_PASSWORDS_SECONDS = 60
@@ -5145,78 +5200,172 @@ def ensure_admin(store: Store, password: str, tell: collections.abc.Callable[[st
     store.write(lambda batch: save_user(batch.connection, admin))
 
 
-def read_login(header: str) -> tuple[str | None, str]:
-    """Name and password of an Authorization header; a Bearer's secret has no name."""
+class Login(typing.NamedTuple):
+    """What an Authorization header claims; a Bearer's secret has no name."""
+
+    name: str | None
+    password: str
+
+
+def read_logins(header: str) -> list[Login]:
+    """What an Authorization header may mean: in UTF-8, in Latin-1, as clients differ."""
     scheme, _, value = header.partition(" ")
-    if scheme.lower() == "basic":
-        with contextlib.suppress(ValueError):
-            name, _, password = base64.b64decode(value).decode().partition(":")
-            return name, password
-    return None, value.strip() if scheme.lower() == "bearer" else ""
+    if scheme.lower() != "basic":
+        return [Login(None, value.strip() if scheme.lower() == "bearer" else "")]
+    try:
+        sent = base64.b64decode(value)
+    except ValueError:
+        return [Login(None, "")]
+    texts = [sent.decode("latin-1")]
+    with contextlib.suppress(UnicodeDecodeError):
+        texts.insert(0, sent.decode())
+    parts = [text.partition(":") for text in dict.fromkeys(texts)]
+    return [Login(name, password) for name, _, password in parts]
+
+
+def client_of(address: str) -> str:
+    """What counts as one client: an IPv4 address, an IPv6 /64, all of loopback."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if ip.is_loopback:
+        return "loopback"
+    if ip.version == 4:
+        return str(ip)
+    return f"{ipaddress.IPv6Address(int(ip) >> 64 << 64)}/64"
+
+
+@dataclasses.dataclass
+class WrongPasswords:
+    """What came for one user from one client, since the first of them."""
+
+    since: float  # seconds
+    count: int = 0
+    is_logged: bool = False  # that there were too many
 
 
 class Logins:
-    """Who sends a request; verified logins are remembered, wrong ones are counted."""
+    """Who sends a request. Verified passwords are remembered, wrong ones are counted.
+
+    Any thread may call the methods."""
 
     def __init__(self, store: Store, clock: collections.abc.Callable[[], float]):
+        """`clock` is one that nobody sets; seconds."""
         self._store, self._clock = store, clock
-        # one at a time: a password takes 16 MB, and no wrong one goes uncounted; guards
-        # what is changed of the next two
-        self._verifying = threading.Lock()
-        self._verified: dict[bytes, User] = {}  # by digest of the header
-        self._wrong: dict[str, tuple[float, int]] = {}  # address: since when, how many
+        self._key = secrets.token_bytes(32)
+        self._hashing = threading.Semaphore(MAX_HASHING)
+        self._lock = threading.Lock()  # guards changes of the next two
+        self._verified: dict[tuple, User] = {}  # by name and digest, the oldest first
+        # by user (None: no user) and client, the oldest first
+        self._wrong: dict[tuple[str | None, str], WrongPasswords] = {}
 
-    def user(self, header: str | None, address: str) -> User:
-        """The user of an Authorization header; raises Unauthorized, TooManyRequests."""
-        self._check_throttle(address)
-        if not header:
-            raise Unauthorized("log in as a user of webhookd")
-        digest = hashlib.sha256(header.encode()).digest()
+    def known(self, logins: list[Login], address: str) -> User | None:
+        """The user, if that is known without a slow hash; raises TooManyRequests."""
         users = load_users(self._store.reader())  # so that a change counts at once
-        known = self._verified.get(digest)
-        if known is not None and known in users:
-            return known
-        with self._verifying:
-            self._check_throttle(address)  # others may have been wrong meanwhile
-            name, password = read_login(header)
-            known = self._verify(name, password, users)
-            if known is None:
-                is_user = any(user.name == name for user in users)
-                self._count_wrong(address, name if is_user else "unknown")
-                raise Unauthorized("wrong user name or password")
-            if len(self._verified) >= MAX_VERIFIED:
-                self._verified.clear()
-            self._verified[digest] = known
-        return known
+        by_secret = self._by_secret(logins, users)
+        if by_secret is not None:
+            return by_secret
+        self._check_throttle(self._culprit(logins, users, address))
+        return self._remembered(logins, users)
+
+    def verify(self, logins: list[Login], address: str) -> User:
+        """The user; slow. Raises Unauthorized, TooManyRequests."""
+        users = load_users(self._store.reader())
+        culprit = self._culprit(logins, users, address)
+        with self._hashing:
+            user = self._remembered(logins, users)  # another thread was first
+            if user is not None:
+                return user
+            wrong = self._count_wrong(culprit)  # until it is right: none goes uncounted
+            for login in logins:
+                user = self._by_password(login, users)
+                if user is not None:
+                    self._remember(login, user, wrong)
+                    return user
+        self._log_wrong(wrong, address=address, user=culprit[0] or "unknown")
+        raise Unauthorized("wrong user name or password")
 
     @staticmethod
-    def _verify(name, password, users):
-        if name is None:
-            bearers = [user for user in users if user.record.startswith("secret$")]
-            return next((u for u in bearers if matches(password, u.record)), None)
-        user = next((user for user in users if user.name == name), None)
-        if user and matches(password, user.record):
-            return user
-        if user is None or user.record.startswith("secret$"):
-            password_record(password)  # so that nobody learns from the time who exists
+    def _by_secret(logins, users):
+        """A generated secret needs no slow hash, so nothing need keep it from passing."""
+        bearers = [user for user in users if user.record.startswith("secret$")]
+        for name, password in logins:
+            given = secret_record(password)
+            for user in bearers:
+                if name in (None, user.name) and hmac.compare_digest(given, user.record):
+                    return user
         return None
 
-    def _check_throttle(self, address):
-        since, count = self._wrong.get(address, (0, 0))
-        left = since + WRONG_PASSWORDS_SECONDS - self._clock()
-        if count >= WRONG_PASSWORDS and left > 0:
+    @staticmethod
+    def _by_password(login, users):
+        if login.name is None:
+            return None
+        user = next((user for user in users if user.name == login.name), None)
+        if user is None or user.record.startswith("secret$"):
+            password_record(login.password)  # so that nobody learns from the time who exists
+            return None
+        return user if matches(login.password, user.record) else None
+
+    # ---- what is remembered ----
+
+    def _digest(self, login):
+        return login.name, hmac.digest(self._key, login.password.encode(), "sha256")
+
+    def _remembered(self, logins, users):
+        for login in logins:
+            user = self._verified.get(self._digest(login))
+            if user is not None and user in users:
+                return user
+        return None
+
+    def _remember(self, login, user, wrong):
+        with self._lock:
+            wrong.count -= 1
+            while len(self._verified) >= MAX_VERIFIED:
+                del self._verified[next(iter(self._verified))]
+            self._verified[self._digest(login)] = user
+
+    # ---- wrong passwords ----
+
+    @staticmethod
+    def _culprit(logins, users, address):
+        names = {user.name for user in users}
+        name = next((login.name for login in logins if login.name in names), None)
+        return name, client_of(address)
+
+    def _check_throttle(self, culprit):
+        wrong = self._wrong.get(culprit)
+        if wrong is None or wrong.count < WRONG_PASSWORDS:
+            return
+        left = wrong.since + WRONG_PASSWORDS_SECONDS - self._clock()
+        if left > 0:
             raise TooManyRequests(
-                "too many wrong passwords from this address",
+                "too many wrong passwords for this user from this address",
                 headers={"Retry-After": str(int(left) + 1)},
             )
 
-    def _count_wrong(self, address, name):
-        now = self._clock()
-        oldest = now - WRONG_PASSWORDS_SECONDS
-        self._wrong = {key: w for key, w in self._wrong.items() if w[0] > oldest}
-        since, count = self._wrong.get(address, (now, 0))
-        self._wrong[address] = since, count + 1
-        log_fact("wrong password", level=logging.WARNING, address=address, user=name)
+    def _count_wrong(self, culprit):
+        with self._lock:
+            self._check_throttle(culprit)  # others may have been wrong meanwhile
+            now = self._clock()
+            for key in list(self._wrong):
+                if self._wrong[key].since + WRONG_PASSWORDS_SECONDS > now:
+                    break
+                del self._wrong[key]
+            wrong = self._wrong.setdefault(culprit, WrongPasswords(now))
+            wrong.count += 1
+            return wrong
+
+    def _log_wrong(self, wrong, **values):
+        log_fact("wrong password", level=logging.WARNING, **values)
+        with self._lock:
+            is_news = wrong.count >= WRONG_PASSWORDS and not wrong.is_logged
+            wrong.is_logged |= is_news
+        if is_news:
+            words = "too many wrong passwords, refused for the rest of the minute"
+            log_fact(words, level=logging.WARNING, **values)
 
 
 # ======================================================================================
@@ -5327,8 +5476,11 @@ ADMINS = (ADMIN,)
 ANYBODY = ()  # without a login
 JSON_TYPE = "application/json"
 NDJSON_TYPE = "application/x-ndjson"
-MAX_TESTS = 4  # at one moment: each holds one of the server's threads
 PING_NAME, PING = "diagnostics:ping", b'{"test": true}'
+SEND_BYTES = 1 << 16
+STREAMED_BYTES = 1 << 20  # a longer answer is made while it is sent
+LOGIN_NEEDED = "log in as a user of webhookd"
+ASK_FOR_LOGIN = {"WWW-Authenticate": 'Basic realm="webhookd"'}
 LOGGED_NAMES = {  # of a webhook's fields, where the API has another or none
     "verify_tls": "sslVerificationRequired",
     "rate_limit": "rateLimit",
@@ -5342,6 +5494,24 @@ def _site(origin):
     scheme, _, authority = origin.lower().partition("://")
     default = {"http": ":80", "https": ":443"}.get(scheme, "")
     return scheme, authority.removesuffix(default)
+
+
+def delivery_json(
+    delivery: Delivery, body: bytes, attempts: collections.abc.Iterable[Attempt]
+) -> collections.abc.Iterator[bytes]:
+    """A delivery with its attempts as JSON, in parts; the body is encoded once for all."""
+    of_event, separator = memoryview(json_bytes(body.decode())), b""
+    yield json_bytes(delivery.as_json()).removesuffix(b"}") + b',"attempts":['
+    for attempt in attempts:
+        before, after = attempt.json_around_body(delivery.id, delivery.event)
+        own = attempt.request_body
+        sent = of_event if own is None else memoryview(json_bytes(own))
+        yield separator + before
+        for start in range(0, len(sent), SEND_BYTES):
+            yield bytes(sent[start : start + SEND_BYTES])
+        yield after
+        separator = b","
+    yield b"]}"
 
 
 def changed_fields(old: Webhook, new: Webhook) -> str:
@@ -5369,6 +5539,65 @@ def lost_secret(old: Webhook, new: Webhook) -> bool:
     return any(secret not in kept for secret in (old.secret, old.previous_secret) if secret)
 
 
+class Work(typing.NamedTuple):
+    """A kind of work that holds one of the server's threads for long."""
+
+    limit: int  # at one moment
+    patience_seconds: float = 1  # if there are more
+
+
+ORDINARY = Work(SERVER_THREADS // 2)  # lists, look-ups, passwords: all that is not quick
+TESTS = Work(4, 0)
+LARGE = Work(1, 5)  # a large request is some hundred megabytes while it is read
+STREAMS = Work(4, 10)  # each waits for its client
+MAX_WAITING = SERVER_THREADS // 4  # for such work
+
+
+class SlowWork:
+    """At most half of the server's threads are in slow work, and less in some kinds.
+
+    A few more wait for a place, what is more than that gets Unavailable; so a request that
+    is quick always finds a thread. Any thread may call the methods."""
+
+    def __init__(self):
+        kinds = ORDINARY, TESTS, LARGE, STREAMS
+        self._free = {work: threading.Semaphore(work.limit) for work in kinds}
+        self._waiting = threading.Semaphore(MAX_WAITING)
+        self._local = threading.local()  # has a place: this thread needs no second one
+
+    @contextlib.contextmanager
+    def place(self, work: Work = ORDINARY) -> collections.abc.Iterator[None]:
+        """Hold a place for a kind of work; raises Unavailable."""
+        with contextlib.ExitStack() as places:
+            if work is not ORDINARY:
+                places.enter_context(self._place(work))
+            if not getattr(self._local, "has_place", False):
+                places.enter_context(self._place(ORDINARY))
+                places.callback(setattr, self._local, "has_place", False)
+                self._local.has_place = True
+            yield
+
+    @contextlib.contextmanager
+    def _place(self, work):
+        free = self._free[work]
+        if not free.acquire(blocking=False):
+            self._wait(free, work.patience_seconds)
+        try:
+            yield
+        finally:
+            free.release()
+
+    def _wait(self, free, seconds):
+        has_come = False
+        if self._waiting.acquire(blocking=False):
+            try:
+                has_come = free.acquire(timeout=seconds)
+            finally:
+                self._waiting.release()
+        if not has_come:
+            raise Unavailable("too much of this at once", headers={"Retry-After": "1"})
+
+
 class Api:
     """The routes; built of its parts, so that there may be as many as one likes."""
 
@@ -5379,12 +5608,12 @@ class Api:
         address_policy: AddressPolicy,
         settings: Settings,
         clock: collections.abc.Callable[[], float] = time.time,
+        steady_clock: collections.abc.Callable[[], float] = time.monotonic,
     ):
         self._store, self._dispatcher, self._settings = store, dispatcher, settings
         self._address_policy, self._clock = address_policy, clock
-        self._logins = Logins(store, clock)
-        self._tests = threading.Semaphore(MAX_TESTS)
-        self._large = threading.Lock()  # one large request at a time is in memory
+        self._logins = Logins(store, steady_clock)
+        self._slow_work = SlowWork()
         self.app = bottle.Bottle()
         self.app.default_error_handler = self._render_bottle_error
         self.app.router.add_filter("id", lambda _: ("[0-9]{1,15}", int, str))
@@ -5392,6 +5621,11 @@ class Api:
         self.app.install(self._guarded)
         hooks, hook = "/rest/api/webhooks", "/rest/api/webhooks/<id:id>"
         events, deliveries = "/rest/api/events", "/rest/api/deliveries"
+        quick = (  # these hold a thread for a commit or a few rows, or see to their place
+            *(self.publish_events, self.delete_event, self.health),
+            *(self.get_webhook, self.delete_webhook, self.latest),
+            *(self.get_delivery, self.redeliver),
+        )
         for method, path, handler, roles in (
             ("GET", hooks, self.list_webhooks, READERS),
             ("POST", hooks, self.create_webhook, ADMINS),
@@ -5414,7 +5648,12 @@ class Api:
             ("GET", "/health", self.health, ANYBODY),
             ("GET", "/metrics", self.metrics, READERS),
         ):
-            self.app.route(path, method, handler, roles=roles)
+            self.app.route(path, method, handler, roles=roles, is_quick=handler in quick)
+
+    def remember_admin(self, password: str) -> None:
+        """Know the admin from the start, when many log in at the same moment."""
+        with contextlib.suppress(WebhookdError):  # it was changed just now
+            self._logins.verify([Login("admin", password)], "")
 
     # ---- what every request passes ----
 
@@ -5424,8 +5663,12 @@ class Api:
         def guarded(*args, **kwargs):
             try:
                 self._refuse_other_sites()
-                self._log_in(bottle.request.route.config["roles"])
-                return handler(*args, **kwargs)
+                config = bottle.request.route.config
+                self._log_in(config["roles"])
+                if config.get("is_quick"):
+                    return handler(*args, **kwargs)
+                with self._slow_work.place():
+                    return handler(*args, **kwargs)
             except WebhookdError as error:
                 bottle.response.headers.update(error.headers)
                 return self._error(error.status, error.faults)
@@ -5450,16 +5693,33 @@ class Api:
     def _log_in(self, roles):
         if roles == ANYBODY:
             return
-        environ = bottle.request.environ
-        address = environ.get("REMOTE_ADDR", "")
         try:
-            user = self._logins.user(self._header("Authorization"), address)
+            user = self._user(self._header("Authorization"), self._client_address())
         except Unauthorized as error:
-            error.headers["WWW-Authenticate"] = 'Basic realm="webhookd"'
+            error.headers.update(ASK_FOR_LOGIN)
             raise
         if user.role not in roles:
             raise Forbidden(f"the role {user.role} may not do this")
-        environ["webhookd.user"] = user
+        bottle.request.environ["webhookd.user"] = user
+
+    def _user(self, header, address):
+        if not header:
+            raise Unauthorized(LOGIN_NEEDED)
+        logins = read_logins(header)
+        user = self._logins.known(logins, address)
+        if user is None:
+            with self._slow_work.place():
+                user = self._logins.verify(logins, address)
+        return user
+
+    def _client_address(self):
+        """Where the request comes from; a proxy that tells no address is the client."""
+        address = bottle.request.environ.get("REMOTE_ADDR")
+        if not self._settings.trusted_proxy:
+            return address
+        with contextlib.suppress(ValueError):
+            return str(ipaddress.ip_address(address))
+        return self._settings.trusted_proxy
 
     def _render_bottle_error(self, error):
         is_missing = error.status_code == 404
@@ -5577,9 +5837,8 @@ class Api:
         return attempt if self._sees_urls() else attempt.for_viewers()
 
     def _log_change(self, words, **values):
-        environ = bottle.request.environ
-        user, address = environ["webhookd.user"].name, environ.get("REMOTE_ADDR")
-        log_fact(words, **values, by=user, address=address)
+        user = bottle.request.environ["webhookd.user"].name
+        log_fact(words, **values, by=user, address=self._client_address())
 
     # ---- webhooks ----
 
@@ -5695,13 +5954,9 @@ class Api:
         return self._json(self.test(self._webhook_to_test()))
 
     def test(self, webhook: Webhook) -> dict:
-        """Send a ping now; what was sent and what came back. Raises TooManyRequests."""
-        if not self._tests.acquire(blocking=False):
-            raise TooManyRequests("too many tests at once", headers={"Retry-After": "5"})
-        try:
+        """Send a ping now; what was sent and what came back. Raises Unavailable."""
+        with self._slow_work.place(TESTS):
             body, attempt = asyncio.run(self._ping(webhook))
-        finally:
-            self._tests.release()
         id, result = webhook.id or "none", attempt.description
         url = short_url(attempt.url)
         self._log_change("webhook tested", id=id, url=url, result=result)
@@ -5737,7 +5992,7 @@ class Api:
 
     def publish_events(self):
         is_large = bottle.request.content_length > LARGE_REQUEST_BYTES
-        with self._large if is_large else contextlib.nullcontext():
+        with self._slow_work.place(LARGE) if is_large else contextlib.nullcontext():
             return self._publish_events()
 
     def _publish_events(self):
@@ -5821,10 +6076,24 @@ class Api:
         return self._page_of(page, total, [delivery.as_json() for delivery in deliveries])
 
     def get_delivery(self, uuid):
-        delivery, body, attempts = self._store.delivery(uuid.lower())
-        id, event = delivery.id, delivery.event
-        shown = [self._seen(attempt).as_json(id, event, body) for attempt in attempts]
-        return self._json(delivery.as_json() | {"attempts": shown})
+        with contextlib.ExitStack() as place:
+            place.enter_context(self._slow_work.place(STREAMS))
+            delivery, body, attempts = self._store.delivery_in_steps(uuid.lower())
+            parts = delivery_json(delivery, body, map(self._seen, attempts))
+            begun, begun_bytes = [], 0
+            for part in parts:
+                begun.append(part)
+                begun_bytes += len(part)
+                if begun_bytes > STREAMED_BYTES:
+                    self._json(b"")
+                    return self._streamed(itertools.chain(begun, parts), place.pop_all())
+        return self._json(b"".join(begun))
+
+    @staticmethod
+    def _streamed(parts, place):
+        """The parts; the place is held until the last of them is sent, or the client gone."""
+        with place:
+            yield from parts
 
     # ---- operations ----
 
@@ -5902,16 +6171,6 @@ class Api:
         if problems:
             return self._json({"status": "failing", "problems": problems}, 503)
         return self._json({"status": "ok"})
-
-
-# ---- the server's own errors ----
-
-
-def render_server_error(error: waitress.utilities.Error, ident: str | None = None) -> tuple:
-    """What waitress answers to a request that does not reach the application."""
-    faults = [Fault(None, str(error.body))]
-    body = json_bytes(error_document(error.code, faults) | {"reason": error.reason})
-    return f"{error.code} {error.reason}", [("Content-Type", JSON_TYPE)], body
 
 
 # ======================================================================================
@@ -6513,6 +6772,351 @@ class Pages(Api):
 
 
 # ======================================================================================
+# HTTP server: waitress, with bounds on what a stranger can make it spend
+# ======================================================================================
+
+MAX_CONNECTIONS = 1000
+HEAD_SECONDS = 10  # from the connection, or the first byte of a request, to its empty line
+REQUEST_SECONDS = 60  # for a whole request, for a client that reads nothing, for an idle one
+UNFETCHED_SECONDS = 10  # a client whose request was refused may go on sending for so long
+MAX_HEAD_BYTES = 64 << 10
+MAX_FRAMING_BYTES = 8 << 10  # of a chunk-size line, and of a trailer
+FRAMING_SHARE = 8  # chunks of a few bytes cost more than their bytes: at most one in so many
+MAX_BODIES_BYTES = 128 << 20  # of the requests that are there or on their way, together
+SHARED_BODIES_BYTES = MAX_BODIES_BYTES // 4 * 3
+OWN_BODY_BYTES = (MAX_BODIES_BYTES - SHARED_BODIES_BYTES) // MAX_CONNECTIONS  # of each
+MAX_UNSENT_BYTES = 1 << 20  # of an answer that is made while it is sent
+MAX_OPEN_FILES = 1 << 16
+OTHER_FILES = 128  # the database's, those of look-ups, and to spare
+ACCEPT_REST_SECONDS = 1  # after a connection could not be accepted
+
+
+class RequestRefused(waitress.utilities.Error):
+    """What is answered to a request that does not reach the application."""
+
+    def __init__(self, status: int, message: str, headers: dict[str, str]):
+        super().__init__(message)
+        self.code, self.reason = status, http.HTTPStatus(status).phrase
+        self.headers = headers
+
+
+def render_server_error(error: waitress.utilities.Error, ident: str | None = None) -> tuple:
+    """What waitress answers to a request that does not reach the application."""
+    faults = [Fault(None, str(error.body))]
+    body = json_bytes(error_document(error.code, faults) | {"reason": error.reason})
+    headers = {"Content-Type": JSON_TYPE} | getattr(error, "headers", {})
+    return f"{error.code} {error.reason}", list(headers.items()), body
+
+
+class BodyMemory:
+    """How much the bodies of all requests hold; any thread may call the methods."""
+
+    def __init__(self):
+        self._lock = threading.Lock()  # guards the next
+        self._held_bytes = 0
+
+    def has_room(self, size: int) -> bool:
+        """Whether a body of a size would fit beside the others."""
+        is_own = size <= OWN_BODY_BYTES  # which the connection may have whatever others do
+        return is_own or self._held_bytes + size <= SHARED_BODIES_BYTES + OWN_BODY_BYTES
+
+    def resize(self, old: int, new: int) -> bool:
+        """Count a body of an old size with its new one; whether that fits."""
+        with self._lock:
+            self._held_bytes += max(0, new - OWN_BODY_BYTES) - max(0, old - OWN_BODY_BYTES)
+        return new <= OWN_BODY_BYTES or self._held_bytes <= SHARED_BODIES_BYTES
+
+
+class RequestParser(waitress.parser.HTTPRequestParser):
+    """Waitress's parser, which reads any body that comes before it asks the application.
+
+    It lets some malformed requests escape it, reads the same chunk-size line again and
+    again, and takes a second request for one that may wait (Pylons/waitress has no issue
+    of these yet). What it refuses is answered by an error, and the connection ends."""
+
+    _body_bytes = 0  # as counted in adj.bodies
+    _unfinished_bytes = 0  # of a chunk-size line or trailer
+    _framing_bytes = 0
+
+    def received(self, data: bytes) -> int:
+        was_in_body = self.body_rcv is not None
+        consumed = super().received(data)
+        if self.body_rcv is not None and not self.error:
+            self._judge_body() if was_in_body else self._judge_head()
+        rest = b"" if self.empty or not self.completed else data[consumed:]
+        if rest.strip(b"\r\n") and not self.error:
+            self._refuse(400, "a request must wait for the answer to the one before it")
+        if self.error:
+            self.expect_continue = False  # else waitress invites the body all the same
+        return len(data) if self.error or rest else consumed
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError:
+            raise waitress.parser.ParsingError("the request is malformed") from None
+        is_chunked = self.chunked or "TRANSFER_ENCODING" in self.headers  # 1.0 leaves it
+        if is_chunked and "CONTENT_LENGTH" in self.headers:
+            message = "Content-Length and Transfer-Encoding exclude each other"
+            raise waitress.parser.ParsingError(message)
+
+    def close(self) -> None:
+        super().close()
+        self.adj.bodies.resize(self._body_bytes, 0)
+        self._body_bytes = 0
+
+    def _judge_head(self):
+        if "AUTHORIZATION" not in self.headers:
+            self._refuse(401, LOGIN_NEEDED, ASK_FOR_LOGIN)
+        elif not self.adj.bodies.has_room(self.content_length):
+            self._refuse_for_now()
+
+    def _judge_body(self):
+        old, self._body_bytes = self._body_bytes, self.body_bytes_received
+        has_room = self.adj.bodies.resize(old, self._body_bytes)
+        if self.chunked and self._is_mostly_framing():
+            self._refuse(400, "a chunk-size line or trailer is too long, or chunks too small")
+        elif not has_room:
+            self._refuse_for_now()
+
+    def _is_mostly_framing(self):
+        receiver, before = self.body_rcv, self._framing_bytes
+        body_bytes = len(receiver)
+        self._framing_bytes = self.body_bytes_received - body_bytes
+        line_bytes = self._unfinished_bytes + self._framing_bytes - before
+        self._unfinished_bytes = len(receiver.control_line) + len(receiver.trailer)
+        most = FRAMING_SHARE * MAX_FRAMING_BYTES + body_bytes // FRAMING_SHARE
+        return line_bytes > MAX_FRAMING_BYTES or self._framing_bytes > most
+
+    def _refuse_for_now(self):
+        self._refuse(503, "too much is being received at once", {"Retry-After": "1"})
+
+    def _refuse(self, status, message, headers=None):
+        self.error, self.completed = RequestRefused(status, message, headers or {}), True
+
+
+class Channel(waitress.channel.HTTPChannel):
+    """Waitress's connection, and how long the client may take.
+
+    Waitress counts from the last byte that came or went, by a clock that may be set, and
+    not at all while a request is in hand: a client that does not read its answer holds the
+    thread that makes it (since Pylons/waitress#242). It closes a connection on which more
+    is coming, so that the network may drop the answer."""
+
+    parser_class = RequestParser
+
+    def __init__(self, *arguments, **options):
+        self._since = time.monotonic()  # of the next, or of the last bytes that went
+        self._had_request = False
+        self._lingers = False  # the client may be sending what is not read any more
+        self._discards = False
+        super().__init__(*arguments, **options)
+
+    # ---- of the server's thread ----
+
+    def received(self, data: bytes) -> bool:
+        if self.request is None:
+            self._since = time.monotonic()
+        return super().received(data)
+
+    def readable(self) -> bool:
+        return self._discards or super().readable()
+
+    def writable(self) -> bool:
+        return not self._discards and super().writable()
+
+    def handle_read(self) -> None:
+        if not self._discards:
+            super().handle_read()
+            return
+        try:
+            self.recv(SEND_BYTES)  # closes the connection at its end
+        except OSError:
+            self.handle_close()
+
+    def handle_close(self) -> None:
+        if self._lingers and not self._discards and self.connected:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
+                self._discards, self._since = True, time.monotonic()
+                self.will_close = False
+                return
+        if self.request is not None:
+            self.request.close()
+        super().handle_close()
+
+    def is_overdue(self, now: float) -> bool:
+        """Whether the client has taken too long for what it has to do; monotonic seconds."""
+        return now - self._since > self._allowed_seconds()
+
+    def cut_off(self) -> None:
+        """Close the connection; whoever makes an answer for it gets ClientDisconnected."""
+        self._lingers = False
+        self.handle_close()
+
+    def _allowed_seconds(self):
+        if self._discards:
+            return UNFETCHED_SECONDS
+        if self.total_outbufs_len:
+            return REQUEST_SECONDS
+        if self.requests:  # it is the application's turn
+            return math.inf
+        if self.request is None:
+            has_time = self._had_request
+        else:
+            has_time = self.request.headers_finished
+        return REQUEST_SECONDS if has_time else HEAD_SECONDS
+
+    # ---- of any thread ----
+
+    def service(self) -> None:
+        self._had_request, self._lingers = True, self.requests[0].error is not None
+        super().service()
+
+    def write_soon(self, data) -> int:
+        if not self.total_outbufs_len:
+            self._since = time.monotonic()
+        return super().write_soon(data)
+
+    def _flush_some(self, do_close=True):
+        has_sent = super()._flush_some(do_close=do_close)
+        if has_sent:
+            self._since = time.monotonic()
+        return has_sent
+
+
+class Server(waitress.server.TcpWSGIServer):
+    """Waitress's server, which would spin when files run out."""
+
+    channel_class = Channel
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.adj.bodies = BodyMemory()  # all that a parser knows of its server is adj
+        self._accepts_from = self._looks_from = self._complains_from = 0.0  # monotonic
+
+    def readable(self) -> bool:
+        has_room = len(self.active_channels) < self.adj.connection_limit
+        return self.accepting and has_room and time.monotonic() >= self._accepts_from
+
+    def handle_accept(self) -> None:
+        try:
+            accepted = self.accept()
+            if accepted is not None:
+                connection, address = accepted
+                self.set_socket_options(connection)
+                self.channel_class(self, connection, address, self.adj, map=self._map)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._rest(error)
+
+    def _rest(self, error):
+        now = time.monotonic()
+        self._accepts_from = now + ACCEPT_REST_SECONDS
+        if now >= self._complains_from:
+            self._complains_from = now + 60
+            log_fact("no connection can be accepted", level=logging.WARNING, reason=error)
+
+    def cut_off_overdue(self, now: float) -> None:
+        """Once a second, close the connections whose clients take too long; monotonic."""
+        if now >= self._looks_from:
+            self._looks_from = now + 1
+            for channel in list(self.active_channels.values()):
+                if channel.is_overdue(now):
+                    channel.cut_off()
+
+
+def printable_address(host: str, port: int) -> str:
+    """HOST:PORT, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def listen(address: tuple[str, int]) -> socket.socket:
+    """A listening socket; raises SettingError."""
+    try:
+        family, *_, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(where[:2], family=family)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "not a host"
+        raise SettingError(
+            f"--listen (WEBHOOKD_LISTEN): {printable_address(*address)}: {why}"
+        ) from None
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as it may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def connection_limit(max_in_flight: int) -> int:
+    """How many clients may be connected, so that files are left for all else."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    left = soft - OTHER_FILES - MAX_IDLE_CONNECTIONS - max_in_flight
+    return MAX_CONNECTIONS if soft < 0 else max(SERVER_THREADS, min(left, MAX_CONNECTIONS))
+
+
+def make_server(app, listener: socket.socket, settings: Settings) -> Server:
+    """The HTTP server of the application."""
+    # waitress answers by this method what does not reach the application
+    waitress.utilities.Error.to_response = render_server_error
+    proxy = {"clear_untrusted_proxy_headers": True}
+    if settings.trusted_proxy:
+        proxy["trusted_proxy"] = settings.trusted_proxy
+        proxy["trusted_proxy_headers"] = {f"x-forwarded-{x}" for x in ("for", "proto", "host")}
+    return Server(
+        app,
+        {},
+        _sock=listener,
+        sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
+        bind_socket=False,
+        threads=SERVER_THREADS,
+        ident="webhookd",
+        server_name=settings.listen[0],
+        connection_limit=connection_limit(settings.max_in_flight),
+        max_request_header_size=MAX_HEAD_BYTES,
+        max_request_body_size=max(MAX_REQUEST_BYTES, settings.max_event_size),
+        # in memory, which is bounded, and not in files
+        inbuf_overflow=sys.maxsize,
+        outbuf_overflow=sys.maxsize,
+        outbuf_high_watermark=MAX_UNSENT_BYTES,
+        # a whole answer at once, by the thread that has the sockets
+        send_bytes=SEND_BYTES,
+        **proxy,
+    )
+
+
+def take_requests(server: Server, stopping: threading.Event) -> None:
+    """Run the server until it is stopping, see `stop_server`."""
+    timeout = server.adj.asyncore_loop_timeout
+    while not stopping.is_set():  # server.run() would drop what is queued
+        # select() would know file numbers below 1024 only
+        server.asyncore.loop(timeout, map=server._map, use_poll=True, count=1)
+        server.cut_off_overdue(time.monotonic())
+
+
+def stop_server(server: Server, stopping: threading.Event) -> None:
+    """Have `take_requests` return; from any thread, or a handler of signals."""
+    stopping.set()
+    server.pull_trigger()
+
+
+def finish_requests(server: Server) -> None:
+    """Answer the requests in hand, which the server's loop no longer does; new ones are
+    refused."""
+    server.socket.close()
+    limit = time.monotonic() + STOP_SECONDS
+    while server.active_channels and time.monotonic() < limit:
+        for channel in list(server.active_channels.values()):
+            channel.handle_write()
+            if not channel.requests and not channel.total_outbufs_len:
+                channel.handle_close()
+        time.sleep(0.01)
+
+
+# ======================================================================================
 # systemd
 # ======================================================================================
 
@@ -6541,7 +7145,10 @@ class LineFormatter(logging.Formatter):
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record).replace("\r", "\\r").replace("\n", "\\n")
+        text = super().format(record)
+        if not text.isprintable():  # else a client could write to a terminal, or forge lines
+            parts = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+            text = "".join(parts)
         return f"<{PRIORITIES.get(record.levelno, 3)}>{text}" if self._journal else text
 
 
@@ -6700,102 +7307,9 @@ class Sink(http.server.ThreadingHTTPServer):
 # Command line
 # ======================================================================================
 
-SERVER_THREADS = 16  # so many publications can share one commit
-MAX_CONNECTIONS = 1000
-REQUEST_SECONDS = 60  # a request has to be there after this time
+READERS_AT_START = SERVER_THREADS + 4  # one for each thread that reads
 M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # of malloc.h
 PAGES_PER_COPY_STEP = 256  # 1 MB: a publication waits for one step at most
-
-
-def printable_address(host: str, port: int) -> str:
-    """HOST:PORT, an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def listen(address: tuple[str, int]) -> socket.socket:
-    """A listening socket; raises SettingError."""
-    try:
-        family, *_, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(where[:2], family=family)
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or "not a host"
-        raise SettingError(
-            f"--listen (WEBHOOKD_LISTEN): {printable_address(*address)}: {why}"
-        ) from None
-
-
-class RequestParser(waitress.parser.HTTPRequestParser):
-    """Waitress's parser, which otherwise lets some malformed requests escape it."""
-
-    def parse_header(self, header_plus: bytes) -> None:
-        try:
-            super().parse_header(header_plus)
-        except ValueError:
-            raise waitress.parser.ParsingError("the request is malformed") from None
-
-
-class Channel(waitress.channel.HTTPChannel):
-    """Waitress's connection, which a client that sends slowly could hold for ever."""
-
-    parser_class = RequestParser
-
-    def handle_read(self) -> None:
-        is_within, activity = self.request is not None, self.last_activity
-        super().handle_read()
-        if is_within:  # the time runs from the first byte of a request
-            self.last_activity = activity
-
-
-def make_server(app, listener: socket.socket, settings: Settings):
-    """The HTTP server of the application."""
-    # waitress answers by this method what does not reach the application
-    waitress.utilities.Error.to_response = render_server_error
-    proxy = {"clear_untrusted_proxy_headers": True}
-    if settings.trusted_proxy:
-        proxy["trusted_proxy"] = settings.trusted_proxy
-        proxy["trusted_proxy_headers"] = {f"x-forwarded-{x}" for x in ("for", "proto", "host")}
-    server = waitress.create_server(
-        app,
-        sockets=[listener],
-        threads=SERVER_THREADS,
-        ident="webhookd",
-        server_name=settings.listen[0],
-        connection_limit=MAX_CONNECTIONS,
-        channel_timeout=REQUEST_SECONDS,
-        max_request_body_size=max(MAX_REQUEST_BYTES, settings.max_event_size),
-        # a whole answer at once, by the thread that has the sockets
-        send_bytes=1 << 16,
-        **proxy,
-    )
-    server.channel_class = Channel
-    return server
-
-
-def take_requests(server, stopping: threading.Event) -> None:
-    """Run the server until it is stopping, see `stop_server`."""
-    timeout = server.adj.asyncore_loop_timeout
-    while not stopping.is_set():  # server.run() would drop what is queued
-        # select() would know file numbers below 1024 only
-        server.asyncore.loop(timeout, map=server._map, use_poll=True, count=1)
-
-
-def stop_server(server, stopping: threading.Event) -> None:
-    """Have `take_requests` return; from any thread, or a handler of signals."""
-    stopping.set()
-    server.pull_trigger()
-
-
-def finish_requests(server) -> None:
-    """Answer the requests in hand, which the server's loop no longer does; new ones are
-    refused."""
-    server.socket.close()
-    limit = time.monotonic() + STOP_SECONDS
-    while server.active_channels and time.monotonic() < limit:
-        for channel in list(server.active_channels.values()):
-            channel.handle_write()
-            if not channel.requests and not channel.total_outbufs_len:
-                channel.handle_close()
-        time.sleep(0.01)
 
 
 def spare_memory() -> None:
@@ -6885,6 +7399,7 @@ def serve(settings: Settings) -> None:
     threading.excepthook = end_without
     # until it is ready a signal just ends it, which loses nothing
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise_file_limit()
     spare_memory()
     hold_to_one_core()
     with contextlib.ExitStack() as parts:
@@ -6893,6 +7408,7 @@ def serve(settings: Settings) -> None:
         log_fact("starting", version=VERSION, database=settings.database)
         store.flush()  # raises if nothing can be written
         ensure_admin(store, settings.admin_password, tell_admin)
+        store.open_readers(READERS_AT_START)
         address = listener.getsockname()[:2]
         address_policy = AddressPolicy(settings.allow_networks, address)
         client = Client(address_policy, settings.delivery_timeout)
@@ -6901,6 +7417,8 @@ def serve(settings: Settings) -> None:
         dispatcher = Dispatcher(store, client, settings, clock, lambda: _beat(store))
         parts.enter_context(dispatcher)
         api = Pages(store, dispatcher, address_policy, settings, clock)
+        if settings.admin_password:
+            api.remember_admin(settings.admin_password)
         server = make_server(api.app, listener, settings)
         stopping = threading.Event()
         on_stop(lambda *_: _stop(server, stopping))
