@@ -5217,9 +5217,10 @@ def read_logins(header: str) -> list[Login]:
     except ValueError:
         return [Login(None, "")]
     texts = [sent.decode("latin-1")]
-    with contextlib.suppress(UnicodeDecodeError):
-        texts.insert(0, sent.decode())
-    parts = [text.partition(":") for text in dict.fromkeys(texts)]
+    if not sent.isascii():
+        with contextlib.suppress(UnicodeDecodeError):
+            texts.insert(0, sent.decode())
+    parts = [text.partition(":") for text in texts]
     return [Login(name, password) for name, _, password in parts]
 
 
@@ -5267,7 +5268,8 @@ class Logins:
         by_secret = self._by_secret(logins, users)
         if by_secret is not None:
             return by_secret
-        self._check_throttle(self._culprit(logins, users, address))
+        if self._wrong:
+            self._check_throttle(self._culprit(logins, users, address))
         return self._remembered(logins, users)
 
     def verify(self, logins: list[Login], address: str) -> User:
@@ -5282,7 +5284,7 @@ class Logins:
             for login in logins:
                 user = self._by_password(login, users)
                 if user is not None:
-                    self._remember(login, user, wrong)
+                    self._remember(login, user, culprit)
                     return user
         self._log_wrong(wrong, address=address, user=culprit[0] or "unknown")
         raise Unauthorized("wrong user name or password")
@@ -5291,7 +5293,7 @@ class Logins:
     def _by_secret(logins, users):
         """A generated secret needs no slow hash, so nothing need keep it from passing."""
         bearers = [user for user in users if user.record.startswith("secret$")]
-        for name, password in logins:
+        for name, password in logins if bearers else ():
             given = secret_record(password)
             for user in bearers:
                 if name in (None, user.name) and hmac.compare_digest(given, user.record):
@@ -5311,7 +5313,7 @@ class Logins:
     # ---- what is remembered ----
 
     def _digest(self, login):
-        return login.name, hmac.digest(self._key, login.password.encode(), "sha256")
+        return login.name, hashlib.blake2b(login.password.encode(), key=self._key).digest()
 
     def _remembered(self, logins, users):
         for login in logins:
@@ -5320,9 +5322,12 @@ class Logins:
                 return user
         return None
 
-    def _remember(self, login, user, wrong):
+    def _remember(self, login, user, culprit):
         with self._lock:
+            wrong = self._wrong.get(culprit, WrongPasswords(0, 1))  # else its minute is over
             wrong.count -= 1
+            if not wrong.count:
+                self._wrong.pop(culprit, None)
             while len(self._verified) >= MAX_VERIFIED:
                 del self._verified[next(iter(self._verified))]
             self._verified[self._digest(login)] = user
@@ -6919,16 +6924,7 @@ class Channel(waitress.channel.HTTPChannel):
             self._since = time.monotonic()
         return super().received(data)
 
-    def readable(self) -> bool:
-        return self._discards or super().readable()
-
-    def writable(self) -> bool:
-        return not self._discards and super().writable()
-
-    def handle_read(self) -> None:
-        if not self._discards:
-            super().handle_read()
-            return
+    def _discard(self):
         try:
             self.recv(SEND_BYTES)  # closes the connection at its end
         except OSError:
@@ -6940,6 +6936,9 @@ class Channel(waitress.channel.HTTPChannel):
                 self.socket.shutdown(socket.SHUT_WR)
                 self._discards, self._since = True, time.monotonic()
                 self.will_close = False
+                # not methods, since waitress asks all connections at each turn of its loop
+                self.readable, self.writable = (lambda: True), (lambda: False)
+                self.handle_read = self._discard
                 return
         if self.request is not None:
             self.request.close()
