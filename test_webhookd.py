@@ -7682,6 +7682,7 @@ def raw_request(port, request):
         (b"POST /rest/api/events HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", 413),
         (b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", 431),
     ],
+    ids=lambda value: value if isinstance(value, int) else "sent",
 )
 def test_the_servers_own_errors_have_the_same_shape(shared_daemon, request_bytes, status):
     found, document = raw_request(shared_daemon.port, request_bytes)
@@ -7755,6 +7756,7 @@ LONG = b"x" * (9 << 10)
         (HEALTH + b"x", 400),
         (LOGGED_IN + b"Content-Length: 2\r\n\r\n{}" + HEALTH, 400),
     ],
+    ids=lambda value: value if isinstance(value, int) else "sent",
 )
 def test_what_a_stranger_may_not_do_ends_the_connection(shared_daemon, request_bytes, status):
     assert raw_request(shared_daemon.port, request_bytes)[0] == status
