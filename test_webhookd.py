@@ -2752,7 +2752,7 @@ def new_event(name="e", body=b'{"timestamp":1,"event":"e"}'):
 
 
 def publish(store, *events, now_ms=1000, **options):
-    return store.publish(list(events) or [new_event()], now_ms, **options)[0]
+    return store.publish(list(events) or [new_event()], now_ms, **options).result()[0]
 
 
 def add_webhook(store, *events, **fields):
@@ -3002,7 +3002,7 @@ def test_a_key_used_twice_at_the_same_moment_publishes_once(store):
     key = webhookd.IdempotencyKey("user", "key", b"fingerprint")
 
     def publish_with_key(_):
-        return store.publish([new_event()], 1000, key)
+        return store.publish([new_event()], 1000, key).result()
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(publish_with_key, range(16)))
@@ -3243,7 +3243,7 @@ def pass_time(maintenance, clock, seconds):
 
 def test_events_without_deliveries_and_old_keys_go_too(store, maintenance, clock):
     key = webhookd.IdempotencyKey("u", "k", b"f")
-    store.publish([new_event()], clock.ms, key)
+    store.publish([new_event()], clock.ms, key).result()
 
     pass_time(maintenance, clock, 3 * 86400)
     assert (count(store, "events"), count(store, "answers")) == (1, 1)
@@ -3500,7 +3500,7 @@ def test_a_key_used_twice_in_one_commit_publishes_once(store):
     key = webhookd.IdempotencyKey("user", "key", b"fingerprint")
 
     def publish_with_key():
-        return store.publish([new_event()], 1000, key)
+        return store.publish([new_event()], 1000, key).result()
 
     answers = in_one_commit(store, publish_with_key, publish_with_key)
 
@@ -3601,7 +3601,7 @@ def test_a_clock_that_jumps_disables_nobody(store, maintenance, clock):
 
 def publish_bodies(store, *bodies):
     events = [read_event(body, max_bytes=1 << 20) for body in bodies]
-    return [event.id for event in store.publish(events, 1000)[0]]
+    return [event.id for event in store.publish(events, 1000).result()[0]]
 
 
 def searched(store, *conditions, page=webhookd.Page(), before=None, **fields):
@@ -7813,7 +7813,7 @@ class SteppedServer:
         limit = time.monotonic() + 20
         while not condition():
             assert time.monotonic() < limit, "it did not happen"
-            self.server.asyncore.loop(0.01, map=self.server._map, use_poll=True, count=1)
+            self.server.turn(0.01)
 
     def close(self):
         for client in self._clients:
@@ -9586,10 +9586,7 @@ def commit_alone(database, count):
 
     def publish():
         for _ in range(count // PUBLISHING_THREADS):
-            store.publish(
-                [event],
-                event.timestamp,
-            )
+            store.publish([event], event.timestamp).result()
 
     with open_store(database) as store:
         stored_webhook(store, 9)
@@ -9641,10 +9638,7 @@ def prepare_backlog(database, port, count):
         stored_webhook(store, port)
         event = event_for_store()
         for _ in range(count // 1000):
-            store.publish(
-                [event] * 1000,
-                event.timestamp,
-            )
+            store.publish([event] * 1000, event.timestamp).result()
     tell(prepared=count)
 
 

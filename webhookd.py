@@ -93,6 +93,7 @@ import bottle
 import waitress.channel
 import waitress.parser
 import waitress.server
+import waitress.task
 import waitress.utilities
 
 # ======================================================================================
@@ -3947,14 +3948,15 @@ class Store:
 
     def publish(
         self, events: list[NewEvent], now_ms: int, idempotency: IdempotencyKey | None = None
-    ) -> tuple[list[Event], bool]:
-        """Store events and their deliveries; returns once they are on disk.
+    ) -> concurrent.futures.Future:
+        """Store events and their deliveries; a future that is done once they are on disk.
 
-        Returns them as stored, and whether an earlier publication with the key had stored
-        them. Raises KeyReused, StorageFull or Unavailable; then nothing was stored."""
+        Its result is the events as stored, and whether an earlier publication with the key
+        had stored them. It, or the call, raises KeyReused, StorageFull or Unavailable; then
+        nothing was stored."""
         if self.full:
             raise StorageFull(FULL)
-        return self._submit(lambda batch: batch.publish(events, now_ms, idempotency)).result()
+        return self._submit(lambda batch: batch.publish(events, now_ms, idempotency))
 
     def record(self, result: Result) -> None:
         """Take an attempt's result for one of the next commits; does not wait.
@@ -5603,6 +5605,24 @@ class SlowWork:
             raise Unavailable("too much of this at once", headers={"Retry-After": "1"})
 
 
+PASSAGE = "webhookd.passage"  # of a WSGI environment
+
+
+class Passage:
+    """The way of a request through the application in the server's own thread.
+
+    There it must not wait: what waits for a commit leaves its answer for later, and what is
+    slow has to begin anew in another thread."""
+
+    is_slow = False
+    future: concurrent.futures.Future | None = None
+    late_answer: collections.abc.Callable[[], tuple] | None = None
+
+    def leave(self, future: concurrent.futures.Future, late_answer) -> None:
+        """Have the late answer (status line, headers, body) made once the future is done."""
+        self.future, self.late_answer = future, late_answer
+
+
 class Api:
     """The routes; built of its parts, so that there may be as many as one likes."""
 
@@ -5666,24 +5686,56 @@ class Api:
         """A plugin: the handler behind all checks, its errors as documents."""
 
         def guarded(*args, **kwargs):
-            try:
-                self._refuse_other_sites()
-                config = bottle.request.route.config
-                self._log_in(config["roles"])
-                if config.get("is_quick"):
-                    return handler(*args, **kwargs)
-                with self._slow_work.place():
-                    return handler(*args, **kwargs)
-            except WebhookdError as error:
-                bottle.response.headers.update(error.headers)
-                return self._error(error.status, error.faults)
-            except Exception:
-                request = bottle.request
-                log.exception("%s %s failed", request.method, request.path)
-                fault = Fault(None, "an internal error, which is in the log")
-                return self._error(500, [fault])
+            return self._rendered(self._checked, handler, *args, **kwargs)
 
         return guarded
+
+    def _checked(self, handler, *args, **kwargs):
+        self._refuse_other_sites()
+        config = bottle.request.route.config
+        self._log_in(config["roles"])
+        if config.get("is_quick"):
+            return handler(*args, **kwargs)
+        with self._place():
+            return handler(*args, **kwargs)
+
+    def _rendered(self, answer, *args, **kwargs):
+        """What answer() returns, or the document of the error that it raises."""
+        try:
+            return answer(*args, **kwargs)
+        except WebhookdError as error:
+            bottle.response.headers.update(error.headers)
+            return self._error(error.status, error.faults)
+        except Exception:
+            request = bottle.request
+            log.exception("%s %s failed", request.method, request.path)
+            fault = Fault(None, "an internal error, which is in the log")
+            return self._error(500, [fault])
+
+    def _place(self, work=ORDINARY):
+        """A place for slow work, see SlowWork; the server's own thread has none."""
+        passage = bottle.request.environ.get(PASSAGE)
+        if passage:
+            passage.is_slow = True
+            raise Unavailable("this goes on in another thread")
+        return self._slow_work.place(work)
+
+    def _after(self, future, answer):
+        """answer(*result) once a future is done. The server's own thread waits for nothing:
+        it goes on, and calls what it was left when that is so."""
+        environ = bottle.request.environ
+        passage = environ.get(PASSAGE)
+        if passage is None:
+            return answer(*future.result())
+        passage.leave(future, lambda: self._late(environ, lambda: answer(*future.result())))
+        return b""
+
+    def _late(self, environ, answer):
+        """Status line, headers and body of an answer that was left for later."""
+        bottle.request.bind(environ)
+        bottle.response.bind()
+        body = self._rendered(answer)
+        return bottle.response.status_line, bottle.response.headerlist, body
 
     def _refuse_other_sites(self):
         if bottle.request.method in ("GET", "HEAD"):
@@ -5713,7 +5765,7 @@ class Api:
         logins = read_logins(header)
         user = self._logins.known(logins, address)
         if user is None:
-            with self._slow_work.place():
+            with self._place():
                 user = self._logins.verify(logins, address)
         return user
 
@@ -5997,7 +6049,7 @@ class Api:
 
     def publish_events(self):
         is_large = bottle.request.content_length > LARGE_REQUEST_BYTES
-        with self._slow_work.place(LARGE) if is_large else contextlib.nullcontext():
+        with self._place(LARGE) if is_large else contextlib.nullcontext():
             return self._publish_events()
 
     def _publish_events(self):
@@ -6010,10 +6062,12 @@ class Api:
         events = events if several else [events]
         key = self._idempotency(body, events)
 
-        published, is_repeated = self._store.publish(events, now, key)
-        shown = [event.as_json() for event in published]
-        answer = {"results": shown} if several else shown[0]
-        return self._json(answer, 200 if is_repeated else 202)
+        def answer(published, is_repeated):
+            shown = [event.as_json() for event in published]
+            document = {"results": shown} if several else shown[0]
+            return self._json(document, 200 if is_repeated else 202)
+
+        return self._after(self._store.publish(events, now, key), answer)
 
     def _naming(self):
         with Reader(self._query()) as query:
@@ -6791,6 +6845,8 @@ MAX_BODIES_BYTES = 128 << 20  # of the requests that are there or on their way, 
 SHARED_BODIES_BYTES = MAX_BODIES_BYTES // 4 * 3
 OWN_BODY_BYTES = (MAX_BODIES_BYTES - SHARED_BODIES_BYTES) // MAX_CONNECTIONS  # of each
 MAX_UNSENT_BYTES = 1 << 20  # of an answer that is made while it is sent
+PUBLICATION = ("POST", "/rest/api/events")
+MAX_PASSING_BYTES = 64 << 10  # of a publication that is read in the server's own thread
 MAX_OPEN_FILES = 1 << 16
 OTHER_FILES = 128  # the database's, those of look-ups, and to spare
 ACCEPT_REST_SECONDS = 1  # after a connection could not be accepted
@@ -6900,6 +6956,18 @@ class RequestParser(waitress.parser.HTTPRequestParser):
         self.error, self.completed = RequestRefused(status, message, headers or {}), True
 
 
+class Task(waitress.task.WSGITask):
+    """Waitress's answer to a request, which may be ready made."""
+
+    def execute(self) -> None:
+        ready_made, self.channel.ready_made = self.channel.ready_made, None
+        if ready_made is None:
+            return super().execute()
+        self.status, self.response_headers, body = ready_made
+        self.content_length, self.complete = len(body), True
+        self.write(body)
+
+
 class Channel(waitress.channel.HTTPChannel):
     """Waitress's connection, and how long the client may take.
 
@@ -6909,6 +6977,8 @@ class Channel(waitress.channel.HTTPChannel):
     is coming, so that the network may drop the answer."""
 
     parser_class = RequestParser
+    task_class = Task
+    ready_made: tuple | None = None  # status line, headers and body of the next answer
 
     def __init__(self, *arguments, **options):
         self._since = time.monotonic()  # of the next, or of the last bytes that went
@@ -6966,6 +7036,32 @@ class Channel(waitress.channel.HTTPChannel):
             has_time = self.request.headers_finished
         return REQUEST_SECONDS if has_time else HEAD_SECONDS
 
+    def pass_through(self) -> None:
+        """Have the application see a request here and now. What waits for a commit is
+        answered after it, what is slow goes to another thread."""
+        passage, started = Passage(), []
+        environ = Task(self, self.requests[0]).get_environment()
+        environ[PASSAGE] = passage
+        body = self.server.application(environ, lambda *start: started.extend(start))
+        if passage.is_slow:
+            self.server.task_dispatcher.add_task(self)
+        elif passage.future is None:
+            self.answer(started[0], started[1], b"".join(body))
+        else:
+            late = self, passage.late_answer
+            passage.future.add_done_callback(lambda _: self.server.finish_later(*late))
+
+    def answer_late(self, late_answer: collections.abc.Callable[[], tuple]) -> None:
+        """Send the answer that a publication has left for the time after its commit."""
+        self.answer(*late_answer())
+
+    def answer(self, status: str, headers: list, body: bytes) -> None:
+        """Send what the application has answered to the request in hand."""
+        self.ready_made = status, headers, body
+        self.service()
+        if self.connected:
+            self.handle_write()
+
     # ---- of any thread ----
 
     def service(self) -> None:
@@ -6992,6 +7088,10 @@ class Server(waitress.server.TcpWSGIServer):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.adj.bodies = BodyMemory()  # all that a parser knows of its server is adj
+        self._thread = threading.get_ident()
+        self._publications = collections.deque()  # channels; appended to by any thread
+        self._finished = collections.deque()  # channels and late answers, as well
+        self._is_woken = False  # the server's thread, for what is finished
         self._accepts_from = self._looks_from = self._complains_from = 0.0  # monotonic
 
     def readable(self) -> bool:
@@ -7015,6 +7115,52 @@ class Server(waitress.server.TcpWSGIServer):
         if now >= self._complains_from:
             self._complains_from = now + 60
             log_fact("no connection can be accepted", level=logging.WARNING, reason=error)
+
+    def turn(self, timeout: float) -> None:
+        """Wait for what comes, seconds at most, and do what follows from it."""
+        # select() would know file numbers below 1024 only
+        self.asyncore.loop(timeout, map=self._map, use_poll=True, count=1)
+        self.pass_publications()
+        self.cut_off_overdue(time.monotonic())
+
+    # ---- publications: no thread waits for their commit ----
+
+    def add_task(self, channel: Channel) -> None:
+        request = channel.requests[0]
+        is_small = not request.error and request.body_bytes_received <= MAX_PASSING_BYTES
+        if is_small and (request.command, request.path.rstrip("/")) == PUBLICATION:
+            self._publications.append(channel)
+        else:
+            super().add_task(channel)
+
+    def pull_trigger(self) -> None:
+        if threading.get_ident() != self._thread:  # which is awake
+            super().pull_trigger()
+
+    def finish_later(self, channel: Channel, late_answer: collections.abc.Callable) -> None:
+        """Have the server's thread send an answer; called by any thread."""
+        self._finished.append((channel, late_answer))
+        if not self._is_woken:
+            self._is_woken = True  # once for all of a commit
+            self.pull_trigger()
+
+    def pass_publications(self) -> None:
+        """Take the publications that came, and answer those that are on disk."""
+        while self._publications:
+            channel = self._publications.popleft()
+            self._go_on(channel, Channel.pass_through)
+        self._is_woken = False
+        while self._finished:
+            channel, late_answer = self._finished.popleft()
+            self._go_on(channel, Channel.answer_late, late_answer)
+
+    @staticmethod
+    def _go_on(channel, step, *arguments):
+        try:
+            step(channel, *arguments)
+        except Exception:  # the other connections must not suffer from it
+            log.exception("a publication could not be answered")
+            channel.handle_close()
 
     def cut_off_overdue(self, now: float) -> None:
         """Once a second, close the connections whose clients take too long; monotonic."""
@@ -7089,11 +7235,8 @@ def make_server(app, listener: socket.socket, settings: Settings) -> Server:
 
 def take_requests(server: Server, stopping: threading.Event) -> None:
     """Run the server until it is stopping, see `stop_server`."""
-    timeout = server.adj.asyncore_loop_timeout
     while not stopping.is_set():  # server.run() would drop what is queued
-        # select() would know file numbers below 1024 only
-        server.asyncore.loop(timeout, map=server._map, use_poll=True, count=1)
-        server.cut_off_overdue(time.monotonic())
+        server.turn(server.adj.asyncore_loop_timeout)
 
 
 def stop_server(server: Server, stopping: threading.Event) -> None:
@@ -7108,6 +7251,7 @@ def finish_requests(server: Server) -> None:
     server.socket.close()
     limit = time.monotonic() + STOP_SECONDS
     while server.active_channels and time.monotonic() < limit:
+        server.pass_publications()
         for channel in list(server.active_channels.values()):
             channel.handle_write()
             if not channel.requests and not channel.total_outbufs_len:
