@@ -50,7 +50,7 @@ import webhookd
 
 HERE = pathlib.Path(__file__).parent
 WEBHOOKS, EVENTS = "/rest/api/webhooks", "/rest/api/events"
-PAGE_PATHS = ("/webhooks/", "/deliveries/")
+PAGE_PATHS = ("/webhooks/", "/deliveries/", "/events", "/favicon.ico")
 LOOPBACK = webhookd.networks("127.0.0.0/8,::1/128")
 
 # ======================================================================================
@@ -237,9 +237,16 @@ def parts(store, dispatcher, address_policy, settings, clock):
     return Parts(store, dispatcher, address_policy, settings, clock, clock)
 
 
+def api_with_pages(parts):
+    """An Api of these parts, and the pages beside it."""
+    api = webhookd.Api(*parts)
+    webhookd.Pages(api, parts.store, parts.policy, parts.clock)
+    return api
+
+
 @pytest.fixture
 def wsgi(parts):
-    return webhookd.Pages(*parts).app
+    return api_with_pages(parts).app
 
 
 @pytest.fixture
@@ -5453,7 +5460,7 @@ def test_a_throttled_user_is_told_when_to_come_back(api, clock):
 )
 def test_a_trusted_proxy_is_believed_an_address_only(parts, caplog, told, address):
     settings = dataclasses.replace(parts.settings, trusted_proxy="127.0.0.1")
-    api = App(webhookd.Pages(*parts._replace(settings=settings)).app)
+    api = App(api_with_pages(parts._replace(settings=settings)).app)
     api.authorization = ("Basic", ("admin", "wrong"))
 
     api.get(WEBHOOKS, extra_environ={"REMOTE_ADDR": told})  # as waitress's proxy_headers sets it
@@ -5585,11 +5592,11 @@ def test_a_trailing_slash_and_head_are_the_same_resource(api):
 def busy_api(parts, monkeypatch):
     """All places for slow work are taken, and nobody waits."""
     monkeypatch.setattr(webhookd, "MAX_WAITING", 0)
-    pages = webhookd.Pages(*parts)
+    api = api_with_pages(parts)
     with contextlib.ExitStack() as places:
         for _ in range(webhookd.SERVER_THREADS // 2):
-            places.enter_context(pages._slow_work._place(webhookd.ORDINARY))
-        yield App(pages.app).log_in("admin")
+            places.enter_context(api._slow_work._place(webhookd.ORDINARY))
+        yield App(api.app).log_in("admin")
 
 
 @pytest.mark.parametrize("path", [WEBHOOKS, EVENTS, WEBHOOKS + "/1/statistics", "/metrics"])
@@ -6986,6 +6993,274 @@ def files_of(store):
 
 
 # ======================================================================================
+# Words and forms
+# ======================================================================================
+
+NOON = 1_700_000_000_000
+
+
+def test_a_share_of_successes_is_never_rounded_up_to_all():
+    assert webhookd.success_rate({"SUCCESS": 9999, "ERROR": 1}) == "99.9 %"
+    assert webhookd.success_rate({"SUCCESS": 3}) == "100 %"
+    assert webhookd.success_rate({}) == "–"
+
+
+@pytest.mark.parametrize(
+    "ms, words",
+    [
+        (NOON, "now"),
+        (NOON - 7_999, "7 s ago"),
+        (NOON - 60_000, "1 min ago"),
+        (NOON - 3_599_000, "59 min ago"),
+        (NOON - 86_399_000, "23 h ago"),
+        (NOON - 3 * 86_400_000, "3 d ago"),
+        (NOON + 26 * 60_000, "in 26 min"),
+    ],
+)
+def test_a_moment_is_told_as_how_long_ago_or_ahead(ms, words):
+    assert webhookd.relative(ms, NOON) == words
+
+
+def health(state, **values):
+    """A health as the API shows it."""
+    nothing = {"reason": None, "since": None, "pausedUntil": None, "lastAttempt": None}
+    return {"state": state, "consecutiveFailures": 0, "pending": 0} | nothing | values
+
+
+@pytest.mark.parametrize(
+    "shown, name, text",
+    [
+        (health("healthy"), "", ""),
+        (health("healthy", since=NOON - 840_000), "", ""),
+        (
+            health("failing", consecutiveFailures=1, reason="503", since=NOON - 840_000, pending=1),
+            "Failing for 14 min (2023-11-14 21:59:20 UTC)",
+            "1 failure in a row, the last: 503. It is tried again on schedule; 1 delivery waits.",
+        ),
+        (
+            health("paused", consecutiveFailures=7, reason="503", pausedUntil=NOON + 840_000),
+            "Paused by the circuit breaker",
+            "7 failures in a row, the last: 503. One delivery is tried in 14 min"
+            " (2023-11-14 22:27:20 UTC); until then 0 deliveries wait. Nothing is lost.",
+        ),
+        (
+            health("paused", reason="paused by admin", since=NOON - 259_200_000, pending=1200),
+            "Paused for 3 d (2023-11-11 22:13:20 UTC)",
+            "Paused by admin. 1,200 deliveries wait until somebody resumes it. Nothing is lost.",
+        ),
+        (
+            health("disabled", reason="the receiver answered 410 Gone"),
+            "Disabled",
+            "The receiver answered 410 Gone. Events published meanwhile are not delivered;"
+            " after activating you can replay them.",
+        ),
+        (
+            health("inactive"),
+            "Inactive",
+            "Events published meanwhile are not delivered; after activating you can replay them.",
+        ),
+    ],
+)
+def test_a_state_is_put_into_words(shown, name, text):
+    assert webhookd.state_words(shown, NOON) == (name, text)
+
+
+def test_those_in_trouble_stand_first_and_then_who_was_tried_last():
+    healths = [
+        health("healthy", lastAttempt=5),
+        health("healthy", lastAttempt=7),
+        health("inactive", lastAttempt=9),
+        health("paused", lastAttempt=9),
+        health("paused", lastAttempt=1, pausedUntil=NOON),
+        health("failing"),
+        health("disabled"),
+    ]
+
+    ordered = sorted(healths, key=webhookd.place_in_list)
+
+    assert [(h["state"], h["lastAttempt"]) for h in ordered] == [
+        ("disabled", None),
+        ("failing", None),
+        ("paused", 1),
+        ("paused", 9),
+        ("inactive", 9),
+        ("healthy", 7),
+        ("healthy", 5),
+    ]
+    assert webhookd.trouble_words(healths) == (
+        "1 paused, 1 failing, 1 disabled",
+        "3 of 7 need attention.",
+    )
+    assert webhookd.trouble_words(healths[:4]) == ("Webhooks", "None needs attention.")
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ('{"a":1.0,"b":[1e2,{}]}', '{\n  "a": 1.0,\n  "b": [\n    1e2,\n    {}\n  ]\n}'),
+        ('"\\ud800"', '"\\ud800"'),
+        ("no JSON", "no JSON"),
+        ("[" * 100_000, "[" * 100_000),
+        ("[" * 90 + "1," * 999 + "1" + "]" * 90, "[" * 90 + "1," * 999 + "1" + "]" * 90),
+    ],
+)
+def test_json_is_indented_to_the_digit_and_anything_else_stays(text, shown):
+    assert webhookd.indented(text) == shown
+
+
+def test_a_long_body_is_cut_where_many_are_shown():
+    _, body = webhookd.message_text("200", {"headers": {}, "body": "x" * 20_000})
+
+    assert body == "x" * 16_384 + "\n… 20,000 characters in all, the API has them"
+
+
+def test_a_body_that_is_too_long_for_a_page_is_left_out_of_the_curl_command():
+    attempt = webhookd.Attempt(0, 0, "http://h/", "A: b\r\n", "SUCCESS", "200")
+
+    command = webhookd.curl_command(attempt, "x" * 200_000)
+
+    assert len(command) < 200
+    assert "cat body.json | \\\n  curl --globoff http://h/ --data-binary @- " in command
+
+
+def test_the_settings_are_put_into_words_without_secrets():
+    fields = {
+        "url": "http://h/",
+        "events": ["a", "b_*"],
+        "configuration": {"secret": "s", "k": "v"},
+        "credentials": {"username": "u", "password": "p"},
+        "headers": {"X-A": "1", "X-B": "2"},
+        "rateLimit": 2.5,
+        "ordered": True,
+        "sslVerificationRequired": False,
+    }
+    webhook = webhookd.read_webhook(fields, webhookd.Webhook()).as_json(whole_url=True)
+
+    assert webhookd.settings_in_words(webhook) == {
+        "Events": "a, b_*",
+        "Signed": "yes, with its secret",
+        "Login": "u (password hidden)",
+        "Headers": "X-A, X-B",
+        "Ordered": "one delivery at a time, in publish order",
+        "Rate limit": "2.5 a second",
+        "TLS": "certificates are not verified",
+        "Configuration": '{\n  "k": "v"\n}',
+    }
+
+
+@pytest.mark.parametrize(
+    "state, active, paused, breaks, first, others",
+    [
+        ("healthy", True, False, False, "Test", {"Pause", "Deactivate"}),
+        ("failing", True, False, False, "Test", {"Pause", "Deactivate"}),
+        ("paused", True, False, True, "Resume", {"Pause", "Deactivate"}),
+        ("paused", True, True, False, "Resume", {"Deactivate"}),
+        ("inactive", False, False, False, "Activate", {"Pause"}),
+        ("disabled", False, False, False, "Activate", {"Pause"}),
+        ("inactive", False, True, False, "Activate", {"Resume"}),
+    ],
+)
+def test_the_first_button_is_what_the_state_calls_for(state, active, paused, breaks, first, others):
+    shown = health(state, pausedUntil=NOON if breaks else None)
+
+    labels = webhookd.buttons({"active": active, "paused": paused, "health": shown})
+
+    always = {"Test", "Edit", "Redeliver failed", "Replay"}
+    assert labels[0] == first
+    assert set(labels) == always | {first} | others
+    assert len(labels) == len(set(labels))
+
+
+def read_form(old=webhookd.Webhook(), **fields):
+    """The fields that a form changes, and the faults in it by field."""
+    form = webhookd.form_of(old) | fields
+    form = {name: value for name, value in form.items() if value}
+    given, faults = webhookd.form_fields(form, old)
+    return given, webhookd.faults_by_field(faults)
+
+
+def test_a_form_that_nobody_touched_changes_nothing():
+    fields = {
+        "url": "http://u:p@h/",
+        "events": ["a", "b_*"],
+        "configuration": {"secret": "s", "k": "v"},
+        "credentials": {"username": "u", "password": "p"},
+        "headers": {"X-A": "1", "X-B": "2"},
+        "filters": {"a.b": [1, "x"]},
+        "template": {"text": "{{a}}"},
+        "rateLimit": 2.5,
+        "ordered": True,
+        "sslVerificationRequired": False,
+        "active": False,
+    }
+    webhook = dataclasses.replace(
+        webhookd.read_webhook(fields, webhookd.Webhook()), id=1, template=fields["template"]
+    )
+
+    assert read_form(webhook) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    "typed, field, value",
+    [
+        ({"events": " a ,b\r\n\r\nc_*"}, "events", ["a", "b", "c_*"]),
+        ({"events": "page created, x"}, "events", ["page created", "x"]),
+        ({"headers": "X-A: b: c\r\n\r\n x-d:e"}, "headers", {"X-A": "b: c", "x-d": "e"}),
+        ({"filters": '{"a": [1, null]}'}, "filters", {"a": [1, None]}),
+        ({"template": '"{{a}}"'}, "template", "{{a}}"),
+        ({"rateLimit": " 2.5 "}, "rateLimit", 2.5),
+        ({"username": "u"}, "credentials", {"username": "u", "password": ""}),
+        ({"username": "u", "password": "p"}, "credentials", {"username": "u", "password": "p"}),
+        ({"password": "p"}, "credentials", {"username": "", "password": "p"}),
+        ({"secret": "s"}, "configuration", {"secret": "s"}),
+        ({"ordered": "on"}, "ordered", True),
+        ({"active": ""}, "active", False),
+        ({"sslVerificationRequired": ""}, "sslVerificationRequired", False),
+    ],
+)
+def test_what_is_typed_into_a_form_becomes_a_field_of_the_api(typed, field, value):
+    fields, faults = read_form(**typed)
+
+    assert (fields[field], faults) == (value, {})
+
+
+@pytest.mark.parametrize(
+    "field, text, message",
+    [
+        ("headers", "X-A", "X-A is not of the form Name: value"),
+        ("headers", "X-A: 1\nX-A: 2", "X-A is there twice"),
+        ("filters", "{a}", "what stands here is not valid JSON"),
+        ("template", "Backup of {{host}}", "what stands here is not valid JSON"),
+        ("template", '"\\ud800"', "what stands here holds half a surrogate pair"),
+        ("rateLimit", "many", "what stands here is not valid JSON"),
+    ],
+)
+def test_what_cannot_be_read_of_a_form_is_a_fault_of_its_field(field, text, message):
+    _, faults = read_form(**{field: text})
+
+    assert list(faults) == [field]
+    assert message in faults[field][0]
+
+
+def test_a_fault_inside_a_field_names_the_place():
+    faults = [
+        webhookd.Fault("configuration.secret", "1"),
+        webhookd.Fault("credentials.username", "2"),
+        webhookd.Fault("headers.Host", "3"),
+        webhookd.Fault("url", "4"),
+        webhookd.Fault(None, "5"),
+    ]
+
+    assert webhookd.faults_by_field(faults) == {
+        "secret": ["1"],
+        "username": ["2"],
+        "headers": ["Host: 3"],
+        "url": ["4"],
+        "": ["5"],
+    }
+
+
+# ======================================================================================
 # Pages
 # ======================================================================================
 
@@ -7013,6 +7288,13 @@ def fill_in(page, **fields):
     return answer.follow() if answer.status_int == 303 else answer
 
 
+def fill_in_only(page, **fields):
+    """The form of a page, filled in."""
+    for name, value in fields.items():
+        page.form[name] = value
+    return page.form
+
+
 def words(page):
     """The text of a page, with single spaces."""
     return " ".join(page.html.body.get_text(" ").split())
@@ -7032,17 +7314,46 @@ def attempted(api, receiver, dispatcher, **fields):
 def test_the_list_shows_how_each_webhook_fares(browser, receiver, dispatcher):
     receiver.answers(500, times=1)
     attempted(browser, receiver, dispatcher, name="first")
-    browser.create("http://127.0.0.1:1/", "a", "b", name="second", active=False)
+    browser.create("http://127.0.0.1:1/", *"abcde", name="second", active=False)
 
     page = browser.get("/")
 
     rows = [" ".join(r.get_text(" ").split()) for r in page.html.tbody.find_all("tr")]
-    assert rows == [
-        f"first {receiver.url} e failing 0 % 1",
-        "second http://127.0.0.1:1/ a, b inactive – 0",
-    ]
-    assert "1 failing, 1 inactive" in words(page)
-    assert page.click("New webhook").status_int == 200
+    host = receiver.url.split("/")[2]
+    assert rows[0].startswith(f"first {host} · e 0 % · 1 waiting failing 500")
+    assert rows[1].startswith("second 127.0.0.1:1 · a, b, c +2 – · 0 waiting inactive")
+    assert "1 of 2 needs attention. All 2 1 failing 1 inactive" in words(page)
+    assert page.html.title.get_text() == "1 failing – webhookd"
+    assert press(page, "New webhook").html.h1.get_text() == "New webhook"
+
+
+def test_the_list_keeps_one_state(browser, receiver, dispatcher):
+    receiver.answers(500, times=1)
+    attempted(browser, receiver, dispatcher, name="first")
+    browser.create("http://127.0.0.1:1/", name="second")
+
+    page = browser.get("/").click("1 healthy")
+
+    assert [row.strong.get_text() for row in page.html.tbody.find_all("tr")] == ["second"]
+    assert page.html.nav.find_next("nav").find(attrs={"aria-current": "page"}).get_text() == (
+        "1 healthy"
+    )
+    assert browser.get("/?state=good").status_int == 400
+
+
+def test_an_empty_list_says_how_to_begin(browser, api):
+    page = browser.get("/")
+
+    assert "No webhooks yet." in words(page)
+    assert "curl -u admin http://localhost:80/rest/api/webhooks --json" in words(page)
+    assert page.html.table is None
+
+
+def test_an_empty_list_gives_a_viewer_no_button(browser):
+    page = browser.log_in("viewer").get("/")
+
+    assert "No webhooks yet." in words(page)
+    assert page.html.button is None
 
 
 def test_the_list_comes_in_parts_and_asks_the_database_once(browser, store):
@@ -7059,37 +7370,9 @@ def test_the_list_comes_in_parts_and_asks_the_database_once(browser, store):
     assert "number 0" in words(page.click("Previous"))
 
 
-def test_a_share_of_successes_is_never_rounded_up_to_all():
-    assert webhookd.success_rate({"SUCCESS": 9999, "ERROR": 1}) == "99.9 %"
-    assert webhookd.success_rate({"SUCCESS": 3}) == "100 %"
-    assert webhookd.success_rate({}) == "–"
-
-
-@pytest.mark.parametrize(
-    "active, health, text",
-    [
-        (True, {}, ""),
-        (True, {"failures": 1}, "after 1 failure in a row: 503"),
-        (
-            True,
-            {"failures": 6, "paused_until": 43_000},
-            "until a probe at 1970-01-01 00:00:43 UTC, after 6 failures in a row: 503",
-        ),
-        (False, {"disabled": True}, "because 503"),
-        (False, {}, "and gets no new deliveries; those it has wait"),
-    ],
-)
-def test_a_state_is_put_into_words(active, health, text):
-    shown = webhookd.Health(reason="503", **health).as_json(
-        webhookd.Webhook(active=active), 0, None
-    )
-
-    assert webhookd.state_words(shown) == text
-
-
 def test_a_webhook_is_shown_with_its_figures(browser, receiver, dispatcher, clock):
     receiver.answers(500, times=2)
-    attempted(browser, receiver, dispatcher, headers={"X-A": "my-key"})
+    attempted(browser, receiver, dispatcher, headers={"X-A": "my-key"}, name="n")
     clock.advance(86_400)
     dispatcher.run_until_idle()
     clock.advance(86_400)
@@ -7097,75 +7380,195 @@ def test_a_webhook_is_shown_with_its_figures(browser, receiver, dispatcher, cloc
 
     page = browser.get("/webhooks/1")
 
-    assert "33.3 % of 3 attempts succeeded. Successes: 1 , failures: 2" in words(page)
-    figures = [r.get_text(" ").split() for r in page.html.details.tbody.find_all("tr")]
-    assert figures[:4] == [
-        ["2023-11-16", "1", "0", "0"],
-        ["2023-11-15", "0", "1", "0"],
-        ["2023-11-14", "0", "1", "0"],
-        ["2023-11-13", "0", "0", "0"],
-    ]
+    text = words(page)
+    assert "Success, 30 days 33.3 % Attempts 3 Failures 2 Errors 0 Waiting 0" in text
+    assert "At most 1 a day 1 succeeded 2 failed 0 without an answer" in text
+    assert "17 Oct 16 Nov" in text
     assert len(page.html.svg.find_all("rect")) == 3
+    assert page.html.svg["aria-label"] == (
+        "At most 1 attempts a day. 14 Nov: 1 FAILURE; 15 Nov: 1 FAILURE; 16 Nov: 1 SUCCESS"
+    )
     assert "my-key" not in page.text
-    assert "Last success 2023-11-16 22:13:20 e : 200" in words(page)
+    assert "Created 2 d ago 2023-11-14 22:13:20 UTC" in text
+    assert page.html.title.get_text() == "n (healthy) – webhookd"
 
 
-def test_the_deliveries_of_a_webhook_come_by_state_and_in_parts(browser, receiver, wall, store):
+def kept(page, **fields):
+    """The page with its filters set to these, and the others empty."""
+    form = page.forms[len(page.forms) - 1]
+    for name in filter(None, form.fields):
+        form[name] = fields.get(name, "")
+    return form.submit()
+
+
+def rows(page):
+    """What the rows of a page's table say."""
+    return [" ".join(tr.get_text(" ").split()) for tr in page.html.table.tbody.find_all("tr")]
+
+
+def test_the_deliveries_of_a_webhook_come_by_what_they_are_and_in_parts(
+    browser, receiver, wall, clock
+):
     receiver.answers(400, times=3)
-    browser.create(receiver.url)
+    browser.create(receiver.url, "e", "f")
     publish_numbers(browser, *range(60))
+    wall(0)
+    browser.publish("f", n=0)
+    clock.advance(3600)
+    browser.publish("f", n=0)
+
+    page = browser.get("/webhooks/1")
+
+    assert (len(rows(page)), len(rows(page.click("Next")))) == (50, 12)
+    assert "1 to 50 of 62 deliveries" in words(page)
+    assert len(rows(kept(page, state="pending"))) == 5
+    assert len(rows(kept(page, outcome="FAILURE"))) == 3
+    assert len(rows(kept(page, event="f"))) == 2
+    assert len(rows(kept(page, event="f", since="2023-11-14 23:00"))) == 1
+    assert len(rows(kept(page, event="f", until="2023-11-14 23:00"))) == 1
+    none = kept(page, state="failed", event="f")
+    assert "No delivery is like that." in words(none)
+    form = none.forms[len(none.forms) - 1]
+    assert (form["state"].value, form["event"].value) == ("failed", "f")
+
+
+def test_a_webhook_without_deliveries_says_so(browser):
+    browser.create("http://127.0.0.1:1/")
+
+    assert "No delivery yet." in words(browser.get("/webhooks/1"))
+
+
+def test_a_delivery_that_waits_shows_its_next_attempt(browser, receiver, wall):
+    receiver.answers(500, times=1)
+    browser.create(receiver.url)
+    publish_numbers(browser, 1)
     wall(0)
 
     page = browser.get("/webhooks/1")
 
-    def rows(page):
-        return len(page.html.find_all("table")[-1].tbody.find_all("tr"))
+    assert "pending 500" in rows(page)[0]
+    assert "in 10 s" in rows(page)[0]
 
-    assert (rows(page), rows(page.click("Next"))) == (50, 10)
-    assert rows(page.click("pending")) == 3
-    assert "None." in words(page.click("failed"))
+
+def test_events_are_listed_with_what_became_of_them(browser, receiver, wall, clock):
+    receiver.answers(410, times=1)
+    browser.create(receiver.url, "a")
+    browser.create(receiver.url, "a", "b")
+    for event in ("a", "b", "c"):
+        browser.publish(event, n=event)
+        wall(0)
+    clock.advance(150)
+
+    page = browser.get("/events?event=a&event=b&event=c")
+
+    assert [re.sub(r"#\d+ ", "", row) for row in rows(page)] == [
+        "c 2 min ago 2 min ago no webhook wanted it",
+        "b 2 min ago 2 min ago 1 succeeded",
+        "a 2 min ago 2 min ago 1 failed 1 succeeded",
+    ]
+    assert [row[0] for row in rows(kept(page, event="b"))] == ["b"]
+    assert "No event is like that." in words(kept(page, since="2023-11-15"))
+    assert "3 events" in words(page)
+
+
+def test_events_are_kept_by_their_payload(browser):
+    for n in range(3):
+        browser.publish("e", user={"id": n})
+
+    page = kept(browser.get("/events"), where="user.id:1")
+
+    assert [row.split()[1] for row in rows(page)] == ["#2"]
+    assert page.forms[0]["where"].value == "user.id:1"
+    assert kept(page, where="nothing").status_int == 400
+
+
+def test_a_search_that_has_not_looked_at_all_goes_on(browser, monkeypatch):
+    monkeypatch.setattr(webhookd, "SEARCHED_EVENTS", 500)
+    monkeypatch.setattr(webhookd, "SEARCH_STEP", 500)
+    browser.post_json(EVENTS, [{"event": "e", "n": n % 600} for n in range(1000)])
+
+    page = kept(browser.get("/events"), where="n:1")
+
+    assert [row.split()[1] for row in rows(page)] == ["#602"]
+    assert [row.split()[1] for row in rows(page.click("Next"))] == ["#2"]
+
+
+def test_an_event_is_shown_with_its_payload_and_deliveries(browser, receiver, dispatcher):
+    _, delivery = attempted(browser, receiver, dispatcher, name="target")
+
+    page = browser.get("/events").click("#1")
+
+    assert page.html.pre.get_text().startswith('{\n  "timestamp": 1700000000000,\n  "event": "e"')
+    assert "1 delivery" in words(page)
+    assert "target" in rows(page)[0] and "succeeded 200" in rows(page)[0]
+    assert page.click("target").request.path == f"/deliveries/{delivery['id']}"
+
+
+def test_an_event_that_nobody_wanted_says_so(browser):
+    browser.publish("e")
+
+    page = browser.get("/events/1")
+
+    assert "No webhook wanted it." in words(page)
+    assert "Redeliver" not in words(page)
 
 
 def test_a_delivery_is_shown_with_every_request_and_response(browser, receiver, dispatcher, clock):
-    receiver.answers(503, {"X-Why": "busy"}, b"not now", times=1)
+    receiver.answers(503, {"X-Why": "busy"}, b'{"not":1.0}', times=1)
     _, delivery = attempted(browser, receiver, dispatcher)
     clock.advance(11)
     dispatcher.run_until_idle()
 
-    text = words(browser.get(f"/deliveries/{delivery['id'].upper()}"))
+    page = browser.get(f"/deliveries/{delivery['id'].upper()}")
 
-    assert "succeeded after 2 attempts" in text
+    text = words(page)
+    assert "Delivery of e succeeded" in text
+    assert "2 attempts Attempt 2 200" in text and "Attempt 1 503" in text
     assert "X-Attempt: 1" in text and "X-Attempt: 2" in text
-    assert "X-Why: busy" in text and "not now" in text
+    assert "X-Why: busy" in text
+    assert '{\n  "not": 1.0\n}' in [pre.get_text() for pre in page.html.find_all("pre")]
     assert f"POST {receiver.url}" in text
+    assert "11 s ago 2023-11-14 22:13:20 UTC" in text
+    opened = [details.has_attr("open") for details in page.html.find_all("details")]
+    assert opened == [True, False]
+    assert page.click("e #1").request.path == "/events/1"
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
-def test_of_a_delivery_the_latest_attempt_and_a_short_body_are_unfolded(
-    browser, receiver, dispatcher, clock
-):
-    receiver.answers(500)
-    webhook = browser.create(receiver.url)
-    browser.publish(text="x" * 2000)
-    dispatcher.run_until_idle()
-    clock.advance(11)
+def test_of_many_attempts_the_last_are_shown(browser, receiver, dispatcher):
+    _, delivery = attempted(browser, receiver, dispatcher)
+    path = f"/deliveries/{delivery['id']}"
+    for _ in range(24):
+        press(browser.get(path), "Redeliver")
+        dispatcher.run_until_idle()
+
+    page = browser.get(path)
+
+    assert "25 attempts, the last 20 are here" in words(page)
+    summaries = [tag.strong.get_text() for tag in page.html.find_all("summary")]
+    assert summaries == [f"Attempt {number}" for number in range(25, 5, -1)]
+
+
+def test_an_attempt_without_an_answer_says_why(browser, closed_url, dispatcher):
+    webhook = browser.create(closed_url)
     browser.publish()
     dispatcher.run_until_idle()
 
-    short, long = browser.deliveries(webhook)
-    opened = [
-        [
-            details.summary.get_text()
-            for details in browser.get(f"/deliveries/{delivery['id']}").html("details")
-            if details.has_attr("open")
-        ]
-        for delivery in (long, short)
-    ]
+    text = words(browser.get(f"/deliveries/{browser.deliveries(webhook)[0]['id']}"))
 
-    assert opened[0] == ["Request and response 2"]
-    assert "Body, the same in every attempt" in opened[1]
+    assert "Attempt 1 no answer connection refused" in text
+    assert "Next attempt in 10 s 2023-11-14 22:13:30 UTC, after 1 attempt." in text
 
 
+def test_a_delivery_that_was_given_up_says_so(browser, receiver, dispatcher):
+    receiver.answers(410)
+    _, delivery = attempted(browser, receiver, dispatcher)
+
+    page = browser.get(f"/deliveries/{delivery['id']}")
+
+    assert "Given up after 1 attempt It is kept, and can be redelivered." in words(page)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_the_curl_command_sends_the_same_request(browser, receiver, dispatcher):
     secrets = {"headers": {"X-Key": "hidden"}}
     secrets["configuration"] = {"secret": "s"}
@@ -7215,7 +7618,7 @@ def test_faults_stand_beside_their_fields_and_the_input_stays(browser):
         browser.get("/webhooks/new"),
         name=HOSTILE,
         url="http://10.0.0.1/",
-        events="good b@d b!d",
+        events="good, b@d, b!d, page created",
         secret="my-secret",
         active=False,
         rateLimit="many",
@@ -7224,19 +7627,21 @@ def test_faults_stand_beside_their_fields_and_the_input_stays(browser):
     def described(name):
         field = page.html.find(id=name)
         assert field["aria-invalid"] == "true"
-        return page.html.find(id=field["aria-describedby"].split()[0]).get_text()
+        return page.html.find(id=field["aria-describedby"].split()[1]).get_text()
 
     assert page.status_int == 400
     assert "10.0.0.1 is not a public address" in described("url")
     assert described("events").startswith('"b@d" must be 1 to 64 characters')
     assert '; "b!d" must be' in described("events")
-    assert described("rateLimit") == "must be a number above 0"
-    assert "type it once more" in described("secret")
-    assert "my-secret" not in page.text
+    assert '; "page created" must be' in described("events")
+    assert described("rateLimit").startswith("what stands here is not valid JSON")
+    assert "Nothing was saved: 3 fields to mend." in words(page)
     assert page.html.find(autofocus=True)["id"] == "url"
     form = page.form
     assert (form["name"].value, form["url"].value) == (HOSTILE, "http://10.0.0.1/")
-    assert (form["events"].value, form["active"].checked) == ("good b@d b!d", False)
+    assert form["events"].value == "good, b@d, b!d, page created"
+    assert (form["secret"].value, form["active"].checked) == ("my-secret", False)
+    assert page.html.find("details", class_="card").has_attr("open")
     assert browser.get(WEBHOOKS).json["totalCount"] == 0
 
 
@@ -7255,10 +7660,21 @@ def test_editing_changes_only_what_was_edited(browser, receiver, dispatcher, sto
     dispatcher.run_until_idle()
     before = store.webhooks.get(1)
 
-    fill_in(browser.get("/webhooks/1").click("Edit"), name="new")
+    fill_in(press(browser.get("/webhooks/1"), "Edit"), name="new")
 
     assert store.webhooks.get(1) == dataclasses.replace(before, name="new")
     assert store.health[1].failures == 1
+
+
+def test_a_new_form_has_a_fresh_secret(browser, receiver, store):
+    first, second = browser.get("/webhooks/new"), browser.get("/webhooks/new")
+
+    page = fill_in(first, url=receiver.url, events="e")
+
+    secret = store.webhooks.get(1).secret
+    assert secret == first.form["secret"].value != second.form["secret"].value
+    assert re.fullmatch(r"whsec_[A-Za-z0-9+/]{32}", secret)
+    assert secret not in page and secret not in browser.get("/webhooks/1/edit")
 
 
 def test_a_secret_is_changed_and_removed_but_never_shown(browser, store):
@@ -7266,7 +7682,6 @@ def test_a_secret_is_changed_and_removed_but_never_shown(browser, store):
 
     page = browser.get("/webhooks/1/edit")
     assert "old-secret" not in page.text
-    assert "the one that is set stays" in words(page)
     fill_in(page, secret="new-secret")
     assert store.webhooks.get(1).secret == "new-secret"
     fill_in(browser.get("/webhooks/1/edit"), removeSecret=True)
@@ -7274,14 +7689,185 @@ def test_a_secret_is_changed_and_removed_but_never_shown(browser, store):
     assert "Remove the secret" not in browser.get("/webhooks/1/edit").text
 
 
+def test_the_form_has_all_that_the_api_has(browser, receiver):
+    fill_in(
+        browser.get("/webhooks/new"),
+        url=receiver.url,
+        events="e",
+        username="u",
+        password="hidden-password",
+        headers="X-A: hidden-value\nX-B: 2",
+        filters='{"a.b": [1, "x"]}',
+        template='{"text": "{{a}} is down"}',
+        sslVerificationRequired=False,
+    )
+
+    shown = browser.get(f"{WEBHOOKS}/1").json
+    assert shown["credentials"] == {"username": "u"}
+    assert shown["headers"] == {"X-A": "********", "X-B": "********"}
+    assert shown["filters"] == {"a.b": [1, "x"]}
+    assert shown["template"] == {"text": "{{a}} is down"}
+    assert shown["sslVerificationRequired"] is False
+    page = browser.get("/webhooks/1/edit")
+    assert page.form["headers"].value == "X-A: ********\nX-B: ********\n"
+    assert "hidden-" not in page.text
+
+
+def test_a_form_sent_twice_acts_once(browser, receiver):
+    page = browser.get("/webhooks/new")
+
+    first = fill_in(page, url=receiver.url, events="e", name="n")
+    again = page.form.submit().follow()
+
+    assert browser.get(WEBHOOKS).json["totalCount"] == 1
+    assert first.request.path == again.request.path == "/webhooks/1"
+
+
+def test_two_forms_sent_at_once_act_once(browser, receiver):
+    form = fill_in_only(browser.get("/webhooks/new"), url=receiver.url, events="e")
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: form.submit().status_int, range(4)))
+
+    assert answers == [303] * 4
+    assert browser.get(WEBHOOKS).json["totalCount"] == 1
+
+
+def test_a_form_sent_again_with_something_else_asks(browser, receiver):
+    page = browser.get("/webhooks/new")
+    fill_in(page, url=receiver.url, events="e", name="n")
+
+    asked = fill_in(page, name="other")
+
+    assert asked.status_int == 409
+    assert "this form was sent before, and saved the webhook n" in words(asked)
+    assert browser.get(WEBHOOKS).json["totalCount"] == 1
+    fill_in(asked)
+    assert browser.get(f"{WEBHOOKS}/2").json["name"] == "other"
+
+
+def test_a_form_may_be_sent_again_after_a_fault(browser, receiver):
+    faulty = fill_in(browser.get("/webhooks/new"), url=receiver.url)
+
+    fill_in(faulty, events="e")
+
+    assert browser.get(WEBHOOKS).json["totalCount"] == 1
+
+
+def test_a_form_that_somebody_elses_change_came_before_says_so(browser, clock):
+    webhook = browser.create("http://127.0.0.1:1/", name="n")
+    page = browser.get("/webhooks/1/edit")
+    clock.advance(1)
+    browser.put_json(f"{WEBHOOKS}/1", {"name": "theirs"})
+
+    stale = fill_in(page, events="mine")
+
+    assert stale.status_int == 409
+    assert "what differs from it now: name, events" in words(stale)
+    assert browser.get_webhook(webhook)["name"] == "theirs"
+    fill_in(stale)
+    assert browser.get_webhook(webhook)["name"] == "n"
+    assert browser.get_webhook(webhook)["events"] == ["mine"]
+
+
+def test_a_change_in_the_same_moment_is_not_overwritten(wsgi, store, address_policy, clock):
+    api = App(wsgi).log_in("admin")
+    webhook = api.create("http://127.0.0.1:1/")
+    before = store.webhooks.get(1).updated
+    clock.advance(1)
+    api.put_json(f"{WEBHOOKS}/1", {"name": "theirs"})
+
+    stale = webhookd.Api(store, None, address_policy, None, clock)
+    with pytest.raises(webhookd.Conflict):
+        stale.change(1, {"name": "mine"}, unless_changed_since=before)
+
+    assert api.get_webhook(webhook)["name"] == "theirs"
+
+
 def test_a_webhook_is_paused_and_resumed(browser):
     webhook = browser.create("http://127.0.0.1:1/")
 
     page = press(browser.get("/webhooks/1"), "Pause")
+    assert browser.get_webhook(webhook)["paused"] is True
+    assert "Paused by admin. 0 deliveries wait until somebody resumes it." in words(page)
+    page = press(page, "Resume")
+    assert browser.get_webhook(webhook)["paused"] is False
+    assert "Nothing is lost" not in words(page)
+
+
+def test_a_webhook_is_deactivated_and_activated(browser):
+    webhook = browser.create("http://127.0.0.1:1/")
+
+    page = press(browser.get("/webhooks/1"), "Deactivate")
     assert browser.get_webhook(webhook)["health"]["state"] == "inactive"
-    assert "inactive and gets no new deliveries" in words(page)
-    press(page, "Resume")
+    assert "Events published meanwhile are not delivered" in words(page)
+    page = press(page, "Activate")
     assert browser.get_webhook(webhook)["health"]["state"] == "healthy"
+    assert "published meanwhile" not in words(page)
+
+
+@pytest.mark.parametrize("by", ["button", "form"])
+def test_what_was_published_while_it_was_inactive_is_offered(browser, receiver, wall, clock, by):
+    browser.create(receiver.url)
+    publish_numbers(browser, 1)
+    press(browser.get("/webhooks/1"), "Deactivate")
+    clock.advance(60)
+    publish_numbers(browser, 2, 3)
+    clock.advance(60)
+
+    page = browser.get("/webhooks/1")
+    by_form = by == "form"
+    page = fill_in(press(page, "Edit"), active=True) if by_form else press(page, "Activate")
+    assert "2 events were published meanwhile and not delivered." in words(page)
+    page = press(page, "Replay 2 events")
+
+    assert "2 deliveries are due." in words(page)
+    assert sorted(wall(0)) == [1, 2, 3]
+
+
+def test_what_was_published_while_it_was_disabled_is_offered(browser, receiver, wall, clock):
+    browser.create("http://127.0.0.1:1/", "other")
+    browser.create(receiver.url, name="n")
+    publish_numbers(browser, 0)
+    receiver.answers(410, times=1)
+    wall(0)
+    clock.advance(60)
+    publish_numbers(browser, 1)
+
+    page = press(browser.get("/webhooks/2"), "Activate")
+    assert "1 event was published meanwhile and not delivered." in words(page)
+    press(page, "Replay 1 event")
+
+    assert wall(0) == [1]
+
+
+def test_a_replay_asks_since_when_and_counts_first(browser, receiver, wall, clock):
+    publish_numbers(browser, 1)
+    clock.advance(3600)
+    publish_numbers(browser, 2, 3)
+    browser.create(receiver.url)
+
+    asked = press(browser.get("/webhooks/1"), "Replay")
+    counted = fill_in(asked, since="2023-11-14 23:00")
+    assert "2 events were published since and not delivered." in words(counted)
+    assert wall(0) == []
+    publish_numbers(browser, 4)
+    assert wall(0) == [4]
+    press(counted, "Replay 2 events")
+
+    assert wall(0) == [2, 3]
+
+
+def test_a_replay_of_nothing_and_since_never_says_so(browser, receiver):
+    browser.create(receiver.url)
+
+    asked = press(browser.get("/webhooks/1"), "Replay")
+
+    assert "It has got every event" in words(fill_in(asked, since="2023-11-14"))
+    fault = fill_in(asked, since="yesterday")
+    assert fault.status_int == 400
+    assert "ISO 8601" in fault.html.find(id="fault").get_text()
+    assert fault.form["since"].value == "yesterday"
 
 
 def test_a_test_shows_what_was_sent_and_what_came_back(browser, receiver, closed_url):
@@ -7290,22 +7876,50 @@ def test_a_test_shows_what_was_sent_and_what_came_back(browser, receiver, closed
     browser.create(closed_url)
 
     page = press(browser.get("/webhooks/1"), "Test")
-    assert '{"test": true}' in words(page)
-    assert "418" in words(page) and "X-Tea: pot" in words(page)
+    assert '{ "test": true }' in words(page)
+    assert "It failed: 418 The receiver did not take the test after" in words(page)
+    assert "X-Tea: pot" in words(page)
     page = press(browser.get("/webhooks/2"), "Test")
-    assert "None: connection refused" in words(page)
+    assert "It failed: connection refused The receiver did not answer" in words(page)
+    receiver.answers(204)
+    page = press(browser.get("/webhooks/1"), "Test")
+    assert "It works: 204 The receiver took the test after" in words(page)
 
 
 def test_what_failed_is_redelivered_all_or_one(browser, receiver, wall):
     fail_three_and_succeed_once(browser, receiver, wall)
 
     page = press(browser.get("/webhooks/1"), "Redeliver failed")
-    assert "Attempted again: 3." in words(page)
+    assert "3 deliveries are due." in words(page)
     assert len(wall(0)) == 3
     delivery = browser.deliveries({"id": 1})[0]
     page = press(browser.get(f"/deliveries/{delivery['id']}"), "Redeliver")
-    assert "pending after 1 attempt" in words(page)
+    assert "Next attempt now" in words(page)
+    press(page, "Attempt now")
     assert len(wall(0)) == 1
+
+
+def test_an_event_is_redelivered_to_all(browser, receiver, wall):
+    for _ in range(2):
+        browser.create(receiver.url)
+    publish_numbers(browser, 7)
+    wall(0)
+
+    press(browser.get("/events/1"), "Redeliver")
+
+    assert wall(0) == [7, 7]
+
+
+def test_deleting_an_event_asks_first(browser, receiver, dispatcher):
+    attempted(browser, receiver, dispatcher)
+
+    asked = press(browser.get("/events/1"), "Delete")
+    assert "Its payload and 1 delivery goes with it." in words(asked)
+    assert browser.get(f"{EVENTS}/1").status_int == 200
+    page = press(asked, "Delete")
+
+    assert page.request.path == "/events"
+    assert browser.get(f"{EVENTS}/1").status_int == 404
 
 
 def test_deleting_asks_first(browser):
@@ -7316,7 +7930,18 @@ def test_deleting_asks_first(browser):
     assert asked.click("Keep it").html.h1.get_text() == "n"
     page = press(asked, "Delete")
     assert browser.get(WEBHOOKS).json["totalCount"] == 0
-    assert "None yet." in words(page)
+    assert "No webhooks yet." in words(page)
+
+
+def test_deleting_says_what_goes(browser, receiver, wall):
+    receiver.answers(500, times=1)
+    browser.create(receiver.url)
+    publish_numbers(browser, 1, 2)
+    wall(0)
+
+    asked = browser.get("/webhooks/1/delete")
+
+    assert "2 deliveries go with it, 1 of them still waiting." in words(asked)
 
 
 def test_what_a_webhook_paused_after_failures_holds_back_is_resumed(browser, receiver, wall):
@@ -7325,7 +7950,8 @@ def test_what_a_webhook_paused_after_failures_holds_back_is_resumed(browser, rec
     publish_numbers(browser, *range(8))
     wall(0)
     waiting = browser.deliveries(webhook)[0]
-    assert "waits while the webhook is paused" in browser.get(f"/deliveries/{waiting['id']}")
+    assert "Waits while the webhook is paused" in browser.get(f"/deliveries/{waiting['id']}")
+    assert "waits while paused" in rows(browser.get("/webhooks/1"))[0]
 
     press(browser.get("/webhooks/1"), "Resume")
 
@@ -7336,11 +7962,13 @@ def test_changes_by_pages_are_logged_as_those_by_the_api(browser, receiver, capl
     caplog.set_level("INFO")
     fill_in(browser.get("/webhooks/new"), url=receiver.url, events="e")
     press(browser.get("/webhooks/1"), "Pause")
+    press(browser.get("/webhooks/1"), "Deactivate")
     press(browser.get("/webhooks/1"), "Test")
     press(browser.get("/webhooks/1/delete"), "Delete")
 
     lines = [line for line in caplog.messages if line.startswith("webhook ")]
-    assert [line.split()[1] for line in lines] == ["created", "deactivated", "tested", "deleted"]
+    verbs = [line.split()[1] for line in lines]
+    assert verbs == ["created", "paused", "deactivated", "tested", "deleted"]
     assert all("id=1" in line and "by=admin" in line for line in lines)
 
 
@@ -7359,8 +7987,17 @@ PAGES = [
     ("POST", "/webhooks/1/test", "admin"),
     ("POST", "/webhooks/1/pause", "admin"),
     ("POST", "/webhooks/1/resume", "admin"),
+    ("POST", "/webhooks/1/activate", "admin"),
+    ("POST", "/webhooks/1/deactivate", "admin"),
     ("POST", "/webhooks/1/redeliver", "admin"),
+    ("GET", "/webhooks/1/replay", "admin"),
+    ("POST", "/webhooks/1/replay", "admin"),
     ("POST", "/deliveries/1/redeliver", "admin"),
+    ("GET", "/events", "admin viewer"),
+    ("GET", "/events/1", "admin viewer"),
+    ("GET", "/events/1/delete", "admin"),
+    ("POST", "/events/1/delete", "admin"),
+    ("POST", "/events/1/redeliver", "admin"),
 ]
 
 
@@ -7378,8 +8015,12 @@ def test_every_page_asks_for_a_login(wsgi):
         answer = browser.request(path, method=method)
         assert (answer.status_int, answer.content_type) == (401, "text/html")
         assert answer.headers["WWW-Authenticate"] == 'Basic realm="webhookd"'
-    pages = [r for r in wsgi.routes if r.rule.startswith(PAGE_PATHS)]
-    assert len(pages) + 1 == len(PAGES)
+    asked = {
+        wsgi.match({"PATH_INFO": path, "REQUEST_METHOD": method})[0].rule + method
+        for method, path, _ in PAGES[1:]
+    }
+    pages = {r.rule + r.method for r in wsgi.routes if r.rule.startswith(PAGE_PATHS)}
+    assert pages - asked == {"/favicon.icoGET"}
 
 
 @pytest.mark.parametrize("token", [None, "", "ä", "0" * 64])
@@ -7436,12 +8077,30 @@ def test_a_viewer_sees_everything_and_can_press_nothing(browser, receiver, dispa
     _, delivery = attempted(browser, receiver, dispatcher)
     browser.log_in("viewer")
 
-    for path in ("/", "/webhooks/1", f"/deliveries/{delivery['id']}"):
+    for path in ("/", "/webhooks/1", "/events", "/events/1", f"/deliveries/{delivery['id']}"):
         page = browser.get(path)
         assert page.status_int == 200
-        assert page.html.find_all(["form", "button", "input"]) == []
+        assert {button.get_text() for button in page.html.find_all("button")} <= {"Show"}
+        assert page.html.find("form", method="post") is None
         assert not page.html.find("a", href=re.compile("new|edit|delete"))
     assert browser.get("/webhooks/new").status_int == 403
+
+
+def test_a_viewer_sees_no_path_of_a_url(browser, receiver, dispatcher):
+    receiver.url += "/SECRET-PATH?key=SECRET-KEY"
+    echo = {"Location": receiver.url, "X-Path": "/hook/SECRET-PATH"}
+    receiver.answers(302, echo, receiver.url.replace("/", "\\/").encode())
+    _, delivery = attempted(browser, receiver, dispatcher, name="n")
+    paths = ("/", "/webhooks/1", "/events", "/events/1", f"/deliveries/{delivery['id']}")
+    assert "SECRET-PATH" in browser.get(paths[-1])
+
+    for path in paths:
+        page = browser.log_in("viewer").get(path)
+        assert page.status_int == 200
+        assert "SECRET" not in page, path
+    host = receiver.url.split("/")[2]
+    assert f"POST http://{host}/…" in page
+    assert f"curl --globoff 'http://{host}/…'" in words(page)
 
 
 @pytest.mark.parametrize(
@@ -7496,7 +8155,8 @@ def test_a_bug_in_a_page_is_a_page_too(browser, store):
 
 def every_page(browser):
     """All pages that links lead to, and those of a test, a fault and an error."""
-    found, paths = {}, ["/", "/webhooks/9"]
+    found, paths = {}, ["/", "/webhooks/9", "/webhooks/new", "/events/1/delete"]
+    paths += [f"/webhooks/1/{page}" for page in ("edit", "replay", "replay?since=2020-01-01")]
     while paths:
         path = paths.pop().partition("#")[0]
         if path not in found:
@@ -7508,6 +8168,15 @@ def every_page(browser):
     hostile = {"name": HOSTILE, "events": "</textarea>" + HOSTILE}
     found["fault"] = fill_in(found["/webhooks/new"], **hostile)
     return found
+
+
+ATTRIBUTES = {  # that our own markup has
+    *("action", "alt", "aria-current", "aria-describedby", "aria-invalid", "aria-label"),
+    *("autocomplete", "autofocus", "charset", "checked", "class", "content", "datetime", "for"),
+    *("height", "href", "id", "lang", "method", "name", "open", "placeholder"),
+    *("preserveaspectratio", "rel", "role", "rows", "scope", "selected", "size", "spellcheck"),
+    *("src", "tabindex", "title", "type", "value", "viewbox", "width", "x", "y"),
+}
 
 
 def test_nothing_that_was_sent_is_markup(browser, receiver, dispatcher):
@@ -7522,44 +8191,10 @@ def test_nothing_that_was_sent_is_markup(browser, receiver, dispatcher):
 
     assert len(pages) >= 9
     for path, page in pages.items():
-        assert page.html.find_all(["script", "img", "b"]) == [], path
-        assert {a for tag in page.html.find_all(True) for a in tag.attrs} <= {
-            *["action", "alt", "aria-current", "aria-describedby", "aria-invalid", "aria-label"],
-            *[
-                "autocomplete",
-                "autofocus",
-                "charset",
-                "checked",
-                "class",
-                "content",
-                "datetime",
-                "for",
-            ],
-            *[
-                "height",
-                "href",
-                "id",
-                "lang",
-                "method",
-                "name",
-                "open",
-                "preserveaspectratio",
-                "rel",
-                "role",
-            ],
-            *[
-                "rows",
-                "scope",
-                "spellcheck",
-                "tabindex",
-                "type",
-                "value",
-                "viewbox",
-                "width",
-                "x",
-                "y",
-            ],
-        }, path
+        assert page.html.find_all(["script", "b"]) == [], path
+        assert {image["src"] for image in page.html.find_all("img")} == {"/favicon.ico"}, path
+        attributes = {name for tag in page.html.find_all(True) for name in tag.attrs}
+        assert attributes <= ATTRIBUTES, path
     assert HOSTILE in pages["/"].html.a.find_next("table").a.get_text()
 
 
@@ -7582,7 +8217,7 @@ def test_why_a_test_got_no_answer_is_no_markup(browser):
 
     page = press(browser.get("/webhooks/1"), "Test")
 
-    assert "None: unknown host <b>.invalid" in words(page)
+    assert "It failed: unknown host <b>.invalid" in words(page)
 
 
 def test_a_text_that_turns_its_direction_turns_nothing_beside_it(browser, receiver, dispatcher):
@@ -7608,6 +8243,7 @@ def test_every_page_is_locked_down_and_has_its_style(browser, receiver, dispatch
         digest = hashlib.sha256(page.html.style.string.encode()).digest()
         assert policy == {
             "default-src": "'none'",
+            "img-src": "'self'",
             "style-src": f"'sha256-{base64.b64encode(digest).decode()}'",
             "form-action": "'self'",
             "frame-ancestors": "'none'",
@@ -7623,12 +8259,22 @@ def test_every_field_has_a_label_and_every_page_a_title(browser, receiver, dispa
 
     for page in every_page(browser).values():
         labels = {label["for"] for label in page.html.find_all("label")}
-        fields = page.html.find_all(["input", "textarea"])
+        fields = page.html.find_all(["input", "textarea", "select"])
         ids = [tag["id"] for tag in page.html.find_all(id=True)]
         assert len(ids) == len(set(ids))
         assert {f["id"] for f in fields if f.get("type") != "hidden"} == labels
         assert len(page.html.find_all("h1")) == 1
-        assert page.html.h1.get_text() in page.html.title.get_text()
+        assert page.html.title.get_text().endswith(" – webhookd")
+        assert page.html.header.find_all("a", href=["/", "/events"])
+        assert webhookd.VERSION in page.html.header.get_text()
+
+
+def test_the_icon_needs_no_login(wsgi):
+    answer = App(wsgi).get("/favicon.ico")
+
+    assert (answer.status_int, answer.content_type) == (200, "image/svg+xml")
+    assert "no-store" not in answer.headers["Cache-Control"]
+    assert answer.text.startswith("<svg ")
 
 
 # ---- with curl ----

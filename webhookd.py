@@ -36,7 +36,7 @@ file builds on itself (`grep '^# ==='` finds them):
 
     constants and logging   settings   errors   model   reading input   signatures
     policy   outbound HTTP   store   templates   dispatcher   maintenance   users   metrics
-    REST API   pages   HTTP server   systemd   sink   command line
+    REST API   words and forms   pages   HTTP server   systemd   sink   command line
 """
 
 import argparse
@@ -355,6 +355,10 @@ class Forbidden(WebhookdError):
 
 class NotFound(WebhookdError):
     status = 404
+
+
+class Conflict(WebhookdError):
+    status = 409
 
 
 class TooLarge(WebhookdError):
@@ -4242,6 +4246,21 @@ class Store:
                 raise Unavailable("the delivery was deleted meanwhile")
             reached = rows[-1][0]
 
+    def attempt_starts(self, uuids: list[str]) -> dict[str, int]:
+        """When the last attempt of each of these deliveries began, if there is one."""
+        of_each = f"deliveries.id = delivery_id WHERE uuid IN {placeholders(uuids)}"
+        sql = f"SELECT uuid, max(start) FROM deliveries JOIN attempts ON {of_each}"
+        return dict(self._rows(f"{sql} GROUP BY uuid", *uuids))
+
+    def delivery_states(self, event_ids: list[int]) -> dict[int, collections.Counter]:
+        """How many deliveries of each of these events are in which state."""
+        tests = f"event_id IN {placeholders(event_ids)} AND webhook_id IN (SELECT id FROM webhooks)"
+        sql = f"SELECT event_id, state, count(*) FROM deliveries WHERE {tests} GROUP BY 1, 2"
+        states = collections.defaultdict(collections.Counter)
+        for event_id, state, number in self._rows(sql, *event_ids):
+            states[event_id][state] = number
+        return states
+
     def redeliverable(self, webhook_id: int, wanted: Filter) -> IdsInSteps:
         """The row ids of the deliveries that match, in steps, oldest first."""
         tests = delivery_tests(webhook_id, wanted)
@@ -5639,6 +5658,7 @@ class Api:
         self._address_policy, self._clock = address_policy, clock
         self._logins = Logins(store, steady_clock)
         self._slow_work = SlowWork()
+        self.render_error = self.error_as_json  # the pages put theirs in its place
         self.app = bottle.Bottle()
         self.app.default_error_handler = self._render_bottle_error
         self.app.router.add_filter("id", lambda _: ("[0-9]{1,15}", int, str))
@@ -5693,7 +5713,7 @@ class Api:
     def _checked(self, handler, *args, **kwargs):
         self._refuse_other_sites()
         config = bottle.request.route.config
-        self._log_in(config["roles"])
+        self.log_in(config["roles"])
         if config.get("is_quick"):
             return handler(*args, **kwargs)
         with self._place():
@@ -5705,12 +5725,12 @@ class Api:
             return answer(*args, **kwargs)
         except WebhookdError as error:
             bottle.response.headers.update(error.headers)
-            return self._error(error.status, error.faults)
+            return self.render_error(error.status, error.faults)
         except Exception:
             request = bottle.request
             log.exception("%s %s failed", request.method, request.path)
             fault = Fault(None, "an internal error, which is in the log")
-            return self._error(500, [fault])
+            return self.render_error(500, [fault])
 
     def _place(self, work=ORDINARY):
         """A place for slow work, see SlowWork; the server's own thread has none."""
@@ -5747,7 +5767,8 @@ class Api:
             hint = "behind a reverse proxy it needs --trusted-proxy"
             raise Forbidden(f"requests from other sites are refused; {hint}")
 
-    def _log_in(self, roles):
+    def log_in(self, roles: tuple[str, ...]) -> None:
+        """Let only users with these roles pass; raises Unauthorized, Forbidden."""
         if roles == ANYBODY:
             return
         try:
@@ -5784,9 +5805,9 @@ class Api:
         allowed = error.headers.get("Allow", "")
         if "GET" in allowed:
             bottle.response.headers["Allow"] = allowed.replace("GET", "GET,HEAD")
-        return self._error(error.status_code, [Fault(None, message)])
+        return self.render_error(error.status_code, [Fault(None, message)])
 
-    def _error(self, status, faults):
+    def error_as_json(self, status, faults):
         return self._json(error_document(status, faults), status)
 
     @staticmethod
@@ -5818,7 +5839,8 @@ class Api:
         own = f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
         return environ.get("HTTP_HOST") or own
 
-    def _link(self, path, query=()):
+    def link(self, path: str, query=()) -> str:
+        """The address of a path of this service, as the client sees it."""
         encoded = urllib.parse.urlencode(query, doseq=True)
         scheme = bottle.request.environ["wsgi.url_scheme"]
         return f"{scheme}://{self._host()}{path}" + (f"?{encoded}" if encoded else "")
@@ -5843,7 +5865,7 @@ class Api:
             came = f"the body came with Content-Encoding {encoding[:100]}"
             raise WrongMediaType(f"{came}, send it without")
 
-    def _body(self, *types, limit=MAX_WEBHOOK_BYTES):
+    def body(self, *types: str, limit: int = MAX_WEBHOOK_BYTES) -> bytes:
         """The request's body; raises WrongMediaType, TooLarge."""
         self._check_type(types)
         length = max(0, bottle.request.content_length)
@@ -5852,7 +5874,7 @@ class Api:
         return bottle.request.environ["wsgi.input"].read(length)
 
     def _object(self):
-        return json_object(self._body(JSON_TYPE))
+        return json_object(self.body(JSON_TYPE))
 
     @staticmethod
     def _query():
@@ -5868,9 +5890,9 @@ class Api:
         more: what the next one asks for, where the total is not known."""
         path, query = bottle.request.path, self._query() | {"limit": page.limit}
         starts = page.neighbours(total or 0, len(results))
-        links = {name: self._link(path, query | {"start": start}) for name, start in starts.items()}
+        links = {name: self.link(path, query | {"start": start}) for name, start in starts.items()}
         if more:
-            links["next"] = self._link(path, query | more)
+            links["next"] = self.link(path, query | more)
         part = {"start": page.start, "limit": page.limit, "size": len(results)}
         rest = json_bytes(part | {"totalCount": total, "_links": links})
         shown = (item if isinstance(item, bytes) else json_bytes(item) for item in results)
@@ -5910,7 +5932,7 @@ class Api:
             if not wanted.states or self._state_of(webhook) in wanted.states
         ]
         part = webhooks[page.start : page.start + page.limit]
-        return self._page_of(page, len(webhooks), self._webhooks_as_json(part, statistics))
+        return self._page_of(page, len(webhooks), self.webhooks_as_json(part, statistics))
 
     def _state_of(self, webhook):
         return self._store.health[webhook.id].state(webhook)
@@ -5921,8 +5943,8 @@ class Api:
     def create_webhook(self):
         webhook = self.register(self._object())
         path = f"/rest/api/webhooks/{webhook.id}"
-        bottle.response.set_header("Location", self._link(path))
-        return self._json(self._webhooks_as_json([webhook])[0], 201)
+        bottle.response.set_header("Location", self.link(path))
+        return self._json(self.webhooks_as_json([webhook])[0], 201)
 
     def register(self, fields: dict) -> Webhook:
         """Add the webhook that the fields ask for; raises Invalid."""
@@ -5937,14 +5959,16 @@ class Api:
     def get_webhook(self, id):
         with Reader(self._query()) as query:
             statistics = query.field("statistics", False, boolean)
-        return self._json(self._webhooks_as_json([self._store.webhooks.get(id)], statistics)[0])
+        return self._json(self.webhooks_as_json([self._store.webhooks.get(id)], statistics)[0])
 
     def update_webhook(self, id):
         self._store.webhooks.get(id)  # that there is none comes before a fault in the body
-        return self._json(self._webhooks_as_json([self.change(id, self._object())])[0])
+        return self._json(self.webhooks_as_json([self.change(id, self._object())])[0])
 
-    def change(self, id: int, fields: dict) -> Webhook:
-        """Change the fields of a webhook that are given; raises NotFound, Invalid."""
+    def change(self, id: int, fields: dict, unless_changed_since: int | None = None) -> Webhook:
+        """Change the fields of a webhook that are given; raises NotFound, Invalid.
+
+        Raises Conflict if it was changed after a moment that is given, in milliseconds."""
         # looking its host up takes time, so the writer reads it again without that
         read = read_webhook(fields, self._store.webhooks.get(id), self._address_policy.check_url)
         now, user = self._now_ms(), bottle.request.environ["webhookd.user"].name
@@ -5952,6 +5976,8 @@ class Api:
         starts_clean = activates or fields.get("paused") is not None and not read.paused
 
         def change(old):
+            if unless_changed_since not in (None, old.updated):
+                raise Conflict("somebody else has just changed this webhook")
             new = dataclasses.replace(read_webhook(fields, old), updated=now)
             if (new.active, new.paused) != (old.active, old.paused):
                 new = dataclasses.replace(new, halted_by=user)
@@ -5974,7 +6000,7 @@ class Api:
         self._store.empty_log()  # which holds its secrets
         self._log_change("webhook deleted", id=id)
 
-    def _webhooks_as_json(self, webhooks, statistics=False):
+    def webhooks_as_json(self, webhooks: list[Webhook], statistics: bool = False) -> list[dict]:
         """The webhooks as the API shows them, with their health."""
         return [self._webhook_as_json(webhook, statistics) for webhook in webhooks]
 
@@ -6008,10 +6034,13 @@ class Api:
         return self._json(shown)
 
     def test_webhook(self):
-        return self._json(self.test(self._webhook_to_test()))
+        answer, _ = self.test(self._webhook_to_test())
+        return self._json(answer)
 
-    def test(self, webhook: Webhook) -> dict:
-        """Send a ping now; what was sent and what came back. Raises Unavailable."""
+    def test(self, webhook: Webhook) -> tuple[dict, int]:
+        """Send a ping now; what was sent and what came back, and after how many ms.
+
+        Raises Unavailable."""
         with self._slow_work.place(TESTS):
             body, attempt = asyncio.run(self._ping(webhook))
         id, result = webhook.id or "none", attempt.description
@@ -6019,9 +6048,9 @@ class Api:
         self._log_change("webhook tested", id=id, url=url, result=result)
         answer = {"request": attempt.request(body.decode()), "response": None}
         if attempt.status is None:
-            return answer | {"error": attempt.description}
+            return answer | {"error": attempt.description}, attempt.duration
         answer["response"] = {"status": attempt.status} | attempt.response()
-        return answer
+        return answer, attempt.duration
 
     def _webhook_to_test(self):
         with self._told("webhookId", "url") as told:
@@ -6054,7 +6083,7 @@ class Api:
 
     def _publish_events(self):
         limit = max(MAX_REQUEST_BYTES, self._settings.max_event_size)
-        body, now = self._body(JSON_TYPE, NDJSON_TYPE, limit=limit), self._now_ms()
+        body, now = self.body(JSON_TYPE, NDJSON_TYPE, limit=limit), self._now_ms()
         are_lines = self._content_type() == NDJSON_TYPE
         largest = self._settings.max_event_size
         events = read_events(body, are_lines, now, largest, self._naming())
@@ -6197,11 +6226,17 @@ class Api:
         return matched, made
 
     def replay(self, id):
-        webhook = self._store.webhooks.get(id)
-        wanted, dry_run = self._selection("event", "since", "until")
-        found, words = self._store.missed_events(webhook, wanted), "events replayed"
-        counts = self._make_due(id, found, Batch.replay, dry_run, words)
+        self._store.webhooks.get(id)  # that there is none comes before a fault in the body
+        counts = self.replay_all(id, *self._selection("event", "since", "until"))
         return self._json(dict(zip(("matched", "replayed"), counts)), 202)
+
+    def replay_all(self, id: int, wanted: Filter, dry_run: bool = False) -> tuple[int, int]:
+        """Deliver those events wanted that a webhook is subscribed to and never got.
+
+        Returns how many matched and how many are replayed; raises NotFound."""
+        webhook, words = self._store.webhooks.get(id), "events replayed"
+        found = self._store.missed_events(webhook, wanted)
+        return self._make_due(id, found, Batch.replay, dry_run, words)
 
     def _selection(self, *filters):
         """Which deliveries or events an operation is for, and if it only counts them."""
@@ -6210,10 +6245,14 @@ class Api:
             return read_filter(told, self._now_ms(), *filters), dry_run
 
     def delete_event(self, id):
+        self.remove_event(id)
+        bottle.response.status = 204
+
+    def remove_event(self, id: int) -> None:
+        """Delete an event and all that was stored of it; raises NotFound."""
         self._store.write(Batch.delete_event, id)
         self._store.empty_log()
         self._log_change("event deleted", id=id)
-        bottle.response.status = 204
 
     # ---- how it is ----
 
@@ -6233,17 +6272,43 @@ class Api:
 
 
 # ======================================================================================
-# Pages: the administration in a browser, and the start page for curl
+# Words and forms: what the pages say of things, and what their forms ask for
 # ======================================================================================
 
-FORM_TYPE = "application/x-www-form-urlencoded"
-DELIVERIES_PER_PAGE = 50
+MAX_SHOWN_CHARACTERS = 16 << 10  # of a body beside many others
+MAX_PAYLOAD_CHARACTERS = 128 << 10  # of a body that stands alone
+STATES = ("disabled", "failing", "paused", "inactive", "healthy")  # of webhooks, as listed
+TONES = {
+    **dict.fromkeys(("healthy", SUCCEEDED, SUCCESS), "good"),
+    **dict.fromkeys(("failing", "paused", FAILURE), "warn"),
+    **dict.fromkeys(("disabled", FAILED, ERROR), "bad"),
+    **dict(zip((PENDING, "inactive"), ("wait", "idle"))),
+}
+
+# ---- in words ----
 
 
-def utc(ms: int) -> str:
+def utc(ms: int, form: str = "%Y-%m-%d %H:%M:%S") -> str:
     """A moment as people read it, to the second."""
-    moment = datetime.datetime.fromtimestamp(ms // 1000, datetime.UTC)
-    return f"{moment:%Y-%m-%d %H:%M:%S}"
+    return datetime.datetime.fromtimestamp(ms // 1000, datetime.UTC).strftime(form)
+
+
+def time_span(ms: int) -> str:
+    """A length of time in its largest unit."""
+    units = ((DAY_SECONDS, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    return next((f"{ms // 1000 // s} {unit}" for s, unit in units if ms >= s * 1000), "0 s")
+
+
+def relative(ms: int, now_ms: int) -> str:
+    """How long ago a moment is, or how far ahead."""
+    if abs(now_ms - ms) < 1000:
+        return "now"
+    return f"in {time_span(ms - now_ms)}" if ms > now_ms else f"{time_span(now_ms - ms)} ago"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number and what it counts."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def success_rate(counts: dict[str, int]) -> str:
@@ -6252,31 +6317,128 @@ def success_rate(counts: dict[str, int]) -> str:
     return f"{1000 * counts.get(SUCCESS, 0) // total / 10:g} %" if total else "–"
 
 
-def state_words(health: dict) -> str:
-    """What stands after the state of a webhook, as the API shows its health."""
-    times, reason = health["consecutiveFailures"], health["reason"]
-    why = f"after {times} failure{'s' * (times != 1)} in a row: {reason}"
-    return {
-        "healthy": "",
-        "failing": why,
-        "paused": f"until a probe at {utc(health['pausedUntil'] or 0)} UTC, {why}",
-        "disabled": f"because {reason}",
-        "inactive": "and gets no new deliveries; those it has wait",
+def part_words(page: Page, total: int | None, noun: str, plural: str = "") -> str:
+    """Which part of a list it is; total None: of a search that has not looked at all."""
+    if total is None:
+        return "So far as was looked; Next looks further back."
+    last, all_of_it = page.start + page.limit, counted(total, noun, plural)
+    is_all = page.start == 0 and last >= total
+    return all_of_it if is_all else f"{page.start + 1:,} to {min(last, total):,} of {all_of_it}"
+
+
+def is_in_trouble(health: dict) -> bool:
+    """Whether somebody should look at a webhook; its health as the API shows it."""
+    is_held = health["state"] == "paused" and not health["pausedUntil"]
+    return health["state"] in STATES[:3] and not is_held
+
+
+def place_in_list(health: dict) -> tuple:
+    """Where a webhook stands: those in trouble first, then those with the latest attempt."""
+    return not is_in_trouble(health), STATES.index(health["state"]), -(health["lastAttempt"] or 0)
+
+
+def trouble_words(healths: list[dict]) -> tuple[str, str]:
+    """How many webhooks are in trouble, for the title and in a sentence."""
+    trouble = collections.Counter(h["state"] for h in healths if is_in_trouble(h))
+    title = ", ".join(f"{number} {state}" for state, number in trouble.items())
+    if not trouble:
+        return "Webhooks", "None needs attention."
+    need = "needs" if trouble.total() == 1 else "need"
+    return title, f"{trouble.total()} of {len(healths)} {need} attention."
+
+
+def state_words(health: dict, now_ms: int) -> tuple[str, str]:
+    """What the state of a webhook is, and what that means; its health as the API shows it."""
+    since, until, reason = health["since"], health["pausedUntil"], health["reason"]
+    lasting = f" for {time_span(now_ms - since)} ({utc(since)} UTC)" if since else ""
+    waiting = counted(health["pending"], "delivery waits", "deliveries wait")
+    failures = f"{counted(health['consecutiveFailures'], 'failure')} in a row, the last: {reason}."
+    why = f"{reason[0].upper()}{reason[1:]}. " if reason else ""
+    missed = "Events published meanwhile are not delivered; after activating you can replay them."
+    probe = f"{relative(max(until or 0, now_ms), now_ms)} ({utc(until or 0)} UTC)"
+    if health["state"] == "healthy":
+        return "", ""
+    name, text = {
+        "failing": ("Failing", f"{failures} It is tried again on schedule; {waiting}."),
+        "paused": ("Paused", f"{why}{waiting} until somebody resumes it. Nothing is lost."),
+        "inactive": ("Inactive", f"{why}{missed}"),
+        "disabled": ("Disabled", f"{why}{missed}"),
     }[health["state"]]
+    if until and name == "Paused":
+        name = "Paused by the circuit breaker"
+        text = f"{failures} One delivery is tried {probe}; until then {waiting}. Nothing is lost."
+    return name + lasting, text
 
 
-def http_text(start: str, message: dict) -> str:
-    """A request or a response, as the API shows it, nearly as it went over the wire."""
-    text = f"{start}\n{header_lines(message['headers'])}\n{message['body'] or ''}"
-    return text.rstrip()
+def due_words(number: int | None) -> str:
+    """What somebody who had so many deliveries attempted is told; None: nobody."""
+    return "" if number is None else counted(number, "delivery is due.", "deliveries are due.")
+
+
+def delivery_words(delivery: Delivery, state: str, now_ms: int) -> tuple[str, str]:
+    """What comes next for a delivery, whose webhook is in that state."""
+    after, due = f"after {counted(delivery.attempt_count, 'attempt')}", delivery.next_attempt
+    if delivery.state == FAILED:
+        return f"Given up {after}", "It is kept, and can be redelivered."
+    if delivery.state == SUCCEEDED:
+        return "", ""
+    if state not in ("healthy", "failing"):
+        return f"Waits while the webhook is {state}", f"It waits {after}. Nothing is lost."
+    return f"Next attempt {relative(max(due, now_ms), now_ms)}", f"{utc(due)} UTC, {after}."
+
+
+def tag(word: str, text: str = "") -> str:
+    """The markup of a state."""
+    return f'<span class="tag {TONES[word]}">{html.escape(text or word)}</span>'
+
+
+def moment(now_ms: int, ms: int | None, otherwise: str = "", beside: bool = False) -> str:
+    """The markup of a moment, or what is said if there is none; beside: with the UTC."""
+    if not ms:
+        return otherwise
+    time = f'<time datetime="{utc(ms).replace(" ", "T")}Z" title="{utc(ms)} UTC">'
+    return f"{time}{relative(ms, now_ms)}</time>" + beside * f" <small>{utc(ms)} UTC</small>"
+
+
+def indented(text: str) -> str:
+    """A JSON text line by line, to the digit; any other as it is."""
+    try:
+        value = json_value(text, _event_decoder.decode)
+        shown = _marked_number.sub(r"\1", json.dumps(value, indent=2, ensure_ascii=False))
+    except (Invalid, RecursionError):
+        return text
+    # what is nested so deeply that it would be mostly blanks stays as it is, too
+    is_wide = len(shown) > 4 * len(text) + 1000
+    return text if is_wide else shown.encode("utf-8", "backslashreplace").decode()
+
+
+def form_json(value: object) -> str:
+    """A JSON value as a form has it; nothing for nothing."""
+    return "" if value in (None, {}) else indented(json_bytes(value).decode())
+
+
+def body_text(body: str, limit: int) -> str:
+    """A body as pages show it: JSON indented, what is longer cut."""
+    if len(body) <= limit:
+        return indented(body)
+    return f"{body[:limit]}\n… {len(body):,} characters in all, the API has them"
+
+
+def message_text(start: str, message: dict) -> tuple[str, str]:
+    """The head and the body of a request or a response, as the API shows it."""
+    head = f"{start}\n{header_lines(message['headers'])}".rstrip()
+    return head, body_text(message["body"] or "", MAX_SHOWN_CHARACTERS)
 
 
 def curl_command(attempt: Attempt, body: str) -> str:
     """A shell command that sends a request again, except for what is masked."""
     # the body by standard input, because an argument may have 128 KiB only
-    parts = [f"printf %s {shlex.quote(body)} |"]
+    request = attempt.request(body)
+    parts = [f"printf %s {shlex.quote(request['body'])} |"]
+    if len(request["body"]) > MAX_PAYLOAD_CHARACTERS:
+        parts = ["# body.json: the body, too long to stand here; the API has it\ncat body.json |"]
     parts += [f"curl --globoff {shlex.quote(attempt.url)} --data-binary @-"]
-    headers = attempt.request(body)["headers"].items()
+    headers = request["headers"].items()
     parts += [f"-H {shlex.quote(f'{name}: {value}')}" for name, value in headers]
     return " \\\n  ".join(parts)
 
@@ -6302,92 +6464,354 @@ curl {url}/health
 webhookd user add NAME --role publisher --database /var/lib/webhookd/webhookd.db
 """
 
-# ---- the form of a webhook: its fields have the API's names ----
+# ---- what is laid out for the templates; webhooks are as the API shows them ----
 
-FORM_BOXES = {
-    "active": "Active",
-    "ordered": "Ordered: one delivery at a time, in publish order",
-    "sslVerificationRequired": "Verify TLS",
+
+def list_row(webhook: dict, counts: dict[str, int], now_ms: int) -> dict:
+    """A webhook in the list, with its attempts by outcome."""
+    events, health = webhook["events"], webhook["health"]
+    reasons = [health["reason"]] if health["state"] != "healthy" else []
+    if until := health["pausedUntil"]:
+        reasons.append(f"tried again {relative(max(until, now_ms), now_ms)}")
+    row = (
+        webhook | health | {"host": urllib.parse.urlsplit(webhook["url"]).netloc.rpartition("@")[2]}
+    )
+    return row | {
+        "some": ", ".join(events[:3]) + (f" +{len(events) - 3}" if len(events) > 3 else ""),
+        "tone": TONES[health["state"]] if is_in_trouble(health) else "",
+        "reasons": list(filter(None, reasons)),
+        "rate": success_rate(counts),
+    }
+
+
+def delivery_row(delivery: Delivery, webhook: dict, last: int | None) -> dict:
+    """A delivery in a list, its webhook, and when its last attempt began."""
+    state = webhook["health"]["state"]
+    waits = delivery.state == PENDING and state not in ("healthy", "failing")
+    return delivery._asdict() | {
+        "webhook": webhook["name"],
+        "last": last,
+        "waits": f"waits while {state}" if waits else "",
+        "next": None if waits else delivery.next_attempt,
+    }
+
+
+def attempt_row(number: int, attempt: Attempt, body: str) -> tuple:
+    """An attempt, its status, what else is said of it, its request and its response."""
+    code = "" if attempt.status is None else str(attempt.status)
+    request = message_text(f"POST {attempt.url}", attempt.request(body))
+    response = message_text(code, attempt.response()) if code else ("none",)
+    why = attempt.description.removeprefix(code).lstrip(" ,")
+    return number, attempt, code or "no answer", why, request, response
+
+
+def verdict_words(test: dict, duration_ms: int) -> dict:
+    """What is said of a test, as the API shows it: the verdict, and what was sent and answered."""
+    request, response = test["request"], test["response"]
+    status = str(response["status"]) if response else test["error"]
+    works = status.startswith("2") and response is not None
+    did = "took the test" if works else "did not take the test" if response else "did not answer"
+    return {
+        "tone": "good" if works else "bad",
+        "verdict": f"{'It works' if works else 'It failed'}: {status}",
+        "text": f"The receiver {did} after {duration_ms} ms. A test is not counted or stored.",
+        "request": message_text(f"POST {request['url']}", request),
+        "response": message_text(status, response) if response else ("none",),
+    }
+
+
+def tiles(webhook: dict) -> dict[str, str]:
+    """The figures of a webhook that is shown with its statistics."""
+    counts = list(webhook["statistics"]["counts"].values())[:3]
+    figures = (sum(counts), *counts[1:], webhook["health"]["pending"])
+    labels = ("Attempts", "Failures", "Errors", "Waiting")
+    rate = {"Success, 30 days": success_rate(dict(zip(OUTCOMES, counts)))}
+    return rate | {label: f"{figure:,}" for label, figure in zip(labels, figures)}
+
+
+def chart(attempts_by_day: dict[int, collections.Counter], today: int) -> dict:
+    """The chart of attempts by day, counted since 1970, and outcome.
+
+    A bar has a tone, x, y, height and a title."""
+    days = {day: attempts_by_day[day] for day in range(today - STATISTICS_DAYS, today + 1)}
+    bars, most = [], max(1, *(counts.total() for counts in days.values()))
+    names = [utc(day * DAY_MS, "%-d %b") for day in days]
+    for x, counts in enumerate(days.values()):
+        y = most
+        for outcome in filter(counts.get, OUTCOMES):
+            y -= counts[outcome]
+            title = f"{names[x]}: {counts[outcome]:,} {outcome}"
+            bars.append((TONES[outcome], x, y, counts[outcome], title))
+    total = sum(days.values(), collections.Counter())
+    words = ("succeeded", "failed", "without an answer")
+    legend = [(TONES[o], f"{total[o]:,} {word}") for o, word in zip(OUTCOMES, words)]
+    return {"bars": bars, "most": most, "names": names, "legend": legend}
+
+
+def settings_in_words(webhook: dict) -> dict[str, str]:
+    """The settings of a webhook besides its URL, of the rarer ones those that are set."""
+    limit, login = webhook["rateLimit"], webhook["credentials"]
+    settings = {
+        "Events": ", ".join(webhook["events"]),
+        "Signed": "yes, with its secret" if webhook["secretSet"] else "no, it has no secret",
+        "Login": login and f"{login['username']} (password hidden)",
+        "Headers": ", ".join(webhook["headers"]),
+        "Filters": form_json(webhook["filters"]),
+        "Template": form_json(webhook["template"]),
+        "Ordered": webhook["ordered"] and "one delivery at a time, in publish order",
+        "Rate limit": limit and f"{limit:g} a second",
+        "TLS": "" if webhook["sslVerificationRequired"] else "certificates are not verified",
+        "Configuration": form_json(webhook["configuration"]),
+    }
+    return {label: text for label, text in settings.items() if text}
+
+
+def buttons(webhook: dict) -> list[str]:
+    """What can be done with a webhook; first what its state calls for."""
+    health, is_active = webhook["health"], webhook["active"]
+    calls = {"paused": "Resume", "inactive": "Activate", "disabled": "Activate"}
+    held = ["Resume"] if webhook["paused"] or health["pausedUntil"] else []
+    labels = [calls.get(health["state"], "Test"), "Test", "Edit", *held]
+    labels += [] if webhook["paused"] else ["Pause"]
+    labels += ["Deactivate" if is_active else "Activate", "Redeliver failed", "Replay"]
+    return list(dict.fromkeys(labels))
+
+
+FILTERS = {  # a field's label, what it can be, and an example
+    "state": ("State", (PENDING, SUCCEEDED, FAILED), ""),
+    "outcome": ("Outcome", OUTCOMES, ""),
+    "event": ("Event", (), "page_created"),
+    "since": ("Since", (), "2h, 3d or a date"),
+    "until": ("Until", (), "2026-11-26 14:00"),
+    "where": ("Where", (), "user.id:42"),
 }
 
+DELIVERY_FILTERS = ("state", "outcome", "event", "since", "until")
+EVENT_FILTERS = ("event", "since", "until", "where")
 
-def _number(text):
-    """The number that a text is, else the text for the reader to refuse."""
+# ---- the form of a webhook: its fields have the API's names ----
+
+FIELDS = {  # label, lines (0: a password), hint
+    "name": ("Name", 1, "What people call it. Empty: the scheme and host of its URL."),
+    "url": ("URL", 1, "Where deliveries are posted to."),
+    "events": ("Events", 4, "One per line or comma-separated. * is every event, page_* a prefix."),
+    "secret": ("Secret", 1, "Signs every delivery. Copy a new one now: it is not shown again."),
+    "username": ("User name", 1, "For Basic authentication at the receiver."),
+    "password": ("Password", 0, "Empty: the one that is set stays."),
+    "headers": ("Headers", 3, f"One per line, as X-Token: abc. {MASK} stands for what is set."),
+    "filters": ("Filters", 3, 'Only such events, as JSON: {"space.key": "DEV", "page.id": [1, 2]}'),
+    "template": ("Template", 3, 'The body to send, as JSON: {"text": "{{host}} is down"}'),
+    "rateLimit": ("Rate limit", 1, "Deliveries per second. Empty: no limit."),
+}
+FOLDED = ("username", "password", "headers", "filters", "template", "rateLimit")
+CONFLUENCE_EVENTS = (
+    "attachment_created, attachment_removed, attachment_restored, attachment_trashed, "
+    "attachment_updated, blog_created, blog_removed, blog_restored, blog_trashed, blog_updated, "
+    "blueprint_page_created, comment_created, comment_removed, comment_updated, content_created, "
+    "content_permissions_updated, content_restored, content_trashed, content_updated, "
+    "group_created, group_removed, label_added, label_created, label_deleted, label_removed, "
+    "page_children_reordered, page_created, page_moved, page_removed, page_restored, page_trashed, "
+    "page_updated, space_created, space_logo_updated, space_permissions_updated, space_removed, "
+    "space_updated, theme_enabled, user_created, user_deactivated, user_followed, "
+    "user_reactivated, user_removed"
+)
+BOXES = {"active": "Active", "ordered": "Ordered", "sslVerificationRequired": "Verify TLS"}
+
+
+def form_of(webhook: Webhook) -> dict[str, str]:
+    """The form as it shows a webhook; that of a new one has a secret to be seen once."""
+    shown = webhook.as_json(whole_url=True) | {"events": "\n".join(webhook.events)}
+    if not webhook.id:
+        shown["secret"] = f"whsec_{base64.b64encode(secrets.token_bytes(24)).decode()}"
+    shown |= shown["credentials"] or {}
+    shown["headers"] = header_lines(shown["headers"]).replace("\r", "")
+    return shown | {n: form_json(shown[n]) for n in ("filters", "template", "rateLimit")}
+
+
+def header_values(text: str) -> dict[str, str]:
+    """The headers of lines like `Name: value`; raises Invalid."""
+    headers = {}
+    for line in filter(str.strip, text.splitlines()):
+        name, colon, value = line.partition(":")
+        require(colon, f"{line.strip()[:80]} is not of the form Name: value")
+        require(name.strip() not in headers, f"{name.strip()} is there twice")
+        headers[name.strip()] = value.strip()
+    return headers
+
+
+def json_field(text: str) -> object:
+    """The JSON value of a field; raises Invalid."""
     try:
-        return json_value(text or "null")
-    except Invalid:
-        return text
+        return json_object(json_bytes({"value": json_value(text)}))["value"]
+    except Invalid as error:
+        raise Invalid(str(error).replace("the body", "what stands here")) from None
 
 
-def form_fields(form: dict[str, str], old: Webhook) -> dict:
-    """The fields of the API that a form changes, without what it leaves as it was."""
-    fields = {box: box in form for box in FORM_BOXES} | {
-        "name": form.get("name", ""),
-        "url": form.get("url", "").strip(),
-        "events": re.findall(r"[^\s,]+", form.get("events", "")),
-        "rateLimit": _number(form.get("rateLimit", "").strip()),
-    }
+def form_fields(form: dict[str, str], old: Webhook) -> tuple[dict, list[Fault]]:
+    """The fields of the API that a form changes, and what in it cannot be read."""
+    fields, faults = {box: box in form for box in BOXES}, []
+    fields |= {name: form.get(name, "").strip() for name in ("name", "url")}
+    names = map(str.strip, re.split(r"[\n,]", form.get("events", "")))
+    fields["events"] = list(filter(None, names))
+    login = {name: form[name] for name in ("username", "password") if form.get(name)}
+    unset = {"username": "", "password": ""} if not old.credentials else {"username": ""}
+    fields["credentials"] = unset | login if login else None
     if form.get("secret") or "removeSecret" in form:
         fields["configuration"] = {"secret": form.get("secret") or None}
+    for name, parse, nothing in (
+        ("headers", header_values, {}),
+        ("filters", json_field, {}),
+        ("template", json_field, None),
+        ("rateLimit", json_field, None),
+    ):
+        try:
+            fields[name] = parse(form[name]) if form.get(name, "").strip() else nothing
+        except Invalid as error:
+            faults += [fault.within(name) for fault in error.faults]
     before = old.as_json(whole_url=True)
-    return {k: v for k, v in fields.items() if v != before.get(k)}
+    return {k: v for k, v in fields.items() if k not in before or v != before[k]}, faults
+
+
+def form_view(form: dict[str, str], faults: dict[str, list[str]]) -> dict:
+    """What the page of a form needs: its fields, and what is wrong with them."""
+    wrong = [name for name in FIELDS if faults.get(name)]
+    to_mend = f": {counted(len(wrong), 'field')} to mend" if wrong else ""
+    is_unusual = form.get("ordered") or not form.get("sslVerificationRequired")
+    rows = {name: (*FIELDS[name], form.get(name) or "") for name in FIELDS}
+    return {
+        "rows": {name: (*row, "; ".join(faults.get(name, ()))) for name, row in rows.items()},
+        "heading": f"Nothing was saved{to_mend}." if faults else "",
+        "fault": "; ".join(faults.get("", ())),
+        "first": wrong[0] if wrong else None,
+        "unfolded": is_unusual or any(form.get(n) or n in wrong for n in FOLDED),
+    }
+
+
+def stale_words(fields: dict) -> str:
+    """What is said of a form that somebody else's change came before."""
+    words = "somebody has changed this webhook since the form was opened; what differs from it now"
+    return f"{words}: {', '.join(fields) or 'nothing'}. Save once more to have it so"
+
+
+def all_faults(
+    faults: list[Fault], fields: dict, old: Webhook, check_url: collections.abc.Callable
+) -> list[Fault]:
+    """What cannot be read of a form, and what is wrong with the fields that can be."""
+    try:
+        read_webhook(fields, old, check_url)
+    except Invalid as error:
+        return faults + error.faults
+    return faults
 
 
 def faults_by_field(faults: list[Fault]) -> dict[str, list[str]]:
     """What is wrong with each field of the form; "" has what is with none."""
     by_field = collections.defaultdict(list)
     for fault in faults:
-        field = (fault.context or "").removeprefix("configuration.")
-        by_field[field].append(fault.message)
+        name, _, inner = (fault.context or "").partition(".")
+        if name in ("configuration", "credentials"):
+            name, inner = inner or "username", ""
+        by_field[name].append(f"{inner}: {fault.message}" if inner else fault.message)
     return by_field
 
 
+# ======================================================================================
+# Pages: the administration in a browser, and the start page for curl
+# ======================================================================================
+
+FORM_TYPE = "application/x-www-form-urlencoded"
+ROWS_PER_PAGE = 50  # of deliveries and of events
+MAX_SENT_FORMS = 1000  # that are remembered
+MAX_SHOWN_ATTEMPTS = 20  # of a delivery, the last ones
 # ---- templates ----
 
 STYLE = """
-:root { color-scheme: light dark; --soft: light-dark(#59616a, #a3acb5);
-  --line: light-dark(#d4d9de, #3a424a); --panel: light-dark(#f4f6f8, #262b31);
-  --good: light-dark(#1a7336, #5fc97e); --warn: light-dark(#8a5300, #e6b450);
-  --bad: light-dark(#b3261e, #ff8a80); }
-body { margin: 0 auto; padding: 0 1rem 2rem; max-width: 72rem;
-  font: 0.9375rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; }
-h2 { font-size: 1.1rem; }
-a, span, strong { unicode-bidi: isolate; }
-[aria-current], label, th, .state { font-weight: 600; }
-:focus-visible { outline: 2px solid; }
+:root { color-scheme: light dark; accent-color: var(--link); --page: light-dark(#f5f6f8, #0f1317);
+  --card: light-dark(#ffffff, #171c22); --line: light-dark(#dce0e6, #2b333c); --edge:
+  light-dark(#7f8994, #717c88); --ink: light-dark(#1a1f25, #e4e8ec); --soft: light-dark(#535d68,
+  #a0abb6); --link: light-dark(#1d52bf, #8db4ff); --on-link: light-dark(#ffffff, #0b1526); }
+.good { --text: light-dark(#11602d, #78d793); --fill: light-dark(#2c9a57, #3fae68); }
+.warn { --text: light-dark(#774700, #f2c06a); --fill: light-dark(#c98100, #d99c2f); }
+.bad { --text: light-dark(#a31b13, #ff9f96); --fill: light-dark(#d0473d, #e0675d); }
+.wait { --text: light-dark(#274a9f, #a8c3ff); --fill: light-dark(#5b82dd, #7ea3f0); }
+.idle { --text: light-dark(#4a535d, #b3bdc7); --fill: light-dark(#7f8994, #8b96a1); }
+* { box-sizing: border-box; margin: 0; }
+body { background: var(--page); color: var(--ink); overflow-wrap: anywhere; font: 0.9375rem/1.5
+  system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+a, code, small, span, strong { unicode-bidi: isolate; }
+header, main { padding: 0 max(1rem, 50% - 36rem); } main { padding-block: 2rem 4rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; } h2 { margin: 2rem 0 0.75rem; font-size: 1.0625rem; }
+.card > h2, .pair h2, main > .row:first-child { margin-top: 0; }
+small, th, h3, label.soft, .tag, .chart { font-size: 0.8125rem; }
+small, th, h3, dt, .soft { color: var(--soft); font-weight: 400; }
+code, pre, .code { font: 0.8125rem/1.55 ui-monospace, Menlo, Consolas, monospace; }
+a { color: var(--link); } td > a:not(:hover) { text-decoration: none; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 .skip:not(:focus) { position: absolute; left: -100rem; }
-.row { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center; }
-.soft, dt, .inactive, .pending { color: var(--soft); }
-.healthy, .succeeded, .SUCCESS { color: var(--good); }
-.failing, .paused, .FAILURE { color: var(--warn); }
-.disabled, .failed, .ERROR, .fault { color: var(--bad); }
-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-tr { border-bottom: 1px solid var(--line); }
-th, td { padding: 0.3rem 0.5rem 0.3rem 0; text-align: left; vertical-align: top; }
-th { overflow-wrap: normal; }
-td:first-child { min-width: 6rem; }
-td.number, .state { white-space: nowrap; }
-.number { text-align: right; }
-.clamped { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 5;
-  padding: 2px; overflow: hidden; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1rem; }
-dd { margin: 0; }
-pre, svg, button { background: var(--panel); }
-pre { padding: 0.6rem; white-space: pre-wrap; }
-svg { width: 100%; height: 5rem; }
-rect { fill: currentcolor; stroke: currentcolor; vector-effect: non-scaling-stroke; }
-.field { margin: 1rem 0; max-width: 40rem; }
-.field > * { display: block; width: 100%; box-sizing: border-box; }
-input, textarea, button { padding: 0.35rem 0.6rem; font: inherit;
-  border: 1px solid var(--soft); border-radius: 3px; }
-[aria-invalid] { border-color: var(--bad); }
-@media (max-width: 40rem) { table { font-size: 0.8125rem; } .spare { display: none; } }
+.row, .filter, header, nav { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem
+  0.75rem; }
+.row, .filter, .note, .pair, .field, details { margin: 1rem 0; } .end { margin-left: auto; }
+.note > .row { margin: 0.75rem 0 0.25rem; }
+header { background: var(--card); border-bottom: 1px solid var(--line); }
+header, header nav { column-gap: 1.5rem; } header img { vertical-align: -0.25rem; }
+header a { padding: 0.875rem 0 0.6875rem; border-bottom: 3px solid transparent; color: inherit;
+  text-decoration: none; }
+header [aria-current] { border-color: var(--link); font-weight: 600; }
+button, input, select, textarea, .chip { padding: 0.375rem 0.75rem; max-width: 100%; font: inherit;
+  color: var(--ink); background: var(--card); border: 1px solid var(--edge); border-radius: 6px; }
+button { font-weight: 500; cursor: pointer; } button:hover { border-color: var(--ink); }
+.main { background: var(--link); border-color: var(--link); color: var(--on-link); }
+.chip { padding-block: 0.125rem; border-radius: 1rem; text-decoration: none; }
+.chip:not(:hover, [aria-current]) { border-color: var(--line); }
+.chip[aria-current] { border-color: var(--link); font-weight: 600; }
+.tag { padding: 0.125rem 0.625rem 0.1875rem; border-radius: 1rem; white-space: nowrap; }
+.note { padding: 0.75rem 1rem; border-left: 4px solid var(--fill); border-radius: 6px; }
+.tag, .note { background: color-mix(in srgb, var(--fill) 15%, var(--card)); }
+.tag, .fault, .note > :first-child, button.bad { color: var(--text); }
+.tag, .fault, .note > :first-child, .field > label, .tiles dd { font-weight: 600; }
+.tag::before, .dot { content: ""; display: inline-block; width: 0.5rem; height: 0.5rem;
+  margin-right: 0.375rem; border-radius: 50%; background: var(--fill); }
+table, .card { width: 100%; background: var(--card); border: 1px solid var(--line); border-radius:
+  8px; border-spacing: 0; }
+th, td { padding: 0.4375rem 1rem 0.4375rem 0; text-align: left; vertical-align: top; }
+th:first-child, td:first-child { padding-left: 1rem; min-width: 9rem; }
+td { border-top: 1px solid var(--line); } tbody tr:hover, pre { background: var(--page); }
+th, time, .number { white-space: nowrap; } .number { text-align: right; padding-right: 1.5rem; }
+tr[class] > :first-child { box-shadow: inset 3px 0 var(--fill); }
+.card, pre { padding: 0.875rem 1rem; }
+pre { white-space: pre-wrap; border: 1px solid var(--line); border-radius: 6px; }
+* + pre, pre + :not(h2) { margin-top: 0.5rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: 1px; padding: 0; overflow: hidden; }
+.tiles > div { flex: 1 1 9rem; padding: 0.625rem 1rem; outline: 1px solid var(--line); }
+.tiles dd { font-size: 1.25rem; line-height: 1.3; } .tiles small { display: block; }
+.facts, .pair, .chart { display: grid; gap: 0.25rem 1rem; }
+.facts { grid-template-columns: max-content 1fr; }
+.pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); row-gap: 1rem; }
+.pair > * { min-width: 0; } .chart { grid-template-columns: auto 1fr auto; column-gap: 0.5rem; }
+.chart svg { grid-column: 2 / 4; width: 100%; height: 7rem; border-bottom: 1px solid var(--edge); }
+figcaption { grid-column: 1 / 4; display: flex; flex-wrap: wrap; gap: 0 1rem; }
+rect { fill: var(--fill); stroke: var(--fill); vector-effect: non-scaling-stroke; }
+summary { cursor: pointer; } [open] > summary { margin-bottom: 0.75rem; }
+.filter { align-items: end; } .filter :is(input, select) { height: 2.25rem; }
+.sheet { max-width: 44rem; } .field :is(input, textarea) { width: 100%; }
+.field > :is(input, textarea, small), label.soft, .under, .thin { display: block; }
+.field.bad { padding-left: 0.75rem; border-left: 4px solid var(--fill); }
+[aria-invalid] { border-color: var(--fill); } @media (min-width: 45rem) { .thin { display: none; } }
+@media (max-width: 45rem) { .wide { display: none; } header { padding-top: 0.625rem; } header a {
+  padding-top: 0.375rem; } header nav { order: 1; flex-basis: 100%; } button { padding-block:
+  0.5rem; } .filter > *, .filter :is(input, select) { flex: 1 1 8rem; width: 100%; } .facts {
+  grid-template-columns: 1fr; } .facts dd { margin-bottom: 0.375rem; } }
+"""
+ICON = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7"
+fill="#1d52bf"/><path fill="none" stroke="#fff" stroke-width="3" stroke-linecap="round"
+d="M16 9v8a5 5 0 1 1-7.500-4.300M16 20h7"/><g fill="#fff"><circle cx="16" cy="7" r="3"/>
+<circle cx="24" cy="20" r="3"/></g></svg>
 """
 _style_digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 PAGE_HEADERS = {
     "Content-Type": "text/html; charset=utf-8",
-    "Content-Security-Policy": "default-src 'none';"
+    "Content-Security-Policy": "default-src 'none'; img-src 'self';"
     f" style-src 'sha256-{_style_digest}'; form-action 'self';"
     " frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -6396,239 +6820,337 @@ PAGE_HEADERS = {
     "Cache-Control": "no-store",
 }
 
+
+HELPERS = {"style": STYLE, "version": VERSION, "tones": TONES, "tag": tag, "relative": relative}
+HELPERS |= {"counted": counted, "boxes": BOXES, "filters": FILTERS, "folded": FOLDED}
+HELPERS |= {"event_filters": EVENT_FILTERS, "delivery_filters": DELIVERY_FILTERS}
+HELPERS |= {"confluence_events": CONFLUENCE_EVENTS}
+
 _PARTS = """\
-% def top(title):
+% def top(title, section="Webhooks"):
 <!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{title}} – webhookd</title><style>{{!STYLE}}</style></head>
-<body>
-<header class="row"><a class="skip" href="#main">Skip to content</a> <nav><a href="/">Webhooks</a></nav>
-<p class="soft">{{f"{user.name} ({user.role})" if user else ""}}</p></header>
+<title>{{title}} – webhookd</title><link rel="icon" type="image/svg+xml" href="/favicon.ico">
+<style>{{!style}}</style></head>
+<body><a class="skip" href="#main">Skip to content</a>
+<header><strong><img src="/favicon.ico" width="20" height="20" alt=""> webhookd <small>{{version}}</small></strong>
+<nav aria-label="Main">
+<a href="/" {{!'aria-current="page"' if section == "Webhooks" else ""}}>Webhooks</a>
+<a href="/events" {{!'aria-current="page"' if section == "Events" else ""}}>Events</a>
+</nav><p class="end">{{user.name if user else ""}} <small>{{f"({user.role})" if user else ""}}</small></p></header>
 <main id="main" tabindex="-1">
-<h1>{{title}}</h1>
 % end
-% def button(label, path):
-<form method="post" action="{{path}}"><input type="hidden" name="token" value="{{form_token(user)}}">
-<button>{{label}}</button></form>
+% def button(label, path, kind="", asks=False, **sent):
+<form action="{{path}}" {{!"" if asks else 'method="post"'}}>
+% for name, value in {} if asks else ({"token": token} | sent).items():
+<input type="hidden" name="{{name}}" value="{{value}}">
+% end
+<button class="{{kind}}">{{label}}</button></form>
+% end
+% def note(tone, heading, text="", role="status"):
+% if heading:
+<div class="note {{tone}}" role="{{role}}"><p>{{heading}}</p><p>{{text}}</p></div>
+% end
+% end
+% def replay(number, words, path, since, kind=""):
+<div class="note wait" role="status"><p>{{counted(number, "event was", "events were")}} published {{words}} and not delivered.</p>
+<div class="row">
+% button(f"Replay {counted(number, 'event')}", f"{path}/replay", kind, since=since, until=now)
+</div></div>
+% end
+% def kept_by(path, *names):
+<form class="filter" action="{{path}}">
+% for name in names:
+% label, options, example = filters[name]
+<div><label class="soft" for="by-{{name}}">{{label}}</label>
+% if options:
+<select id="by-{{name}}" name="{{name}}"><option value="">any</option>
+% for option in options:
+<option value="{{option}}" {{"selected" if option == asked.get(name) else ""}}>{{option.lower()}}</option>
+% end
+</select></div>
+% else:
+<input id="by-{{name}}" name="{{name}}" size="14" value="{{asked.get(name, "")}}" placeholder="{{example}}"></div>
+% end
+% end
+<div><button>Show</button></div></form>
+% end
+% def table(*heads):
+<table><thead><tr>
+% for head, kind in heads:
+<th scope="col" class="{{kind}}">{{head}}</th>
+% end
+</tr></thead><tbody>
+% end
+% def deliveries(rows, first):
+% table((first, ""), ("Published", "wide"), ("State", ""), ("Attempts", "number wide"), ("Last attempt", "wide"), ("Next attempt", "wide"))
+% for row in rows:
+<tr><td><a href="/deliveries/{{row["id"]}}">{{row[first.lower()]}}</a> <small class="thin">{{relative(row["created"], now)}}</small></td><td class="wide">
+{{!moment(row["created"])}}</td><td>{{!tag(row["state"])}}
+<small>{{row["description"] or ""}}</small> <small class="thin">{{row["waits"] or row["next"] and f"next {relative(row['next'], now)}" or ""}}</small></td>
+<td class="number wide">{{row["attempt_count"]}}</td><td class="wide">{{!moment(row["last"])}}
+<small>{{f"{row['duration']}\xa0ms" if row["last"] else ""}}</small></td><td class="wide">{{row["waits"]}}
+{{!moment(row["next"])}}</td></tr>
+% end
+</tbody></table>
 % end
 % def neighbours():
-<p class="row">
+<p class="row {{"" if rows else "card"}}"><span class="soft">{{part}}</span>
 % for label, link in links.items():
 <a href="{{link}}#list">{{label}}</a>
 % end
 </p>
 % end
-% may_change = user and user.role in ADMINS
-"""
+% def exchange(level, *sides):
+<div class="pair">
+% for name, texts in sides:
+<div><{{level}}>{{name}}</{{level}}>
+% for text in filter(None, texts):
+<pre>{{text}}</pre>
+% end
+</div>
+% end
+</div>
+% end
+"""  # noqa: E501
 
 
 def page_template(main: str) -> bottle.SimpleTemplate:
-    """A page, which begins with a call of top(); it may use all names of this file."""
+    """A page, which begins with a call of top(); it sees HELPERS and what it is given."""
     return bottle.SimpleTemplate(_PARTS + main + "</main></body></html>\n")
 
 
 ERROR_PAGE = page_template("""\
-% top(http.HTTPStatus(status).phrase)
-<p>{{"; ".join(map(str, faults))}}</p>
+% top(title, "")
+<div class="row"><h1>{{title}}</h1></div>
+% note("bad", text, role="alert")
 """)
 
 LIST_PAGE = page_template("""\
-% top("Webhooks")
-<p class="row" id="list">{{", ".join(f"{n} {state}" for state, n in states.items()) or "None yet."}}
-% if may_change:
-<a href="/webhooks/new">New webhook</a>
-% end
-</p>
-<table><thead><tr><th scope="col">Webhook</th><th scope="col">State</th>
-<th scope="col" class="number">Success 30&nbsp;d</th><th scope="col" class="number">Pending</th></tr></thead><tbody>
-% for webhook in webhooks:
-% name, url, health = webhook["name"], webhook["url"], webhook["health"]
-<tr><td><div class="clamped"><a href="/webhooks/{{webhook["id"]}}">{{name}}</a>
-<span class="soft">{{url if url != name else ""}}</span><br>{{", ".join(webhook["events"])}}</div></td>
-<td><span class="state {{health["state"]}}">{{health["state"]}}</span></td>
-<td class="number">{{success_rate(counts[webhook["id"]])}}</td>
-<td class="number">{{health["pending"]}}</td></tr>
-% end
-</tbody></table>
-% neighbours()
-""")
-
-FORM_PAGE = page_template("""\
-% top(f"Edit {old.name}" if old.id else "New webhook")
-% def field(name, label, kind="text", hint=""):
-% wrong = "; ".join(faults.get(name, ()))
-% shared = f'id="{name}" name="{name}" aria-describedby="{name}-fault {name}-hint"'
-% shared += ' aria-invalid="true" autofocus' if wrong else ""
-<div class="field"><label for="{{name}}">{{label}}</label>
-% if kind == "textarea":
-<textarea rows="5" spellcheck="false" {{!shared}}>
-{{form.get(name, "")}}</textarea>
+% top(title)
+<div class="row"><h1>Webhooks</h1><div class="end">
+% button("New webhook", "/webhooks/new", "main", asks=True) if may_change else None
+</div></div>
+% if not states:
+<div class="card"><p><strong>No webhooks yet.</strong>
+A webhook says where events go: it has a name, a URL and the events that it is for. With curl:</p>
+<pre>curl -u admin {{url}}/rest/api/webhooks --json '{"url": "https://example.com/hook", "events": ["page_created"]}'</pre>
+<p>Then publish the first event:</p>
+<pre>curl -u admin {{url}}/rest/api/events --json '{"event": "page_created", "page": {"id": 1015809}}'</pre></div>
 % else:
-<input type="{{kind}}" value="{{form.get(name) or ""}}" autocomplete="{{"new-password" if kind == "password" else "off"}}" {{!shared}}>
-% end
-<span class="fault" id="{{name}}-fault">{{wrong}}</span>
-<span class="soft" id="{{name}}-hint">{{hint}}</span></div>
-% end
-% if faults:
-<p class="fault" role="alert">Nothing was saved. {{"; ".join(faults.get("", ()))}}</p>
-% end
-<form method="post"><input type="hidden" name="token" value="{{form_token(user)}}">
-% field("name", "Name")
-% field("url", "URL")
-% field("events", "Events", "textarea", "One per line or comma-separated; * is every event, page_* all that begin so.")
-<details><summary>Confluence's events</summary>
-<p>attachment_created, attachment_removed, attachment_restored, attachment_trashed, attachment_updated, blog_created,
-blog_removed, blog_restored, blog_trashed, blog_updated, blueprint_page_created, comment_created, comment_removed,
-comment_updated, content_created, content_permissions_updated, content_restored, content_trashed, content_updated,
-group_created, group_removed, label_added, label_created, label_deleted, label_removed, page_children_reordered,
-page_created, page_moved, page_removed, page_restored, page_trashed, page_updated, space_created, space_logo_updated,
-space_permissions_updated, space_removed, space_updated, theme_enabled, user_created, user_deactivated,
-user_followed, user_reactivated, user_removed</p></details>
-% kept = " Left empty, the one that is set stays." if old.secret else ""
-% field("secret", "Secret", "password", "Signs every delivery. It is never shown again." + kept)
-% for name, label in (FORM_BOXES | ({"removeSecret": "Remove the secret"} if old.secret else {})).items():
-<p><input type="checkbox" id="{{name}}" name="{{name}}" {{"checked" if form.get(name) else ""}}>
-<label for="{{name}}">{{label}}</label></p>
-% end
-% field("rateLimit", "Rate limit", hint="Deliveries per second; empty: no limit.")
-<p class="row"><button>{{"Save" if old.id else "Create"}}</button>
-<a href="{{f"/webhooks/{old.id}" if old.id else "/"}}">Cancel</a></p>
-</form>
-""")
-
-WEBHOOK_PAGE = page_template("""\
-% top(webhook["name"])
-% path, health = f"/webhooks/{webhook['id']}", webhook["health"]
-<p><span class="state {{health["state"]}}">{{health["state"]}}</span> {{state_words(health)}}</p>
-% if redelivered is not None:
-<p role="status">Attempted again: {{redelivered}}.</p>
-% end
-% if may_change:
-<div class="row"><a href="{{path}}/edit">Edit</a>
-% button("Test", f"{path}/test")
-% works = health["state"] in ("healthy", "failing")
-% button("Pause", f"{path}/pause") if works else button("Resume", f"{path}/resume")
-% button("Redeliver failed", f"{path}/redeliver")
-<form action="{{path}}/delete"><button class="fault">Delete</button></form></div>
-% end
-<dl><dt>URL</dt><dd>{{webhook["url"]}}</dd>
-<dt>Events</dt><dd>{{", ".join(webhook["events"])}}</dd>
-<dt>Secret</dt><dd>{{"set" if webhook["secretSet"] else "none"}}</dd>
-<dt>TLS</dt><dd>{{"verified" if webhook["sslVerificationRequired"] else "not verified"}}</dd>
-% for name in filter(webhook.get, ("credentials", "headers", "filters", "ordered", "rateLimit", "configuration")):
-<dt>{{"Rate limit" if name == "rateLimit" else name.capitalize()}}</dt><dd>{{json_bytes(webhook[name])}}</dd>
-% end
-<dt>Created</dt><dd>{{utc(webhook["createdDate"])}} UTC</dd>
-<dt>Changed</dt><dd>{{utc(webhook["updatedDate"])}} UTC</dd>
-<dt>Pending</dt><dd>{{health["pending"]}}</dd></dl>
-
-<h2>Last 30 days</h2>
-% total = sum(days.values(), collections.Counter())
-<p>{{success_rate(total)}} of {{total.total()}} attempts succeeded.
-<span class="SUCCESS">Successes: {{total[SUCCESS]}}</span>,
-<span class="FAILURE">failures: {{total[FAILURE]}}</span> (an answer other than 2xx),
-<span class="ERROR">errors: {{total[ERROR]}}</span> (no answer).</p>
-% most = max(counts.total() for counts in days.values())
-<svg viewBox="0 0 {{len(days)}} {{most}}" preserveAspectRatio="none" role="img"
-aria-label="Attempts a day, at most {{most}}; the figures are in the table below">
-% for x, (day, counts) in enumerate(days.items()):
-% y = most
-% for outcome in filter(counts.get, OUTCOMES):
-% y -= counts[outcome]
-<rect class="{{outcome}}" x="{{x}}" y="{{y}}" width="0.8" height="{{counts[outcome]}}"><title>{{day}}: {{counts[outcome]}} {{outcome}}</title></rect>
-% end
-% end
-</svg>
-<details><summary>Figures, {{min(days)}} to {{max(days)}}</summary>
-<table><thead><tr><th scope="col">Day (UTC)</th><th scope="col" class="number">Successes</th>
-<th scope="col" class="number">Failures</th><th scope="col" class="number">Errors</th></tr></thead><tbody>
-% for day, counts in reversed(days.items()):
-<tr><td>{{day}}</td><td class="number">{{counts[SUCCESS]}}</td>
-<td class="number">{{counts[FAILURE]}}</td><td class="number">{{counts[ERROR]}}</td></tr>
-% end
-</tbody></table></details>
-<dl>
-% for outcome in ("Success", "Failure", "Error"):
-% last = webhook["statistics"].get(f"last{outcome}")
-% if last:
-<dt>Last {{outcome.lower()}}</dt><dd>{{utc(last["start"])}}
-<a href="/deliveries/{{last["id"]}}">{{last["event"]}}</a>: {{last["result"]["description"]}}</dd>
-% end
-% end
-</dl>
-
-<h2 id="list">Deliveries</h2>
-<nav class="row" aria-label="Deliveries by state">
-% for state in ("", PENDING, SUCCEEDED, FAILED):
-<a href="{{path}}?state={{state}}#list" {{!'aria-current="page"' if state == shown_state else ""}}>{{state or "all"}}</a>
+<p>{{attention}}</p>
+<nav class="row" aria-label="By state" id="list">
+<a class="chip" href="/" {{!"" if kept else 'aria-current="page"'}}>All {{sum(states.values())}}</a>
+% for state, number in states.items():
+<a class="chip" href="/?state={{state}}" {{!'aria-current="page"' if state in kept else ""}}><span class="dot {{tones[state]}}"></span>{{number}} {{state}}</a>
 % end
 </nav>
-<table><thead><tr><th scope="col">Made (UTC)</th><th scope="col">Event</th>
-<th scope="col" class="number spare">Attempts</th><th scope="col">State</th></tr></thead><tbody>
-% for delivery in deliveries:
-<tr><td><a href="/deliveries/{{delivery.id}}">{{utc(delivery.created)}}</a></td>
-<td>{{delivery.event}}</td><td class="number spare">{{delivery.attempt_count}}</td>
-<td><span class="state {{delivery.state}}">{{delivery.state}}</span> {{delivery.description or ""}}</td></tr>
+% table(("Webhook", ""), ("State", ""), ("Last attempt", "wide"), ("Success, 30 d", "number wide"), ("Waiting", "number wide"))
+% for row in rows:
+<tr {{!f'class="{row["tone"]}"' if row["tone"] else ""}}><td><a href="/webhooks/{{row["id"]}}"><strong>{{row["name"]}}</strong></a>
+<small class="under">{{row["host"]}} · <span title="{{", ".join(row["events"])}}">{{row["some"]}}</span></small>
+<small class="thin">{{row["rate"]}} · {{f"{row['pending']:,}"}} waiting</small></td><td>{{!tag(row["state"])}}
+% for reason in row["reasons"]:
+<small class="under">{{reason}}</small>
+% end
+<small class="thin">{{relative(row["lastAttempt"], now) if row["lastAttempt"] else "never"}}</small></td><td class="wide">
+{{!moment(row["lastAttempt"], "never")}}</td><td class="number wide">{{row["rate"]}}</td><td class="number wide">{{f"{row['pending']:,}"}}</td></tr>
 % end
 </tbody></table>
-<p>{{"" if deliveries else "None."}}</p>
 % neighbours()
-""")
+% end
+""")  # noqa: E501
+
+FORM_PAGE = page_template("""\
+% title = f"Edit {old.name}" if old.id else "New webhook"
+% top(title)
+% def field(name):
+% label, lines, hint, value, wrong = rows[name]
+% shared = f'id="{name}" name="{name}" aria-describedby="{name}-hint {name}-fault" spellcheck="false"'
+% shared += ' class="code"' if name in ("url", "events", "secret", *folded[2:5]) else ""
+% shared += ' aria-invalid="true"' if wrong else ""
+% shared += " autofocus" if name == first else ""
+<div class="field {{"bad" if wrong else ""}}"><label for="{{name}}">{{label}}</label>
+<small id="{{name}}-hint">{{hint}}</small> <span class="fault" id="{{name}}-fault">{{wrong}}</span>
+% if lines > 1:
+<textarea rows="{{max(lines, value.count(chr(10)) + 2)}}" {{!shared}}>
+{{value}}</textarea></div>
+% else:
+<input type="{{"text" if lines else "password"}}" value="{{value}}" autocomplete="{{"off" if lines else "new-password"}}" {{!shared}}></div>
+% end
+% end
+% def box(name, label, hint=""):
+<p><input type="checkbox" id="{{name}}" name="{{name}}" {{"checked" if form.get(name) else ""}}>
+<label for="{{name}}">{{label}}</label> <small>{{hint}}</small></p>
+% end
+<div class="row"><h1>{{title}}</h1></div><div class="sheet">
+% note("bad", heading, fault, "alert")
+<form method="post"><input type="hidden" name="token" value="{{token}}"><input type="hidden" name="once" value="{{once}}">
+<input type="hidden" name="updatedDate" value="{{old.updated}}">
+% field("name")
+% field("url")
+% field("events")
+<details><summary>Confluence's event names</summary>
+<small>{{confluence_events}}</small></details>
+% field("secret")
+% box("removeSecret", "Remove the secret", "If the field is left empty, it stays.") if old.secret else None
+% box("active", boxes["active"], "An inactive webhook gets no new deliveries.")
+<details class="card" {{"open" if unfolded else ""}}><summary><strong>More</strong>
+<span class="soft">credentials, headers, filters, template, order, rate, TLS</span></summary>
+% for name in folded:
+% field(name)
+% end
+% box("ordered", boxes["ordered"], "One delivery at a time, in publish order.")
+% box("sslVerificationRequired", boxes["sslVerificationRequired"])
+</details>
+<p class="row"><button class="main">{{"Save" if old.id else "Create"}}</button>
+<a href="{{f"/webhooks/{old.id}" if old.id else "/"}}">Cancel</a></p></form></div>
+""")  # noqa: E501
+
+WEBHOOK_PAGE = page_template("""\
+% state, path, name = webhook["health"]["state"], f"/webhooks/{webhook['id']}", webhook["name"]
+% top(f"{name} ({state})")
+<div class="row"><h1>{{name}}</h1> {{!tag(state)}}</div>
+% note("good", told)
+% note(tones[state], *words, role="note")
+% replay(missed, "meanwhile", path, missed_since) if missed else None
+% if may_change:
+<div class="row">
+% for number, label in enumerate(buttons):
+% act = label.split()[0].lower()
+% button(label, f"{path}/{act}", "" if number else "main", asks=act in ("edit", "replay"))
+% end
+<div class="end">
+% button("Delete", f"{path}/delete", "bad", asks=True)
+</div></div>
+% end
+<dl class="tiles card">
+% for label, figure in tiles.items():
+<div><dt>{{label}}</dt><dd>{{figure}}</dd></div>
+% end
+<div><dt>Last attempt</dt><dd>{{!moment(webhook["health"]["lastAttempt"], "never", beside=True)}}</dd></div></dl>
+<div class="pair"><section class="card"><h2>Attempts a day</h2>
+<figure class="chart soft"><span>{{f"{chart['most']:,}"}}</span>
+<svg viewBox="0 0 {{len(chart["names"])}} {{chart["most"]}}" preserveAspectRatio="none" role="img"
+aria-label="At most {{chart["most"]}} attempts a day. {{"; ".join(bar[-1] for bar in chart["bars"])}}">
+% for tone, x, y, height, title in chart["bars"]:
+<rect class="{{tone}}" x="{{x}}.1" y="{{y}}" width="0.8" height="{{height}}"><title>{{title}}</title></rect>
+% end
+</svg><span></span><span>{{chart["names"][0]}}</span><span>{{chart["names"][-1]}}</span>
+<figcaption><span>At most {{f"{chart['most']:,}"}} a day</span>
+% for tone, text in chart["legend"]:
+<span><span class="dot {{tone}}"></span>{{text}}</span>
+% end
+</figcaption></figure>
+</section><section class="card"><h2>Settings</h2>
+<dl class="facts"><dt>URL</dt><dd><code>{{webhook["url"]}}</code></dd>
+% for label, text in settings.items():
+<dt>{{label}}</dt><dd><span>{{text}}</span></dd>
+% end
+<dt>Created</dt><dd>{{!moment(webhook["createdDate"], beside=True)}}</dd><dt>Changed</dt><dd>
+{{!moment(webhook["updatedDate"], beside=True)}}</dd></dl></section></div>
+<h2 id="list">Deliveries</h2>
+% kept_by(f"{path}#list", *delivery_filters)
+% deliveries(rows, "Event") if rows else None
+% neighbours()
+""")  # noqa: E501
 
 DELIVERY_PAGE = page_template("""\
-% top(f"Delivery of {delivery.event}")
-% count, health = len(attempts), webhook["health"]
-<p><span class="state {{delivery.state}}">{{delivery.state}}</span> after {{count}} attempt{{"s" * (count != 1)}}
-% if delivery.next_attempt and health["state"] in ("healthy", "failing"):
-– the next is planned for {{utc(delivery.next_attempt)}} UTC
-% elif delivery.next_attempt:
-– the next waits while the webhook is {{health["state"]}}
-% end
-</p>
-% if may_change:
-% button("Redeliver", f"/deliveries/{delivery.id}/redeliver")
-% end
-<dl><dt>Webhook</dt><dd><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a>
-<span class="state {{health["state"]}}">{{health["state"]}}</span></dd>
-<dt>Event</dt><dd>{{delivery.event}}, number {{delivery.event_id}}</dd>
-<dt>Delivery</dt><dd>{{delivery.id}}</dd>
-<dt>Made</dt><dd>{{utc(delivery.created)}} UTC</dd></dl>
-% short = "open" if len(body) < 2000 else ""
-<details {{short}}><summary>Body, the same in every attempt</summary><pre>{{body}}</pre></details>
-% for number, attempt in reversed(list(enumerate(attempts, 1))):
-<h2>Attempt {{number}}: <span class="{{attempt.outcome}}">{{attempt.outcome}}</span></h2>
-<p>{{attempt.description}}, {{attempt.duration}} ms, at {{utc(attempt.start)}} UTC</p>
-<details {{"open" if number == count else ""}}><summary>Request and response {{number}}</summary>
-<pre>{{http_text("POST " + attempt.url, attempt.request(""))}}</pre>
-% if attempt.status is not None:
-<pre>{{http_text(str(attempt.status), attempt.response())}}</pre>
-% end
+% top(f"Delivery of {delivery.event} ({delivery.state})", "Events")
+<div class="row"><h1>Delivery of {{delivery.event}}</h1> {{!tag(delivery.state)}}</div>
+% note(tones[delivery.state], *words, role="note")
+<div class="row">
+% act = "Attempt now" if delivery.state == "pending" else "Redeliver"
+% button(act, f"/deliveries/{delivery.id}/redeliver", "main") if may_change else None
+</div>
+<dl class="facts card"><dt>Webhook</dt><dd><a href="/webhooks/{{webhook["id"]}}">{{webhook["name"]}}</a>
+{{!tag(webhook["health"]["state"])}}
+</dd><dt>Event</dt><dd><a href="/events/{{delivery.event_id}}">{{delivery.event}} #{{delivery.event_id}}</a></dd>
+<dt>Delivery</dt><dd><code>{{delivery.id}}</code></dd><dt>Made</dt><dd>{{!moment(delivery.created, beside=True)}}
+</dd></dl>
+<h2>{{counted(delivery.attempt_count, "attempt")}}{{f", the last {len(attempts)} are here" if len(attempts) < delivery.attempt_count else ""}}</h2>
+% for number, attempt, code, why, request, response in attempts:
+<details class="card" {{"open" if number == delivery.attempt_count else ""}}><summary><strong>Attempt {{number}}</strong>
+{{!tag(attempt.outcome, code)}} {{why}} <span class="soft">{{attempt.duration}} ms ·</span>
+{{!moment(attempt.start, beside=True)}}</summary>
+% exchange("h3", ("Request", request), ("Response", response))
 </details>
 % end
-% if attempts:
-<details {{short}}><summary>Send it again with curl</summary><pre>{{curl_command(attempts[-1], body)}}</pre></details>
+% if curl:
+<h2>Repeat it with curl</h2>
+<pre>{{curl}}</pre>
 % end
-""")
+""")  # noqa: E501
 
 TEST_PAGE = page_template("""\
 % top(f"Test of {webhook.name}")
-% request, response = test["request"], test["response"]
-<p>To the webhook <a href="/webhooks/{{webhook.id}}">{{webhook.name}}</a>. A test is not counted or stored.</p>
-<h2>Sent</h2>
-<pre>{{http_text("POST " + request["url"], request)}}</pre>
-<h2>Answer</h2>
-<pre>{{http_text(str(response["status"]), response) if response else f"None: {test['error']}"}}</pre>
-% button("Test again", f"/webhooks/{webhook.id}/test")
+<div class="row"><h1>Test of <a href="/webhooks/{{webhook.id}}">{{webhook.name}}</a></h1></div>
+% note(tone, verdict, text)
+<div class="row">
+% button("Test again", f"/webhooks/{webhook.id}/test", "main")
+</div>
+% exchange("h2", ("Sent", request), ("Answered", response))
 """)
 
+REPLAY_PAGE = page_template("""\
+% top(f"Replay to {webhook.name}")
+<div class="row"><h1>Replay to <a href="{{path}}">{{webhook.name}}</a></h1></div>
+<p>Sends the events that it is for and never got: those published before it was made, or while it was off.</p>
+<form class="filter"><div><label class="soft" for="since">Since</label>
+<input id="since" name="since" size="24" value="{{since}}" aria-describedby="fault" {{!'aria-invalid="true"' if fault else ""}}></div>
+<div><button class="{{"" if matched else "main"}}">Count</button></div></form>
+<p class="fault bad" id="fault">{{fault}}</p>
+% replay(matched, "since", path, since_ms, "main") if matched else None
+% note("idle", "It has got every event since that it is for." if matched == 0 else "")
+""")  # noqa: E501
+
 DELETE_PAGE = page_template("""\
-% top(f"Delete {webhook.name}?")
-<p>All of its deliveries go with it, {{pending}} of them pending.</p>
+% top(f"Delete {what}?", "Events" if path.startswith("/events") else "Webhooks")
+<div class="row"><h1>Delete {{what}}?</h1></div>
+<p>{{text}} This cannot be undone.</p>
 <div class="row">
-% button("Delete", f"/webhooks/{webhook.id}/delete")
-<a href="/webhooks/{{webhook.id}}">Keep it</a></div>
+% button("Delete", f"{path}/delete", "bad")
+<a href="{{path}}">Keep it</a></div>
 """)
+
+EVENTS_PAGE = page_template("""\
+% top("Events", "Events")
+<div class="row"><h1>Events</h1></div>
+% kept_by("/events", *event_filters)
+% if rows:
+% table(("Event", ""), ("Published", "wide"), ("Deliveries", ""))
+% for event, states in rows:
+<tr><td><a href="/events/{{event.id}}">{{event.name}} <small>#{{event.id}}</small></a>
+<small class="thin">{{relative(event.timestamp, now)}}</small></td><td class="wide">{{!moment(event.timestamp)}}
+</td><td>
+% for state, number in states.items():
+{{!tag(state, f"{number:,} {'waiting' if state == 'pending' else state}")}}
+% end
+<span class="soft">{{"" if states else "no webhook wanted it"}}</span></td></tr>
+% end
+</tbody></table>
+% end
+% neighbours()
+""")  # noqa: E501
+
+EVENT_PAGE = page_template("""\
+% top(f"{event.name} #{event.id}", "Events")
+<div class="row"><h1>{{event.name}} <span class="soft">#{{event.id}}</span></h1><p class="soft">published
+{{!moment(event.timestamp, beside=True)}}</p></div>
+% if may_change:
+<div class="row">
+% button("Redeliver", f"/events/{event.id}/redeliver", "main") if rows else None
+<div class="end">
+% button("Delete", f"/events/{event.id}/delete", "bad", asks=True)
+</div></div>
+% end
+<h2>Payload</h2>
+<pre>{{payload}}</pre>
+<h2>{{counted(len(rows), "delivery", "deliveries")}}</h2>
+% deliveries(rows, "Webhook") if rows else None
+<p class="{{"soft" if rows else "card"}}">{{"" if rows else "No webhook wanted it."}}</p>
+""")  # noqa: E501
 
 # ---- the pages ----
 
@@ -6638,16 +7160,24 @@ def form_token(user: User) -> str:
     return hmac.digest(user.record.encode(), b"form", "sha256").hex()
 
 
-class Pages(Api):
-    """The API, and beside it the pages, which do everything by the API's methods."""
+class Pages:
+    """The pages: routes beside those of an API, by whose methods they do everything."""
 
-    def __init__(self, *parts):
-        super().__init__(*parts)
-        hook, delivery = "/webhooks/<id:id>", "/deliveries/<uuid>"
+    def __init__(self, api: Api, store: Store, address_policy: AddressPolicy, clock: Clock):
+        self._api, self._store = api, store
+        self._address_policy, self._clock = address_policy, clock
+        self._saving = threading.Lock()  # guards the next, and one form at a time is saved
+        self._sent_forms: dict[str, tuple[bytes, Webhook]] = {}  # their digests, by `once`
+        self._render_json, api.render_error = api.render_error, self._render_error
+        hook, delivery, event = "/webhooks/<id:id>", "/deliveries/<uuid>", "/events/<id:id>"
+        states = "/<act:re:pause|resume|activate|deactivate>"
         for method, path, handler, roles in (
             ("GET", "/", self.show_start, ANYBODY),
+            ("GET", "/favicon.ico", self.show_icon, ANYBODY),
             ("GET", hook, self.show_webhook, READERS),
             ("GET", delivery, self.show_delivery, READERS),
+            ("GET", "/events", self.show_events, READERS),
+            ("GET", event, self.show_event, READERS),
             ("GET", "/webhooks/new", self.show_form, ADMINS),
             ("POST", "/webhooks/new", self.submit_form, ADMINS),
             ("GET", hook + "/edit", self.show_form, ADMINS),
@@ -6655,45 +7185,66 @@ class Pages(Api):
             ("GET", hook + "/delete", self.show_delete, ADMINS),
             ("POST", hook + "/delete", self.submit_delete, ADMINS),
             ("POST", hook + "/test", self.submit_test, ADMINS),
-            ("POST", hook + "/pause", self.submit_pause, ADMINS),
-            ("POST", hook + "/resume", self.submit_resume, ADMINS),
+            ("POST", hook + states, self.submit_state, ADMINS),
             ("POST", hook + "/redeliver", self.submit_redeliver_failed, ADMINS),
+            ("GET", hook + "/replay", self.show_replay, ADMINS),
+            ("POST", hook + "/replay", self.submit_replay, ADMINS),
             ("POST", delivery + "/redeliver", self.submit_redeliver, ADMINS),
+            ("POST", event + "/redeliver", self.submit_redeliver_event, ADMINS),
+            ("GET", event + "/delete", self.show_delete_event, ADMINS),
+            ("POST", event + "/delete", self.submit_delete_event, ADMINS),
         ):
             checks = [self._with_form] if method == "POST" else []
-            self.app.route(path, method, handler, apply=checks, roles=roles)
+            api.app.route(path, method, handler, apply=checks, roles=roles)
 
     # ---- what they share ----
 
+    def _now_ms(self):
+        return int(self._clock() * 1000)
+
     @staticmethod
-    def _page(template, status=200, **values):
+    def _query():
+        return query_fields(bottle.request.environ.get("QUERY_STRING", ""))
+
+    @staticmethod
+    def _user():
+        return bottle.request.environ.get("webhookd.user")
+
+    def _may_change(self):
+        return self._user() is not None and self._user().role in ADMINS
+
+    def _page(self, template, status=200, **values):
         bottle.response.status = status
         bottle.response.headers.update(PAGE_HEADERS)
-        user = bottle.request.environ.get("webhookd.user")
-        return template.render(globals(), user=user, status=status, **values)
+        user, now = self._user(), self._now_ms()
+        shared = {"user": user, "token": user and form_token(user), "now": now}
+        shared |= {"may_change": self._may_change(), "moment": functools.partial(moment, now)}
+        return template.render(HELPERS, shared, values)
 
-    def _error(self, status, faults):
+    def _render_error(self, status, faults):
         path = bottle.request.path
-        is_page = path.startswith(("/webhooks", "/deliveries")) or self._wants_html()
+        is_page = path.startswith(("/webhooks", "/deliveries", "/events")) or self._wants_html()
         if path.startswith("/rest/") or not is_page:
-            return super()._error(status, faults)
-        return self._page(ERROR_PAGE, status, faults=faults)
-
-    def _wants_html(self):
-        return "text/html" in (self._header("Accept") or "").lower()
+            return self._render_json(status, faults)
+        title, text = http.HTTPStatus(status).phrase, "; ".join(map(str, faults))
+        return self._page(ERROR_PAGE, status, title=title, text=text)
 
     @staticmethod
-    def _see(path):
+    def _wants_html():
+        return "text/html" in bottle.request.environ.get("HTTP_ACCEPT", "").lower()
+
+    @staticmethod
+    def _see(path, **query):
         bottle.response.status = 303
-        bottle.response.headers["Location"] = path
+        encoded = urllib.parse.urlencode({k: v for k, v in query.items() if v is not None})
+        bottle.response.headers["Location"] = path + (f"?{encoded}" if encoded else "")
 
     def _with_form(self, handler):
         """A plugin: the handler, if the form that was sent is of one of our pages."""
 
         def checked(**arguments):
-            environ = bottle.request.environ
-            form = environ["webhookd.form"] = self._form()
-            sent, token = form.get("token", ""), form_token(environ["webhookd.user"])
+            form = bottle.request.environ["webhookd.form"] = self._form()
+            sent, token = form.get("token", ""), form_token(self._user())
             if not hmac.compare_digest(sent.encode(), token.encode()):
                 raise Forbidden("the form is out of date: go back and reload its page")
             return handler(**arguments)
@@ -6704,130 +7255,258 @@ class Pages(Api):
         """The fields that were sent, without those that are empty."""
         if bottle.request.content_length <= 0:
             return {}
-        if self._content_type() != FORM_TYPE:
+        if bottle.request.content_type.partition(";")[0].strip().lower() != FORM_TYPE:
             raise WrongMediaType(f"a form must be sent as {FORM_TYPE}")
-        limits = {"errors": "strict", "max_num_fields": 100}
         try:
-            text = self._body(FORM_TYPE).decode()
-            return dict(urllib.parse.parse_qsl(text, **limits))
+            text = self._api.body(FORM_TYPE).decode()
+            return dict(urllib.parse.parse_qsl(text, errors="strict", max_num_fields=100))
         except ValueError:
             raise Invalid("the form is malformed") from None
 
-    def _links(self, page, total):
-        """The links to the parts of a list before and after this one."""
-        query, starts = self._query(), page.neighbours(total)
-        return {
+    def _list(self, page, total, noun, plural="", more=None):
+        """What a page needs to show a part of a list; more: as Found has it."""
+        query, starts = self._query(), page.neighbours(total or 0)
+        links = {
             label: "?" + urllib.parse.urlencode(query | {"start": starts[name]}, True)
             for name, label in (("prev", "Previous"), ("next", "Next"))
             if name in starts
         }
+        links |= {"Next": "?" + urllib.parse.urlencode(query | more, True)} if more else {}
+        asked = {n: v[0] if isinstance(v, list) else v for n, v in query.items()}
+        of_all = "is like that" if asked.keys() & FILTERS.keys() else "yet"
+        part = f"No {noun} {of_all}." if total == 0 else part_words(page, total, noun, plural)
+        return {"links": links, "part": part, "asked": asked}
+
+    def _webhook(self, id, **options):
+        return self._api.webhooks_as_json([self._store.webhooks.get(id)], **options)[0]
 
     # ---- reading ----
 
     def show_start(self):
         bottle.response.headers["Vary"] = "Accept"
         if self._wants_html():
-            self._log_in(READERS)
+            self._api.log_in(READERS)
             return self.show_webhooks()
         bottle.response.headers.update(PAGE_HEADERS)
         bottle.response.content_type = "text/plain; charset=utf-8"
-        return CURL_PAGE.format(version=VERSION, url=shlex.quote(self._link("")))
+        return CURL_PAGE.format(version=VERSION, url=shlex.quote(self._api.link("")))
+
+    def show_icon(self):
+        bottle.response.content_type = "image/svg+xml"
+        bottle.response.headers["Cache-Control"] = f"max-age={DAY_SECONDS}"
+        return ICON
 
     def show_webhooks(self):
         with Reader(self._query()) as query:
-            page = read_page(query)
-        webhooks = self._webhooks_as_json(self._store.webhooks.by_id.values())
-        part = webhooks[page.start : page.start + page.limit]
-        ids = tuple(webhook["id"] for webhook in part)
+            page, kept = read_page(query), query.field("state", (), strings, STATES)
+        webhooks, now = list(self._store.webhooks.by_id.values()), self._now_ms()
+        webhooks = self._api.webhooks_as_json(webhooks)
+        webhooks.sort(key=lambda webhook: place_in_list(webhook["health"]))
+        states = collections.Counter(webhook["health"]["state"] for webhook in webhooks)
+        title, attention = trouble_words([webhook["health"] for webhook in webhooks])
+        wanted = [w for w in webhooks if not kept or w["health"]["state"] in kept]
+        part = wanted[page.start : page.start + page.limit]
+        counts = self._store.attempts_by("webhook_id", tuple(w["id"] for w in part), now)
         return self._page(
             LIST_PAGE,
-            webhooks=part,
-            states=collections.Counter(w["health"]["state"] for w in webhooks),
-            counts=self._store.attempts_by("webhook_id", ids, self._now_ms()),
-            links=self._links(page, len(webhooks)),
+            title=title,
+            attention=attention,
+            states={state: states[state] for state in STATES if state in states},
+            kept=kept,
+            rows=[list_row(webhook, counts[webhook["id"]], now) for webhook in part],
+            url=shlex.quote(self._api.link("")),
+            **self._list(page, len(wanted), "webhook"),
         )
 
     def show_webhook(self, id):
         with Reader(self._query()) as query:
-            page = read_page(query, DELIVERIES_PER_PAGE)
-            filters = "event", "state", "outcome", "since", "until"
-            wanted = read_filter(query, self._now_ms(), *filters)
-            redelivered = query.field("redelivered", None, whole_number, 0)
-        [webhook] = self._webhooks_as_json([self._store.webhooks.get(id)], statistics=True)
+            page = read_page(query, ROWS_PER_PAGE)
+            wanted = read_filter(query, self._now_ms(), *DELIVERY_FILTERS)
+            attempted = query.field("attempted", None, whole_number, 0)
+            missed_since = query.field("missed_since", None, whole_number, 0)
+        webhook, now = self._webhook(id, statistics=True), self._now_ms()
         deliveries, total = self._store.deliveries(id, wanted, page)
+        missed = 0
+        if missed_since is not None and self._may_change():
+            missed, _ = self._api.replay_all(id, Filter(since=missed_since), dry_run=True)
         return self._page(
             WEBHOOK_PAGE,
             webhook=webhook,
-            redelivered=redelivered,
-            days=self._daily_figures(id),
-            shown_state="".join(wanted.states),
-            deliveries=deliveries,
-            links=self._links(page, total),
+            words=state_words(webhook["health"], now),
+            told=due_words(attempted),
+            missed=missed,
+            missed_since=missed_since,
+            buttons=buttons(webhook),
+            tiles=tiles(webhook),
+            chart=chart(self._store.attempts_by("day", (id,), now), now // DAY_MS),
+            settings=settings_in_words(webhook),
+            rows=self._delivery_rows(deliveries),
+            **self._list(page, total, "delivery", "deliveries"),
         )
 
-    def _daily_figures(self, id):
-        """A webhook's attempts by outcome for each of the last days, oldest first."""
-        now = self._now_ms()
-        by_day, today = self._store.attempts_by("day", (id,), now), now // DAY_MS
-        days = range(today - STATISTICS_DAYS, today + 1)
-        return {utc(day * DAY_MS)[:10]: by_day[day] for day in days}
+    def _delivery_rows(self, deliveries):
+        last, rows = self._store.attempt_starts([d.id for d in deliveries]), []
+        for delivery in deliveries:
+            webhook = self._webhook(delivery.webhook_id)
+            rows.append(delivery_row(delivery, webhook, last.get(delivery.id)))
+        return rows
 
     def show_delivery(self, uuid):
-        delivery, body, attempts = self._store.delivery(uuid.lower())
-        [webhook] = self._webhooks_as_json([self._store.webhooks.get(delivery.webhook_id)])
-        attempts = [self._seen(attempt) for attempt in attempts]
-        values = {"delivery": delivery, "body": body, "attempts": attempts}
-        return self._page(DELIVERY_PAGE, webhook=webhook, **values)
+        delivery, body, attempts = self._store.delivery_in_steps(uuid.lower())
+        webhook, body = self._webhook(delivery.webhook_id), body.decode()
+        attempts = list(collections.deque(attempts, MAX_SHOWN_ATTEMPTS))
+        if not self._may_change():
+            attempts = [attempt.for_viewers() for attempt in attempts]
+        numbered = enumerate(attempts, delivery.attempt_count - len(attempts) + 1)
+        return self._page(
+            DELIVERY_PAGE,
+            delivery=delivery,
+            webhook=webhook,
+            words=delivery_words(delivery, webhook["health"]["state"], self._now_ms()),
+            attempts=[attempt_row(*item, body) for item in numbered][::-1],
+            curl=attempts and curl_command(attempts[-1], body),
+        )
 
-    # ---- changing ----
+    def show_events(self):
+        with Reader(self._query()) as query:
+            page = read_page(query, ROWS_PER_PAGE)
+            before = query.field("before", None, whole_number, 1)
+            wanted = read_filter(query, self._now_ms(), *EVENT_FILTERS)
+        found = self._api.find_events(wanted, page, before)
+        states = self._store.delivery_states([event.id for event in found.events])
+        rows = [(event, states[event.id]) for event in found.events]
+        shown = self._list(page, found.total, "event", more=found.more)
+        return self._page(EVENTS_PAGE, rows=rows, **shown)
+
+    def show_event(self, id):
+        event, body, deliveries = self._store.event(id)
+        payload = body_text(body.decode(), MAX_PAYLOAD_CHARACTERS)
+        rows = self._delivery_rows(deliveries)
+        return self._page(EVENT_PAGE, event=event, payload=payload, rows=rows)
+
+    # ---- the form ----
 
     def _edited(self, id):
         return Webhook() if id is None else self._store.webhooks.get(id)
 
+    def _form_page(self, id, form, once, faults, status=200):
+        values = {"old": self._edited(id), "form": form, "once": once}
+        return self._page(FORM_PAGE, status, **values, **form_view(form, faults))
+
     def show_form(self, id=None):
-        old = self._edited(id)
-        form = old.as_json(whole_url=True) | {"events": "\n".join(old.events)}
-        return self._page(FORM_PAGE, old=old, form=form, faults={})
+        return self._form_page(id, form_of(self._edited(id)), secrets.token_urlsafe(16), {})
 
     def submit_form(self, id=None):
-        old, form = self._edited(id), bottle.request.environ["webhookd.form"]
-        fields = form_fields(form, old)
+        form = bottle.request.environ["webhookd.form"]
+        inactive_since = self._inactive_since(id)
         try:
-            webhook = self.change(id, fields) if id else self.register(fields)
-        except Invalid as error:
-            faults = faults_by_field(error.faults)
-            if form.pop("secret", None):
-                faults["secret"].append("is not shown again, so type it once more")
-            return self._page(FORM_PAGE, 400, old=old, form=form, faults=faults)
-        self._see(f"/webhooks/{webhook.id}")
+            with self._saving:
+                webhook = self._save_once(id, form)
+        except (Invalid, Conflict) as error:
+            once = form.get("once") if error.status == 400 else secrets.token_urlsafe(16)
+            return self._form_page(id, form, once, faults_by_field(error.faults), error.status)
+        return self._see_webhook(webhook, inactive_since)
+
+    def _save_once(self, id, form):
+        """The webhook that a form has made or changed, now or when it was sent before."""
+        once, digest = form.get("once", ""), hashlib.sha256(json_bytes(form)).digest()
+        sent, webhook = self._sent_forms.get(once, (digest, None))
+        if sent != digest:
+            words = f"this form was sent before, and saved the webhook {webhook.name}"
+            raise Conflict(f"{words}; send it once more to save what it says now")
+        webhook = webhook or self._save(self._edited(id), form)
+        if once:
+            self._sent_forms[once] = digest, webhook
+        while len(self._sent_forms) > MAX_SENT_FORMS:
+            del self._sent_forms[next(iter(self._sent_forms))]
+        return webhook
+
+    def _save(self, old, form):
+        fields, faults = form_fields(form, old)
+        if faults:
+            raise Invalid(*all_faults(faults, fields, old, self._address_policy.check_url))
+        if not old.id:
+            return self._api.register(fields)
+        if form.get("updatedDate") != str(old.updated):
+            raise Conflict(stale_words(fields))
+        return self._api.change(old.id, fields, unless_changed_since=old.updated)
+
+    # ---- changing ----
+
+    def _inactive_since(self, id):
+        """When the state of a webhook that is not active began, else None."""
+        webhook = id and self._webhook(id)
+        if not webhook or webhook["active"]:
+            return None
+        return webhook["health"]["since"] or webhook["updatedDate"]
+
+    def _see_webhook(self, webhook, inactive_since):
+        """Show a webhook, and offer what it missed if it was not active and is now."""
+        since = inactive_since if webhook.active else None
+        self._see(f"/webhooks/{webhook.id}", missed_since=since)
+
+    def submit_state(self, id, act):
+        fields = {"paused": act == "pause"} if act in ("pause", "resume") else {}
+        since = self._inactive_since(id)
+        self._see_webhook(self._api.change(id, fields or {"active": act == "activate"}), since)
 
     def show_delete(self, id):
         webhook, pending = self._store.webhooks.get(id), self._store.pending[id]
-        return self._page(DELETE_PAGE, webhook=webhook, pending=pending)
+        _, total = self._store.deliveries(id, Filter(), Page(limit=1))
+        text = counted(total, "delivery goes with it", "deliveries go with it")
+        text += f", {pending:,} of them still waiting." if pending else "."
+        return self._page(DELETE_PAGE, path=f"/webhooks/{id}", what=webhook.name, text=text)
 
     def submit_delete(self, id):
-        self.delete(id)
+        self._api.delete(id)
         self._see("/")
 
     def submit_test(self, id):
         webhook = self._store.webhooks.get(id)
-        return self._page(TEST_PAGE, webhook=webhook, test=self.test(webhook))
-
-    def submit_pause(self, id):
-        self.change(id, {"active": False})
-        self._see(f"/webhooks/{id}")
-
-    def submit_resume(self, id):
-        self.change(id, {"active": True})
-        self._see(f"/webhooks/{id}")
+        test, duration = self._api.test(webhook)
+        return self._page(TEST_PAGE, webhook=webhook, **verdict_words(test, duration))
 
     def submit_redeliver_failed(self, id):
-        _, redelivered = self.redeliver_all(id, Filter())
-        self._see(f"/webhooks/{id}?redelivered={redelivered}")
+        self._see(f"/webhooks/{id}", attempted=self._api.redeliver_all(id, Filter())[1])
+
+    def show_replay(self, id):
+        webhook, since = self._store.webhooks.get(id), self._query().get("since")
+        since_ms = matched = fault = None
+        try:
+            with Reader(self._query()) as query:
+                since_ms = read_filter(query, self._now_ms(), "since").since
+            if since:
+                wanted = Filter(since=since_ms, until=self._now_ms())
+                matched, _ = self._api.replay_all(id, wanted, dry_run=True)
+        except Invalid as error:
+            fault = "; ".join(fault.message for fault in error.faults)
+        values = {"webhook": webhook, "since": since or "30d", "since_ms": since_ms}
+        values |= {"matched": matched, "fault": fault or "", "path": f"/webhooks/{id}"}
+        return self._page(REPLAY_PAGE, 400 if fault else 200, **values)
+
+    def submit_replay(self, id):
+        with Reader(bottle.request.environ["webhookd.form"]) as form:
+            wanted = read_filter(form, self._now_ms(), "since", "until")
+        self._see(f"/webhooks/{id}", attempted=self._api.replay_all(id, wanted)[1])
 
     def submit_redeliver(self, uuid):
-        self.redeliver_one(uuid.lower())
+        self._api.redeliver_one(uuid.lower())
         self._see(f"/deliveries/{uuid}")
+
+    def submit_redeliver_event(self, id):
+        for delivery in self._store.event(id)[2]:
+            self._api.redeliver_one(delivery.id)
+        self._see(f"/events/{id}")
+
+    def show_delete_event(self, id):
+        event, _, deliveries = self._store.event(id)
+        go = counted(len(deliveries), "delivery goes", "deliveries go")
+        what, text = f"{event.name} #{id}", f"Its payload and {go} with it."
+        return self._page(DELETE_PAGE, path=f"/events/{id}", what=what, text=text)
+
+    def submit_delete_event(self, id):
+        self._api.remove_event(id)
+        self._see("/events")
 
 
 # ======================================================================================
@@ -7559,7 +8238,8 @@ def serve(settings: Settings) -> None:
         parts.enter_context(Maintenance(store, settings, clock))
         dispatcher = Dispatcher(store, client, settings, clock, lambda: _beat(store))
         parts.enter_context(dispatcher)
-        api = Pages(store, dispatcher, address_policy, settings, clock)
+        api = Api(store, dispatcher, address_policy, settings, clock)
+        Pages(api, store, address_policy, clock)
         if settings.admin_password:
             api.remember_admin(settings.admin_password)
         server = make_server(api.app, listener, settings)
