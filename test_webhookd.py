@@ -4999,8 +4999,9 @@ def log_in(logins, name, password, address="192.0.2.1", charset="utf-8"):
     """The name of the user, or the status of the answer."""
     basic = base64.b64encode(f"{name}:{password}".encode(charset)).decode()
     claimed = webhookd.read_logins(f"Basic {basic}")
+    users = webhookd.load_users(logins._store.reader())
     try:
-        return (logins.known(claimed, address) or logins.verify(claimed, address)).name
+        return (logins.known(claimed, users, address) or logins.verify(claimed, address)).name
     except webhookd.WebhookdError as error:
         return error.status
 
@@ -5083,7 +5084,8 @@ def test_the_oldest_login_is_forgotten_first(logins, monkeypatch):
 
     log_in(logins, "jörg", "pässword")
 
-    known = [logins.known([webhookd.Login(name, name)], "") for name in ("ann", "bob")]
+    users = webhookd.load_users(logins._store.reader())
+    known = [logins.known([webhookd.Login(name, name)], users, "") for name in ("ann", "bob")]
     assert [user and user.name for user in known] == [None, "bob"]
 
 
@@ -8316,6 +8318,20 @@ def raw_request(port, request):
         head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
     assert b"Content-Type: application/json" in head
     return int(head.split()[1]), json.loads(body)
+
+
+def test_a_publisher_removed_just_now_publishes_nothing(shared_daemon):
+    """The server's own thread knows users as they were at the last commit."""
+    secret = run("user", "add", "app", "--role", "publisher", "--database", shared_daemon.database)
+    authorization = f"Authorization: Bearer {secret.stdout.strip()}\r\n".encode()
+    body = b'{"event": "e"}'
+    head = b"POST /rest/api/events HTTP/1.1\r\nConnection: close\r\nContent-Length: 14\r\n"
+    head += b"Content-Type: application/json\r\n" + authorization + b"\r\n"
+    assert raw_request(shared_daemon.port, head + body)[0] == 202
+
+    run("user", "remove", "app", "--database", shared_daemon.database)
+
+    assert raw_request(shared_daemon.port, head + body)[0] == 401
 
 
 @pytest.mark.parametrize(

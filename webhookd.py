@@ -349,6 +349,9 @@ class Unauthorized(WebhookdError):
     status = 401
 
 
+ASK_FOR_LOGIN = {"WWW-Authenticate": 'Basic realm="webhookd"'}  # a header of every 401
+
+
 class Forbidden(WebhookdError):
     status = 403
 
@@ -3177,6 +3180,8 @@ def load_health(connection: Database) -> HealthById:
     return by_id
 
 
+ALL_USERS = "SELECT name, role, password FROM users ORDER BY name"
+
 # ---- one transaction ----
 
 FINISHED = "state <> 'pending'"  # of deliveries
@@ -3237,6 +3242,7 @@ class Batch:
         self._due_count = collections.Counter()  # of new deliveries by webhook
         self.published_count = 0
         self._new = {"events": [], "payloads": [], "deliveries": []}
+        self.users = connection.rows(ALL_USERS)  # as they are now: others may change them
 
     def flush(self) -> None:
         """Insert what was published and replayed, for what comes next to see."""
@@ -3403,9 +3409,15 @@ class Batch:
     # ---- events ----
 
     def publish(
-        self, events: list[NewEvent], now_ms: int, idempotency: IdempotencyKey | None
+        self,
+        events: list[NewEvent],
+        now_ms: int,
+        idempotency: IdempotencyKey | None,
+        publisher: tuple[str, str, str] | None,
     ) -> tuple[list[Event], bool]:
         """See Store.publish."""
+        if publisher and publisher not in self.users:
+            raise Unauthorized("the user was changed just now", headers=ASK_FOR_LOGIN)
         earlier = idempotency and self._published_by(idempotency, now_ms)
         if earlier:
             return earlier, True
@@ -3795,6 +3807,7 @@ class Store:
         self._ids = {}  # the next ones of each table
         self._counted_names = {}  # event names that statistics have, by webhook
         self.webhooks = Webhooks({})
+        self.users: list[tuple] = []  # rows; another process may change them meanwhile
         self.health = HealthById()
         self.pending = collections.Counter()  # deliveries that wait, by webhook
         self.last_attempts: dict[int, int] = {}  # by webhook: when it started, milliseconds
@@ -3837,6 +3850,7 @@ class Store:
             self._ids[table] = itertools.count(used.get(table, 0) + 1)
         self.size_bytes = size_in_use(connection)
         self.webhooks = load_webhooks(connection)
+        self.users = connection.rows(ALL_USERS)
         self.health = load_health(connection)
         counts = "webhook_id, count(*) FROM deliveries WHERE state = 'pending'"
         rows = connection.rows(f"SELECT {counts} GROUP BY webhook_id")
@@ -3903,7 +3917,7 @@ class Store:
         return batch
 
     def _take_over(self, batch):
-        self.webhooks = batch.webhooks
+        self.webhooks, self.users = batch.webhooks, batch.users
         self.health.update(batch.changed_health)
         self.pending.update(batch.pending_change)
         for result, *_ in batch.commit.recorded:
@@ -3951,16 +3965,22 @@ class Store:
         return write.future
 
     def publish(
-        self, events: list[NewEvent], now_ms: int, idempotency: IdempotencyKey | None = None
+        self,
+        events: list[NewEvent],
+        now_ms: int,
+        idempotency: IdempotencyKey | None = None,
+        publisher: tuple[str, str, str] | None = None,
     ) -> concurrent.futures.Future:
         """Store events and their deliveries; a future that is done once they are on disk.
+        publisher: a user's row, who must still be that user then.
 
         Its result is the events as stored, and whether an earlier publication with the key
-        had stored them. It, or the call, raises KeyReused, StorageFull or Unavailable; then
-        nothing was stored."""
+        had stored them. It, or the call, raises Unauthorized, KeyReused, StorageFull or
+        Unavailable; then nothing was stored."""
         if self.full:
             raise StorageFull(FULL)
-        return self._submit(lambda batch: batch.publish(events, now_ms, idempotency))
+        what = events, now_ms, idempotency, publisher
+        return self._submit(lambda batch: batch.publish(*what))
 
     def record(self, result: Result) -> None:
         """Take an attempt's result for one of the next commits; does not wait.
@@ -5190,8 +5210,7 @@ def user_name(text: str) -> str:
 
 def load_users(connection: Database) -> list[User]:
     """All users, by name."""
-    rows = connection.rows("SELECT name, role, password FROM users ORDER BY name")
-    return [User(*row) for row in rows]
+    return [User(*row) for row in connection.rows(ALL_USERS)]
 
 
 def save_user(connection: sqlite3.Connection, user: User) -> None:
@@ -5283,9 +5302,8 @@ class Logins:
         # by user (None: no user) and client, the oldest first
         self._wrong: dict[tuple[str | None, str], WrongPasswords] = {}
 
-    def known(self, logins: list[Login], address: str) -> User | None:
-        """The user, if that is known without a slow hash; raises TooManyRequests."""
-        users = load_users(self._store.reader())  # so that a change counts at once
+    def known(self, logins: list[Login], users: list[User], address: str) -> User | None:
+        """The one of the users, if that is known without a slow hash; raises TooManyRequests."""
         by_secret = self._by_secret(logins, users)
         if by_secret is not None:
             return by_secret
@@ -5506,7 +5524,6 @@ PING_NAME, PING = "diagnostics:ping", b'{"test": true}'
 SEND_BYTES = 1 << 16
 STREAMED_BYTES = 1 << 20  # a longer answer is made while it is sent
 LOGIN_NEEDED = "log in as a user of webhookd"
-ASK_FOR_LOGIN = {"WWW-Authenticate": 'Basic realm="webhookd"'}
 LOGGED_NAMES = {  # of a webhook's fields, where the API has another or none
     "verify_tls": "sslVerificationRequired",
     "rate_limit": "rateLimit",
@@ -5659,7 +5676,7 @@ class Api:
         self._logins = Logins(store, steady_clock)
         self._slow_work = SlowWork()
         self.render_error = self.error_as_json  # the pages put theirs in its place
-        self.app = bottle.Bottle()
+        self.app = bottle.Bottle(autojson=False)
         self.app.default_error_handler = self._render_bottle_error
         self.app.router.add_filter("id", lambda _: ("[0-9]{1,15}", int, str))
         self.app.add_hook("before_request", self._read_path)
@@ -5760,10 +5777,10 @@ class Api:
     def _refuse_other_sites(self):
         if bottle.request.method in ("GET", "HEAD"):
             return
-        site = self._header("Sec-Fetch-Site") or "none"
+        site, origin = self._header("Sec-Fetch-Site") or "none", self._header("Origin")
         own = f"{bottle.request.environ['wsgi.url_scheme']}://{self._host()}"
-        origin = self._header("Origin") or own
-        if site not in ("none", "same-origin") or _site(origin) != _site(own):
+        is_own = not origin or _site(origin) == _site(own)
+        if site not in ("none", "same-origin") or not is_own:
             hint = "behind a reverse proxy it needs --trusted-proxy"
             raise Forbidden(f"requests from other sites are refused; {hint}")
 
@@ -5784,11 +5801,18 @@ class Api:
         if not header:
             raise Unauthorized(LOGIN_NEEDED)
         logins = read_logins(header)
-        user = self._logins.known(logins, address)
+        user = self._logins.known(logins, self._users(), address)
         if user is None:
             with self._place():
                 user = self._logins.verify(logins, address)
         return user
+
+    def _users(self):
+        """All users, as they are now; in the server's own thread as they were at the last
+        commit, since the next one looks again who publishes."""
+        if PASSAGE in bottle.request.environ:
+            return list(itertools.starmap(User, self._store.users))
+        return load_users(self._store.reader())
 
     def _client_address(self):
         """Where the request comes from; a proxy that tells no address is the client."""
@@ -5878,7 +5902,8 @@ class Api:
 
     @staticmethod
     def _query():
-        return query_fields(bottle.request.environ.get("QUERY_STRING", ""))
+        text = bottle.request.environ.get("QUERY_STRING")
+        return query_fields(text) if text else {}
 
     def _filter(self, *names):
         with Reader(self._query()) as query:
@@ -6096,7 +6121,8 @@ class Api:
             document = {"results": shown} if several else shown[0]
             return self._json(document, 200 if is_repeated else 202)
 
-        return self._after(self._store.publish(events, now, key), answer)
+        publisher = bottle.request.environ["webhookd.user"]
+        return self._after(self._store.publish(events, now, key, publisher), answer)
 
     def _naming(self):
         with Reader(self._query()) as query:
