@@ -1660,10 +1660,8 @@ def read_events(
 def uuid7(now_ms: int) -> str:
     """A UUID that sorts by time (RFC 9562, version 7): its index stays compact."""
     chance = random.getrandbits(74)
-    return (
-        f"{now_ms >> 16:08x}-{now_ms & 0xFFFF:04x}-7{chance & 0xFFF:03x}"
-        f"-{0x8000 | chance >> 12 & 0x3FFF:04x}-{chance >> 26:012x}"
-    )
+    digits = f"{now_ms & 0xFFFFFFFFFFFF:012x}7{chance & 0xFFF:03x}{chance >> 12 | 2 << 62:016x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 @functools.lru_cache(1024)
@@ -1838,7 +1836,8 @@ def reason_to_disable(attempt: Attempt, failing_seconds: float, disable_after: f
 
 def health_after_success(health: Health, now_ms: int) -> Health:
     """The health of a webhook after a success: what was asked by Retry-After still holds."""
-    if health.disabled:  # what was in flight when it was disabled does not enable it
+    # what was in flight when it was disabled does not enable it
+    if health.disabled or health.is_well:
         return health
     rest = health.resting_until or 0
     kept = {"announced": health.announced, "since": health.since}
@@ -2922,7 +2921,7 @@ ROWS_PER_STEP = 500  # of what takes several steps, so that nobody waits long
 PAGES_PER_STEP = 100
 ATTEMPTS_PER_STEP = 2
 STANDSTILL_SECONDS = 15  # without progress in a commit, or a tick of the loop: it hangs
-WINDOW = 100  # due deliveries of one webhook that are held in memory
+WINDOW = 1000  # due deliveries of one webhook that are held in memory
 WINDOW_BYTES = 32 << 20  # of their bodies, for all webhooks together
 SEARCHED_EVENTS = 50_000  # that one request for those with a payload looks at
 SEARCHED_BYTES = 16 << 20  # of their payloads
@@ -3361,6 +3360,8 @@ class Batch:
         if webhook is None:  # deleted, and not yet all swept
             return
         after, now_ms = verdict.health, result.ended
+        if after is before and verdict.state == SUCCEEDED and not after.announced:
+            return  # as nearly always
         if after != before:
             self._set_health(webhook.id, after, now_ms)
         if after.disabled and not before.disabled:
@@ -4613,16 +4614,16 @@ class Scheduler:
         """The queue whose turn it is, which waits no longer; None: no slot is free."""
         if self._taken >= self._most:
             return None
-        allowed = self._lines[: 4 if self._unproven < self._most_unproven else 2]
+        allowed = self._lines if self._unproven < self._most_unproven else self._lines[:2]
         self._turn += 1
         if self._turn % RESERVED_SHARE == 0:  # so that nobody waits for ever
             allowed = reversed(allowed)
-        line = next(filter(None, allowed), None)
-        if line is None:
-            return None
-        queue = line.popleft()
-        queue.is_waiting = False
-        return queue
+        for line in allowed:
+            if line:
+                queue = line.popleft()
+                queue.is_waiting = False
+                return queue
+        return None
 
     def begin(self, queue: WebhookQueue, body_bytes: int) -> tuple[int, int]:
         """Count an attempt in; returns what `end` has to be told."""
@@ -4978,7 +4979,8 @@ class Dispatcher:
 
         sent: the body that a template made; None if it is the event's."""
         self._scheduler.end(queue, *begun)
-        attempt = attempt._replace(request_body=sent)
+        if sent is not None:
+            attempt = attempt._replace(request_body=sent)
         if attempt.handshake_seconds > FAIR_HANDSHAKE_SECONDS:
             rest_ms = HANDSHAKE_REST * attempt.handshake_seconds * 1000
             queue.not_before = max(queue.not_before, self._clock() * 1000) + rest_ms
@@ -5676,7 +5678,7 @@ class Api:
         self._logins = Logins(store, steady_clock)
         self._slow_work = SlowWork()
         self.render_error = self.error_as_json  # the pages put theirs in its place
-        self.app = bottle.Bottle(autojson=False)
+        self.app = bottle.Bottle()
         self.app.default_error_handler = self._render_bottle_error
         self.app.router.add_filter("id", lambda _: ("[0-9]{1,15}", int, str))
         self.app.add_hook("before_request", self._read_path)
