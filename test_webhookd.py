@@ -4023,8 +4023,9 @@ def test_a_deleted_webhook_is_not_attempted(api, receiver, dispatcher):
 
 
 def test_what_waits_in_the_database_is_found_at_start(
-    api, store, address_policy, settings, clock, receiver
+    api, store, address_policy, settings, clock, receiver, monkeypatch
 ):
+    monkeypatch.setattr(webhookd, "WINDOW", 100)
     api.create(receiver.url)
     api.post_json(EVENTS, [{"event": "e"}] * (webhookd.WINDOW * 2 + 5))
     client = webhookd.Client(address_policy, 5.0)
@@ -4035,7 +4036,8 @@ def test_what_waits_in_the_database_is_found_at_start(
     assert len(ids) == len(set(ids)) == webhookd.WINDOW * 2 + 5
 
 
-def test_memory_holds_a_window_of_what_is_due(api, dispatcher, receiver):
+def test_memory_holds_a_window_of_what_is_due(api, dispatcher, receiver, monkeypatch):
+    monkeypatch.setattr(webhookd, "WINDOW", 100)
     webhook = api.create(receiver.url)
     api.post_json(EVENTS, [{"event": "e"}] * (webhookd.WINDOW * 3))
     queue = dispatcher._queue_of(webhook["id"])
