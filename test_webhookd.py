@@ -3130,6 +3130,134 @@ def test_the_latest_attempt_that_is_left_is_the_latest(store):
     assert store.latest(webhook.id, webhookd.Filter())["id"] == second.uuid
 
 
+def test_temporary_tables_are_in_memory_since_tmp_may_be_full(store):
+    writer = store.write(lambda batch: batch.connection.row("PRAGMA temp_store"))
+
+    assert writer == store.reader().row("PRAGMA temp_store") == (2,)
+
+
+def many_deliveries(store, number):
+    """Two webhooks, and the first one's finished deliveries; one in a thousand is another."""
+    add_webhook(store), add_webhook(store)
+    every = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {number})"
+    is_rare = "i % 1000 = 0"
+    delivery = (
+        f"i, i, 1, i, iif({is_rare}, 'rare', 'e'), i, iif({is_rare}, 'failed', 'succeeded'), 1,"
+        f" NULL, 0, iif({is_rare}, 'ERROR', 'SUCCESS'), '', 1"
+    )
+
+    def work(batch):
+        event = f"i, iif({is_rare}, 'rare', 'e'), i, i, 1"
+        batch.connection.execute(f"INSERT INTO events {every} SELECT {event} FROM n")
+        batch.connection.execute(f"INSERT INTO deliveries {every} SELECT {delivery} FROM n")
+
+    store.write(work)
+
+
+def steps_of(store, read):
+    """How many steps SQLite takes to read something, in hundreds; and what is read."""
+    steps, reader = itertools.count(), store.reader()
+    reader.set_progress_handler(lambda: next(steps) and None, 100)
+    found = read()
+    reader.set_progress_handler(None, 0)
+    return next(steps), found
+
+
+@pytest.mark.parametrize(
+    "wanted, number",
+    [
+        ({"states": ("failed",)}, 20),
+        ({"states": ("failed",), "events": ("e",)}, 0),
+        ({"states": ("pending",)}, 0),
+        ({"outcomes": ("ERROR",)}, 20),
+        ({"outcomes": ("FAILURE",)}, 0),
+        ({"events": ("rare",)}, 20),
+        ({"events": ("x",), "outcomes": ("SUCCESS",)}, 0),
+        ({"outcomes": ("ERROR", "FAILURE"), "since": 1}, 20),
+    ],
+)
+def test_a_list_reads_the_deliveries_that_it_shows_and_not_all(store, wanted, number):
+    many_deliveries(store, 20_000)
+    wanted = webhookd.Filter(**wanted)
+
+    steps, found = steps_of(store, lambda: store.deliveries(1, wanted, webhookd.Page()))
+
+    assert (len(found[0]), found[1]) == (number, number)
+    assert steps < 20
+
+
+def test_a_list_of_events_by_name_reads_those_of_that_name(store):
+    many_deliveries(store, 20_000)
+    wanted = webhookd.Filter(events=("rare",))
+
+    steps, (_, total) = steps_of(store, lambda: store.events(wanted, webhookd.Page()))
+
+    assert total == 20
+    assert steps < 20
+
+
+def test_a_long_list_is_counted_to_a_bound_beyond_the_page(store, monkeypatch):
+    monkeypatch.setattr(webhookd, "COUNTED_ROWS", 100)
+    many_deliveries(store, 1000)
+
+    totals = [
+        store.deliveries(1, webhookd.Filter(), webhookd.Page(start, 10))[1]
+        for start in (0, 500, 990)
+    ]
+
+    assert totals == [110, 610, 1000]
+
+
+def break_table(store, table):
+    """Overwrite the first page of a table or an index in the file."""
+    sql = "SELECT rootpage FROM sqlite_schema WHERE name = ?"
+    [page] = store.write(lambda batch: batch.connection.row(sql, table))
+    store.empty_log()
+    with open(store._path, "r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\xff" * 4096)
+
+
+def test_damage_is_remembered_from_the_first_page_and_logged_once(store, caplog):
+    break_table(store, "deliveries_by_webhook")
+
+    for _ in range(2):
+        with pytest.raises(sqlite3.DatabaseError):
+            store.deliveries(1, webhookd.Filter(), webhookd.Page())
+
+    assert list(store.faults()) == ["the database is damaged: database disk image is malformed"]
+    assert caplog.text.count("the database is damaged") == 1
+
+
+def test_an_error_quotes_nothing_of_a_damaged_row(store):
+    add_webhook(store)
+    sql = "UPDATE webhooks SET definition = CAST(x'534543524554ff' AS TEXT)"  # SECRET, no UTF-8
+    store.write(lambda batch: batch.connection.change(sql))
+
+    with pytest.raises(sqlite3.DatabaseError) as told:
+        webhookd.load_webhooks(store.reader())
+
+    assert "SECRET" not in str(told.value)
+    assert "UTF-8" in store.damage
+
+
+def test_a_commit_of_which_the_disk_made_an_error_is_overwritten(store):
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+    before = store.write(lambda batch: batch.connection.total_changes)
+    statements = []
+    store._connection.set_trace_callback(statements.append)
+
+    def fail(batch):
+        raise error
+
+    with pytest.raises(webhookd.Unavailable):
+        store.write(fail)
+
+    assert before == 0
+    assert statements[-1] == "COMMIT"
+
+
 def test_each_commit_is_on_the_disk_before_it_is_acknowledged(store):
     full = store.write(lambda batch: batch.connection.row("PRAGMA synchronous"))
 
@@ -3278,8 +3406,175 @@ def test_past_its_size_the_database_lets_the_oldest_go_and_then_takes_nothing_mo
     while found := store.due(webhook, clock.ms, set(), 1000)[0]:
         record_successes(store, found, clock)
     maintenance.run_once()
-    assert store.size_bytes <= 1 << 20
+    assert store.space.used <= 1 << 20
     assert publish(store)
+
+
+def small_maintenance(store, settings, clock, size_bytes):
+    small = dataclasses.replace(settings, max_database_size=size_bytes)
+    return webhookd.Maintenance(store, small, webhookd.Clock(clock, clock))
+
+
+def test_past_its_size_old_answers_to_keys_go_before_deliveries(store, dispatcher, settings, clock):
+    webhook = add_webhook(store)
+    publish(store, now_ms=clock.ms)
+    record_successes(store, due_deliveries(store, webhook, clock.ms), clock)
+    key = functools.partial(webhookd.IdempotencyKey, fingerprint=b"f" * 4000)
+    for n in range(200):
+        store.publish([new_event("x")], clock.ms, key("u", str(n)))
+    clock.advance(86400 + 1)
+    publish(store, new_event("x"), now_ms=clock.ms, idempotency=key("u", "today"))
+
+    small_maintenance(store, settings, clock, 500_000).run_once()
+
+    assert (count(store, "answers"), count(store, "deliveries"), store.full) == (1, 1, None)
+
+
+def test_only_pending_deliveries_make_the_database_full(store, dispatcher, settings, clock):
+    webhook = add_webhook(store)
+    publish(store, *[new_event()] * 10, now_ms=clock.ms)
+    record_successes(store, due_deliveries(store, webhook, clock.ms)[:9], clock)
+    store.publish([new_event("x")], clock.ms, webhookd.IdempotencyKey("u", "k", b"f"))
+
+    small_maintenance(store, settings, clock, 1).run_once()
+
+    tables = "answers", "statistics", "deliveries", "events"
+    assert [count(store, table) for table in tables] == [0, 0, 1, 1]
+    assert store.full == webhookd.FULL
+
+
+def test_of_many_names_the_first_are_counted_and_the_others_together(store, monkeypatch):
+    monkeypatch.setattr(webhookd, "MAX_COUNTED_NAMES", 2)
+    webhook = add_webhook(store, "*")
+    publish(store, *[new_event(name) for name in "abcd"], new_event("a"))
+
+    for due in due_deliveries(store, webhook):
+        record(store, due)
+
+    counts = {
+        name: store.statistics(webhook.id, (name,), 1000)["counts"]["successes"]
+        for name in store.attempted_events(webhook.id)
+    }
+    assert counts == {"a": 2, "b": 1, "*": 2}
+
+
+class Volume:
+    """What the operating system says of the room there is; the rest as it is."""
+
+    def __init__(self, monkeypatch, total_bytes):
+        self.total, self.others, self.flags = total_bytes, 0, 0
+        monkeypatch.setattr(os, "statvfs", self.statvfs)
+
+    def statvfs(self, path):
+        files = sum(os.stat(path + end).st_size for end in ("", "-wal"))
+        free = max(0, self.total - self.others - files)
+        return os.statvfs_result((1, 1, self.total, free, free, 0, 0, 0, self.flags, 255))
+
+
+def test_a_nearly_full_disk_takes_no_publication_but_all_else(
+    store, maintenance, clock, monkeypatch
+):
+    volume = Volume(monkeypatch, 100 << 20)
+    webhook = add_webhook(store)
+    publish(store, new_event(body=b"x" * 1_000_000), now_ms=clock.ms)
+    [due] = due_deliveries(store, webhook, clock.ms)
+    volume.others = 90 << 20
+
+    maintenance.run_once()
+    with pytest.raises(webhookd.StorageFull, match="reserve"):
+        publish(store)
+    record_successes(store, [due], clock)
+
+    assert store.delivery(due.uuid)[0].state == "succeeded"
+    volume.others = 0
+    maintenance.run_once()
+    assert publish(store)
+
+
+def test_a_publication_for_which_there_is_no_room_is_refused_at_once(
+    store, maintenance, monkeypatch
+):
+    Volume(monkeypatch, 20 << 20)
+    maintenance.run_once()
+
+    with pytest.raises(webhookd.StorageFull, match="reserve"):
+        for _ in range(10):  # nobody measures meanwhile
+            publish(store, new_event(body=b"x" * 1_000_000))
+
+    assert publish(store)  # there is room for a small one
+
+
+@pytest.mark.parametrize("others, kept", [(0, False), (90, True)])
+def test_a_disk_that_the_database_has_filled_is_made_room_on(
+    store, maintenance, clock, monkeypatch, others, kept
+):
+    webhook = add_webhook(store)
+    publish(store, *[new_event(body=b"x" * 100_000)] * 60, now_ms=clock.ms)
+    record_successes(store, due_deliveries(store, webhook, clock.ms)[:50], clock)
+    store.empty_log()
+    Volume(monkeypatch, (2 * others + 25) << 19).others = others << 20
+
+    maintenance.run_once()
+
+    assert (count(store, "deliveries") == 60) is kept
+    assert (store.full is not None) is kept
+
+
+def test_a_disk_that_has_become_read_only_and_a_file_that_is_gone_are_told(
+    store, maintenance, monkeypatch
+):
+    volume = Volume(monkeypatch, 1 << 30)
+    volume.flags = os.ST_RDONLY
+    maintenance.run_once()
+    read_only, volume.flags = store.full, 0
+
+    os.rename(store._path, store._path + ".moved")
+    maintenance.run_once()
+
+    assert (read_only, store.full) == ("the disk is read-only", webhookd.NO_FILE)
+
+
+@contextlib.contextmanager
+def hanging_reader(store):
+    with contextlib.closing(webhookd.connect(store._path)) as reader:
+        reader.execute("BEGIN")
+        reader.row("SELECT count(*) FROM events")
+        yield
+
+
+def test_a_log_that_a_reader_holds_grows_to_a_bound_and_is_told(
+    store, dispatcher, settings, clock, caplog
+):
+    maintenance = small_maintenance(store, settings, clock, 20 << 20)
+    with hanging_reader(store):
+        for _ in range(10):
+            publish(store, new_event(body=b"x" * 1_000_000), now_ms=clock.ms)
+        maintenance.run_once()
+        maintenance.run_once()
+
+        assert store.full == webhookd.LONG_LOG
+        assert caplog.text.count("log is not empty yet") == 1
+        assert count(store, "events") == 10
+    for _ in range(2):
+        maintenance.run_once()
+    assert (store.full, store.space.log) == (None, 0)
+
+
+def test_what_fails_in_maintenance_is_logged_once_and_stops_no_other_part(
+    store, maintenance, caplog, monkeypatch
+):
+    monkeypatch.setattr(webhookd, "PRUNING_SECONDS", 0)
+    publish(store, *[new_event(body=b"x" * 100_000)] * 20)
+    break_table(store, "answers_by_age")
+
+    for _ in range(2):
+        store.write(lambda batch: batch.connection.change("DELETE FROM payloads"))
+        maintenance.run_once()
+
+    assert caplog.text.count("maintenance failed") == 1
+    assert "Traceback" not in caplog.text
+    assert store.reader().row("PRAGMA freelist_count")[0] < webhookd.PAGES_PER_STEP
+    assert store.damage
 
 
 def test_what_a_webhook_has_that_maintenance_does_not_know_yet_stays(store):
@@ -3305,10 +3600,11 @@ def test_past_its_size_the_database_lets_no_more_go_than_it_has_to(
 ):
     webhook = add_webhook(store)
     for _ in range(2):
-        publish(store, *[new_event(body=b"x" * 4000)] * 750, now_ms=clock.ms)
+        publish(store, *[new_event(body=b"x" * 2000)] * 750, now_ms=clock.ms)
     while due := store.due(webhook, clock.ms, set(), 1000)[0]:
         record_successes(store, due, clock)
-    small = dataclasses.replace(settings, max_database_size=store.size_bytes - 1)
+    store.measure()
+    small = dataclasses.replace(settings, max_database_size=store.space.used - 1)
 
     webhookd.Maintenance(store, small, webhookd.Clock(clock, clock)).run_once()
 
@@ -4849,6 +5145,35 @@ def test_nothing_is_started_while_the_database_cannot_be_written(api, receiver, 
     assert len(receiver.received) == 1
 
 
+def fail_once(monkeypatch, thing, name):
+    """Let a method fail at its first call, as if memory was short."""
+    real, calls = getattr(thing, name), itertools.count()
+
+    def method(*args):
+        if not next(calls):
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(thing, name, method)
+
+
+@pytest.mark.parametrize("method", ["_queue_of", "_line_up", "_note", "_hand_in", "_start"])
+def test_memory_that_is_short_for_a_moment_leaves_no_delivery_unattempted(
+    api, receiver, dispatcher, clock, monkeypatch, method
+):
+    webhook = api.create(receiver.url)
+    api.publish()
+    fail_once(monkeypatch, dispatcher, method)
+
+    for _ in range(3):
+        dispatcher.run_until_idle()
+        clock.advance(2)
+
+    assert receiver.received
+    assert api.get_webhook(webhook)["health"]["pending"] == 0
+    assert dispatcher.in_flight() == 0
+
+
 def test_a_watchdog_that_is_told_of_progress_only(store, address_policy, settings, clock):
     beats = []
     client = webhookd.Client(address_policy, 5.0)
@@ -5265,7 +5590,8 @@ def test_metrics_show_what_the_process_needs(api, store):
     samples = scrape(api)
 
     assert samples["process_resident_memory_bytes"] > 1 << 20
-    assert samples["webhookd_database_size_bytes"] == store.size_bytes
+    assert samples["webhookd_database_size_bytes"] == store.space.used
+    assert samples["webhookd_database_log_bytes"] == store.space.log
     assert samples["webhookd_database_size_limit_bytes"] == 2 << 30
 
 
@@ -6646,10 +6972,33 @@ def test_health_counts_failures_and_what_waits(api, receiver, dispatcher, clock)
     assert health() == ("inactive", 0, 0)
 
 
+def test_a_damaged_page_is_no_bug_but_told_by_the_answer_and_by_health(api, store):
+    api.create("http://127.0.0.1:1/")
+    break_table(store, "deliveries_by_webhook")
+
+    answer = api.get(f"{WEBHOOKS}/1/deliveries")
+
+    assert answer.status_int == 503
+    assert answer.json["message"].startswith("the database cannot be read")
+    assert api.get("/health").json["problems"] == [
+        "the database is damaged: database disk image is malformed"
+    ]
+
+
+def test_memory_that_is_short_is_told(api, store, monkeypatch):
+    fail_once(monkeypatch, store, "events")
+
+    answer = api.get(EVENTS)
+
+    assert answer.status_int == 503
+    assert answer.json["message"] == "the database cannot be read: out of memory"
+    assert api.get(EVENTS).status_int == 200
+
+
 def test_health_names_what_stands_still(api, store, dispatcher, monkeypatch):
     assert api.get("/health").json == {"status": "ok"}
 
-    store.problem, store.full = "the disk is full", True
+    store.problem, store.full = "the disk is full", webhookd.FULL
     dispatcher._ticked -= 1000
     store._progressed = time.monotonic() - 1000
     answer = api.get("/health")
@@ -6988,6 +7337,21 @@ def test_the_latest_attempt_left_is_the_latest_when_an_event_is_deleted(api, rec
 
     assert json.loads(api.get(f"{WEBHOOKS}/1/latest").json["request"]["body"])["n"] == 1
     assert "lastSuccess" in api.get(f"{WEBHOOKS}/1/statistics").json
+
+
+def test_an_event_deleted_beside_a_reader_leaves_no_trace_once_that_has_ended(
+    api, store, settings, clock
+):
+    api.publish(secret="PRIVATE-DATA")
+    maintenance = webhookd.Maintenance(store, settings, webhookd.Clock(clock, clock))
+
+    with hanging_reader(store):
+        assert api.delete(f"{EVENTS}/1").status_int == 204
+        maintenance.run_once()
+        assert b"PRIVATE-DATA" in files_of(store)
+    maintenance.run_once()
+
+    assert b"PRIVATE-DATA" not in files_of(store)
 
 
 def files_of(store):

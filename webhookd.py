@@ -2854,6 +2854,7 @@ SCHEMA = """
         created INTEGER NOT NULL,
         deliveries INTEGER NOT NULL   -- how many were made when it was published
     );
+    CREATE INDEX events_by_name ON events (event, id);
     CREATE TABLE payloads (  -- apart from events, so that lists need not read them
         event_id INTEGER PRIMARY KEY, body BLOB NOT NULL
     );
@@ -2872,7 +2873,12 @@ SCHEMA = """
     );
     CREATE INDEX deliveries_due ON deliveries (webhook_id, next_attempt, id)
         WHERE state = 'pending';
-    CREATE INDEX deliveries_by_webhook ON deliveries (webhook_id, id);
+    -- lists: see delivery_list; what is in few rows costs the others nothing
+    CREATE INDEX deliveries_by_webhook ON deliveries (webhook_id, id, created);
+    CREATE INDEX deliveries_by_name ON deliveries (webhook_id, event, id);
+    CREATE INDEX deliveries_failed ON deliveries (webhook_id, id) WHERE state = 'failed';
+    CREATE INDEX deliveries_unsuccessful ON deliveries (webhook_id, outcome, id)
+        WHERE outcome <> 'SUCCESS';
     -- of two that serve alike the planner takes the later one: this behind by_webhook
     CREATE INDEX deliveries_in_order ON deliveries (webhook_id, id) WHERE state = 'pending';
     CREATE INDEX deliveries_by_event ON deliveries (event_id);
@@ -2912,14 +2918,23 @@ FULL_DISK_BYTES = 64 << 10
 KEY_DAYS = 3  # an Idempotency-Key is remembered so long
 MAX_COUNTED_NAMES = 1000  # of events, by webhook; attempts for others are counted together
 OTHER_EVENTS = "*"  # the name they are counted by
+USUAL_LOG_BYTES = 5 << 20  # SQLite's log is used again from 1000 pages on, 4 MB
 MAX_IDLE_LOG_BYTES = 4 << 20  # SQLite's log is cut to this size before it is used again
 FULL = "the database is full (--max-database-size)"
+NO_FILE = "the database's files were moved or deleted: stop, and put them back"
+NO_ROOM = "the disk is full but for a reserve"
+LONG_LOG = "SQLite's log is too long: something reads for long, perhaps a backup that hangs"
+RESERVE_SHARE, MAX_RESERVE_BYTES = 20, 32 << 20  # of the volume, for what is no publication
+MEASURED_BYTES = 1 << 20  # so much is published, and the size is looked at
+COUNTED_ROWS = 100_000  # of a list, beyond the page
+ROW_BYTES = 500  # of an event without its body, or of a delivery, with their indexes
 ROWS_PER_INSERT = 64
 ROWS_PER_STATEMENT = 500  # of results that are looked up at once
 ROWS_IN_MEMORY = 5000  # new deliveries that wait for the end of their transaction
 ROWS_PER_STEP = 500  # of what takes several steps, so that nobody waits long
 PAGES_PER_STEP = 100
 ATTEMPTS_PER_STEP = 2
+BYTES_PER_STEP = 1 << 20  # of payloads that go: each page goes to the log first
 STANDSTILL_SECONDS = 15  # without progress in a commit, or a tick of the loop: it hangs
 WINDOW = 1000  # due deliveries of one webhook that are held in memory
 WINDOW_BYTES = 32 << 20  # of their bodies, for all webhooks together
@@ -2936,18 +2951,55 @@ class DatabaseError(Exception):
     """The database cannot be used; the text says why."""
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether an error tells of a damaged database."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without what is more exact
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def without_row(error: sqlite3.Error) -> sqlite3.Error:
+    """An error that quotes nothing of a row, which may be a secret's."""
+    if not str(error).startswith("Could not decode"):  # Python's own; it quotes the text
+        return error
+    damage = sqlite3.DatabaseError("a text in it is not UTF-8")
+    damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return damage
+
+
 class Database(sqlite3.Connection):
-    """A connection that tells in one call what a statement finds or changes."""
+    """A connection that tells in one call what a statement finds or changes.
+
+    on_error is told of each error, so that nobody else need look for damage."""
+
+    on_error: collections.abc.Callable[[sqlite3.Error], None] = staticmethod(lambda error: None)
+
+    def execute(self, sql: str, values: collections.abc.Sequence = ()) -> sqlite3.Cursor:
+        """As sqlite3's."""
+        try:
+            return super().execute(sql, values)
+        except sqlite3.Error as error:
+            raise self._told(error) from None
+
+    def _told(self, error):
+        error = without_row(error)
+        self.on_error(error)
+        return error
+
+    def each(self, sql: str, *values: object) -> collections.abc.Iterator[tuple]:
+        """The rows that it finds, one by one; to be closed."""
+        with contextlib.closing(self.execute(sql, values)) as cursor:
+            try:
+                yield from cursor
+            except sqlite3.Error as error:
+                raise self._told(error) from None
 
     def rows(self, sql: str, *values: object) -> list[tuple]:
         """All rows that it finds."""
+        cursor = self.execute(sql, values)
         try:
-            return self.execute(sql, values).fetchall()
-        except sqlite3.OperationalError as error:
-            if not str(error).startswith("Could not decode"):
-                raise
-        # sqlite3's own words quote the text, and it may be a secret
-        raise sqlite3.DatabaseError("a text in it is not UTF-8")
+            return cursor.fetchall()
+        except sqlite3.Error as error:
+            raise self._told(error) from None
 
     def row(self, sql: str, *values: object) -> tuple | None:
         """The first row, or None."""
@@ -2966,7 +3018,9 @@ def connect(path: str) -> Database:
     """A connection in autocommit mode, for any thread."""
     path = os.path.abspath(path)  # SQLite would take some names for more than a name
     options = {"isolation_level": None, "check_same_thread": False}
-    return sqlite3.connect(path, timeout=BUSY_SECONDS, factory=Database, **options)
+    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, factory=Database, **options)
+    connection.execute("PRAGMA temp_store = MEMORY")  # /tmp may be full, or read-only
+    return connection
 
 
 def open_database(path: str) -> Database:
@@ -3000,11 +3054,36 @@ def schema_version(connection: Database) -> int:
     return connection.row("PRAGMA user_version")[0]
 
 
-def size_in_use(connection: Database) -> int:
-    """Bytes of the database file, without what is free in it."""
-    pragmas = ("page_count", "freelist_count", "page_size")
-    pages, free, page_size = (connection.row(f"PRAGMA {name}")[0] for name in pragmas)
-    return (pages - free) * page_size
+class Space(typing.NamedTuple):
+    """How much room the files take, and how much their volume has; bytes."""
+
+    used: int = 0  # of the database, without what is free in it
+    log: int = 0  # of SQLite's log, the file -wal
+    left: float = math.inf  # for publications: the volume's, without its reserve
+    is_scarce: bool = False  # the volume is nearly full, and of the database for the most part
+    fault: str | None = None  # why there is none at all
+
+
+def measure(connection: Database, path: str) -> Space:
+    """How much room there is; raises sqlite3.Error, OSError."""
+    names = ("page_count", "freelist_count", "page_size")
+    pages, unused, page_bytes = (connection.row(f"PRAGMA {name}")[0] for name in names)
+    used = (pages - unused) * page_bytes
+    try:
+        file, log_bytes = os.stat(path), os.stat(f"{path}-wal").st_size
+    except FileNotFoundError:
+        return Space(used, fault=NO_FILE)
+    volume = os.statvfs(path)
+    if volume.f_flag & os.ST_RDONLY:
+        return Space(used, log_bytes, fault="the disk is read-only")
+    if not volume.f_blocks:  # a file system that does not tell
+        return Space(used, log_bytes)
+    reserve = min(volume.f_blocks * volume.f_frsize // RESERVE_SHARE, MAX_RESERVE_BYTES)
+    free = volume.f_bavail * volume.f_frsize - max(0, USUAL_LOG_BYTES - log_bytes)
+    left = free - reserve + file.st_size - used  # what is new in the log takes room once more
+    held = (volume.f_blocks - volume.f_bfree) * volume.f_frsize
+    is_own = 2 * (file.st_size + log_bytes) >= held
+    return Space(used, log_bytes, left, is_own and left < 2 * reserve)
 
 
 def migrate(connection: Database) -> None:
@@ -3106,6 +3185,22 @@ def where(tests: dict[str, object]) -> tuple[str, list]:
     return " WHERE " + " AND ".join(parts), values
 
 
+def delivery_list(wanted: Filter) -> tuple[str, str]:
+    """The deliveries by the index that finds those wanted without reading the others, and
+    the condition that they meet in it.
+
+    Chosen by hand: the planner knows neither how rare a state is, nor what a ? stands for."""
+    if wanted.states == (FAILED,):
+        return "deliveries INDEXED BY deliveries_failed", "state = 'failed'"
+    if wanted.outcomes and SUCCESS not in wanted.outcomes:
+        return "deliveries INDEXED BY deliveries_unsuccessful", "outcome <> 'SUCCESS'"
+    if wanted.events:
+        return "deliveries INDEXED BY deliveries_by_name", "1"
+    if wanted.states == (PENDING,):
+        return "deliveries INDEXED BY deliveries_in_order", "state = 'pending'"
+    return "deliveries INDEXED BY deliveries_by_webhook", "1"
+
+
 def or_404(row, what: str):
     """What was found; raises NotFound if there is nothing."""
     if not row:
@@ -3186,6 +3281,7 @@ ALL_USERS = "SELECT name, role, password FROM users ORDER BY name"
 FINISHED = "state <> 'pending'"  # of deliveries
 _deliveries_of_it = "SELECT * FROM deliveries WHERE event_id = events.id"
 WITHOUT_DELIVERIES = f"NOT EXISTS ({_deliveries_of_it})"  # of events
+NAMES_NONE = "last_attempt NOT IN (SELECT id FROM attempts)"  # of statistics
 MISSED = f"NOT EXISTS ({_deliveries_of_it} AND webhook_id = ?)"
 
 
@@ -3239,7 +3335,7 @@ class Batch:
         self.pending_change = collections.Counter()  # by webhook
         self.commit = Commit([], set(), [])
         self._due_count = collections.Counter()  # of new deliveries by webhook
-        self.published_count = 0
+        self.published_count = self.published_bytes = 0
         self._new = {"events": [], "payloads": [], "deliveries": []}
         self.users = connection.rows(ALL_USERS)  # as they are now: others may change them
 
@@ -3452,6 +3548,7 @@ class Batch:
         webhook_ids = [id for id in self.webhooks.wanting(event) if id != except_for]
         event_id = next(self._ids["events"])
         self.published_count += 1
+        self.published_bytes += len(event.body) + ROW_BYTES * (1 + len(webhook_ids))
         row = (event_id, event.name, event.timestamp, now_ms, len(webhook_ids))
         self._new["events"].append(row)
         self._new["payloads"].append((event_id, event.body))
@@ -3682,20 +3779,29 @@ class Batch:
         )
 
     def forget_answers(self, before_ms: int) -> None:
-        """Forget Idempotency-Keys that were used before a moment."""
-        self.connection.change("DELETE FROM answers WHERE created < ?", before_ms)
+        """Forget a step of the Idempotency-Keys that were used before a moment."""
+        oldest = "SELECT user, key FROM answers WHERE created < ? ORDER BY created"
+        sql = f"DELETE FROM answers WHERE (user, key) IN ({oldest} LIMIT {ROWS_PER_STEP})"
+        self.connection.change(sql, before_ms)
 
-    def forget_statistics(self, before_day: int) -> None:
-        """Forget counts of days before one, except those that name a last attempt."""
-        self.connection.change(
-            "DELETE FROM statistics WHERE day < ?"
-            " AND last_attempt NOT IN (SELECT id FROM attempts)",
-            before_day,
-        )
+    def forget_statistics(self, day: int) -> None:
+        """Forget the counts of a day, except those that name a last attempt."""
+        self.connection.change(f"DELETE FROM statistics WHERE day = ? AND {NAMES_NONE}", day)
         self._counted_names.clear()
 
 
 # ---- writes ----
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether the disk, the file or the memory is at fault, and not a statement of ours."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    return isinstance(error, MemoryError) or code != sqlite3.SQLITE_ERROR
+
+
+def unreadable(error: Exception) -> Unavailable:
+    """What the caller is told when the database cannot be read."""
+    return Unavailable(f"the database cannot be read: {str(error) or 'out of memory'}")
 
 
 def stored_error(error: Exception, path: str) -> Exception:
@@ -3813,12 +3919,14 @@ class Store:
         self.pending = collections.Counter()  # deliveries that wait, by webhook
         self.last_attempts: dict[int, int] = {}  # by webhook: when it started, milliseconds
         self._deleted: list[int] = []  # webhooks that may have left something
-        self._has_log_to_empty = False  # SQLite's log: see empty_log
-        self.size_bytes = 0  # of the file, in use
+        self.space = Space()
+        self.unmeasured_bytes = 0  # published since
         self.published_count = 0  # of events, since the start
         self.problem: str | None = None  # why the last commit failed
         self._progressed: float | None = None  # time.monotonic(); None: nothing to do
-        self.full = False  # by maintenance: MAX_DATABASE_SIZE is reached, nothing can go
+        self.damage: str | None = None  # what was found first; it stays
+        self.full: str | None = None  # by maintenance: why nothing can be published
+        self.log_holds_deleted = False  # see empty_log
 
     def __enter__(self):
         with contextlib.ExitStack() as cleanup:
@@ -3826,6 +3934,7 @@ class Store:
             try:
                 self._connection = open_database(self._path)
                 cleanup.callback(self._connection.close)
+                self._connection.on_error = self._note_error
                 migrate(self._connection)
                 self._load(self._connection)
             except sqlite3.Error as error:
@@ -3849,7 +3958,7 @@ class Store:
         used = dict(connection.rows("SELECT name, seq FROM sqlite_sequence"))
         for table in ("events", "deliveries", "attempts"):
             self._ids[table] = itertools.count(used.get(table, 0) + 1)
-        self.size_bytes = size_in_use(connection)
+        self.space = measure(connection, self._path)
         self.webhooks = load_webhooks(connection)
         self.users = connection.rows(ALL_USERS)
         self.health = load_health(connection)
@@ -3875,6 +3984,7 @@ class Store:
                 batch = self._commit(writes, results)
             except Exception as error:
                 self._put_back(results, error)
+                self._cover(error)
                 for write in writes:
                     write.finish(stored_error(error, self._path))
             else:
@@ -3914,8 +4024,14 @@ class Store:
             for write in writes:
                 write.run(batch)
             batch.finish()
-            self.size_bytes = size_in_use(connection)
         return batch
+
+    def _cover(self, error):
+        """Overwrite a commit that is in the log but perhaps not on the disk, so that no crash
+        makes it valid after its clients were told that it failed."""
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
+            with contextlib.suppress(sqlite3.Error, MemoryError), transaction(self._connection):
+                self._connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     def _take_over(self, batch):
         self.webhooks, self.users = batch.webhooks, batch.users
@@ -3929,6 +4045,7 @@ class Store:
             self.last_attempts.pop(id, None)
             self._deleted.append(id)
         self.published_count += batch.published_count
+        self.unmeasured_bytes += batch.published_bytes
         if self.problem:
             log_fact("the database can be written again")
         self.problem = None
@@ -3944,9 +4061,25 @@ class Store:
             if not self._closing:  # else they are attempted again after the next start
                 self._results[:0] = results
 
+    def _note_error(self, error):
+        """Called by every connection; also in the midst of a transaction."""
+        if is_damage(error) and not self.damage:
+            self.damage = f"the database is damaged: {error}"
+            advice = "stop, and put the last good backup in its place"
+            log_fact("the database is damaged", level=logging.ERROR, reason=error, advice=advice)
+
     def on_commit(self, listener: collections.abc.Callable[[Commit], None]) -> None:
         """Have the writer tell after each commit what it was about."""
         self._listeners.append(listener)
+
+    def faults(self) -> collections.abc.Iterator[str]:
+        """What is wrong with the database for those who read."""
+        if self.damage:
+            yield self.damage
+        try:
+            self._row("SELECT 1 FROM webhooks LIMIT 1")
+        except (sqlite3.Error, MemoryError) as error:
+            yield str(unreadable(error))
 
     def stands_still(self) -> bool:
         """Whether the writer is not getting on with its work."""
@@ -3979,7 +4112,10 @@ class Store:
         had stored them. It, or the call, raises Unauthorized, KeyReused, StorageFull or
         Unavailable; then nothing was stored."""
         if self.full:
-            raise StorageFull(FULL)
+            raise StorageFull(self.full)
+        size_bytes = self.unmeasured_bytes + sum(len(event.body) for event in events)
+        if 2 * size_bytes > self.space.left:  # in the log, and in the file
+            raise StorageFull(NO_ROOM)
         what = events, now_ms, idempotency, publisher
         return self._submit(lambda batch: batch.publish(*what))
 
@@ -4010,20 +4146,24 @@ class Store:
         self.write(lambda batch: None)
 
     def empty_log(self) -> None:
-        """Move what SQLite's log holds into the database, and cut the log off, so that
-        no trace of what was deleted stays in the files.
-
-        If a reader is in the way, maintenance tries again."""
-        busy = True
+        """Move what SQLite's log holds into the database and cut the log off, so that no
+        trace of what was deleted stays in the files. It tries that once, and does not wait
+        for those who read: see log_holds_deleted."""
+        self.log_holds_deleted = True
         with (
-            contextlib.suppress(sqlite3.Error),  # the deletion is done all the same
+            contextlib.suppress(sqlite3.Error),  # tried again by maintenance
             contextlib.closing(connect(self._path)) as connection,
         ):
+            connection.on_error = self._note_error
             connection.execute("PRAGMA busy_timeout = 50")  # the writer waits as long
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")  # beside it, the most of it
             busy, *_ = connection.row("PRAGMA wal_checkpoint(TRUNCATE)")
-        if busy and not self._has_log_to_empty:
-            log_fact("SQLite's log is not empty yet", level=logging.WARNING)
-        self._has_log_to_empty = bool(busy)
+            self.log_holds_deleted = bool(busy)
+
+    def measure(self) -> None:
+        """Look how much room there is; called by maintenance."""
+        self.unmeasured_bytes = 0
+        self.space = measure(self.reader(), self._path)
 
     # ---- maintenance, in steps, so that nobody waits long for the writer ----
 
@@ -4044,23 +4184,34 @@ class Store:
         # what may go, and what is too young: enough of these are the end
         wanted = f"id > ? AND (created >= ? OR {condition})"
         order = f"ORDER BY id LIMIT {ROWS_PER_STEP}"
-        sql = f"SELECT id, created < ? FROM {table} WHERE {wanted} {order}"
+        event_id = "id" if table == "events" else "event_id"
+        size = f"(SELECT length(body) FROM payloads WHERE event_id = {table}.{event_id})"
+        sql = f"SELECT id, created < ?, {size} FROM {table} WHERE {wanted} {order}"
         last, ids = 0, [0]
         while ids:
-            rows = self._rows(sql, before_ms, last, before_ms)
-            ids = [last := id for id, is_old in rows if is_old]
+            ids, left_bytes = [], BYTES_PER_STEP
+            for id, is_old, size_bytes in self._rows(sql, before_ms, last, before_ms):
+                if is_old and left_bytes > 0:
+                    ids.append(id)
+                    last, left_bytes = id, left_bytes - (size_bytes or 0)
             if ids:  # looked at again: one may have been redelivered meanwhile
                 self.write(delete, ids, condition)
             yield
 
-    def prune_rest(self, now_ms: int) -> None:
-        """Forget old Idempotency-Keys, and statistics beyond their window."""
-        before_ms = now_ms - KEY_DAYS * DAY_MS
-        day = now_ms // DAY_MS - STATISTICS_DAYS
-        if self._row("SELECT 1 FROM answers WHERE created < ? LIMIT 1", before_ms):
+    def prune_answers(self, before_ms: int) -> Steps:
+        """Forget Idempotency-Keys that were used before a moment, the oldest first."""
+        sql = "SELECT 1 FROM answers WHERE created < ? LIMIT 1"
+        while self._row(sql, before_ms):
             self.write(Batch.forget_answers, before_ms)
-        if self._row("SELECT 1 FROM statistics WHERE day < ? LIMIT 1", day):
+            yield
+
+    def prune_statistics(self, before_day: int) -> Steps:
+        """Forget counts of days before one, the oldest first, but none that names a last
+        attempt."""
+        sql = f"SELECT min(day) FROM statistics WHERE day < ? AND {NAMES_NONE}"
+        while (day := self._row(sql, before_day)[0]) is not None:
             self.write(Batch.forget_statistics, day)
+            yield
 
     def forget_old_secrets(self, now_ms: int) -> None:
         """Drop the secrets that were replaced more than a day ago, from the log too."""
@@ -4079,7 +4230,7 @@ class Store:
         while self._row("PRAGMA freelist_count")[0] >= PAGES_PER_STEP:
             yield self.write(work)
             given_back = True
-        if given_back or self._has_log_to_empty:
+        if given_back:
             self.empty_log()  # only then is the file shorter
 
     # ---- reading: called by any thread ----
@@ -4104,6 +4255,7 @@ class Store:
         # not open_database(): its pragmas take the write lock
         connection = connect(self._path)
         connection.execute("PRAGMA query_only = ON")
+        connection.on_error = self._note_error
         with self._wakeup:
             self._cleanup.callback(connection.close)
         return connection
@@ -4117,19 +4269,23 @@ class Store:
     def _models(self, model, sql, *values):
         return list(itertools.starmap(model, self._rows(sql, *values)))
 
-    def _page(self, model, columns, table, tests, page):
-        """A page of the rows that pass the tests, newest first, and their number."""
+    def _page(self, model, columns, table, tests, page, condition="1"):
+        """A page of the rows that pass the tests, newest first, and their number.
+
+        Beyond the page it counts no further than to COUNTED_ROWS."""
         clause, values = where(tests)
-        [count] = self._row(f"SELECT count(*) FROM {table}{clause}", *values)
-        sql = f"SELECT {columns} FROM {table}{clause} ORDER BY id DESC LIMIT ? OFFSET ?"
+        chosen = f"FROM {table}{clause} AND {condition}"
+        limit = page.start + page.limit + COUNTED_ROWS
+        [count] = self._row(f"SELECT count(*) FROM (SELECT 1 {chosen} LIMIT ?)", *values, limit)
+        sql = f"SELECT {columns} {chosen} ORDER BY id DESC LIMIT ? OFFSET ?"
         return self._models(model, sql, *values, page.limit, page.start), count
 
-    def _steps(self, columns, table, tests):
+    def _steps(self, columns, table, tests, condition="1"):
         """Rows that begin with their id, in steps, oldest first."""
         last = 0
         while True:
             clause, values = where(tests | {"id > ?": last})
-            order = f"ORDER BY id LIMIT {ROWS_PER_STEP}"
+            order = f"AND {condition} ORDER BY id LIMIT {ROWS_PER_STEP}"
             rows = self._rows(f"SELECT {columns} FROM {table}{clause} {order}", *values)
             if not rows:
                 return
@@ -4188,7 +4344,7 @@ class Store:
             test, needles = needle(path, text)
             clause, values = f"{clause} AND {test}", values + needles
         sql = f"SELECT id, body FROM events CROSS JOIN payloads ON event_id = id{clause}"
-        rows = self.reader().execute(f"{sql} ORDER BY id DESC", values)
+        rows = self.reader().each(f"{sql} ORDER BY id DESC", *values)
         with contextlib.closing(rows):  # one by one, because they may be large
             return [id for id, body in rows if has_all(body, wanted.where)]
 
@@ -4202,7 +4358,7 @@ class Store:
         """The bodies of as many of the newest of these events as one answer may show."""
         taken, left_bytes = {}, SHOWN_PAYLOAD_BYTES
         sql = f"SELECT event_id, body FROM payloads WHERE event_id IN {placeholders(ids)}"
-        rows = self.reader().execute(f"{sql} ORDER BY event_id DESC", ids)
+        rows = self.reader().each(f"{sql} ORDER BY event_id DESC", *ids)
         with contextlib.closing(rows):
             for id, body in rows:
                 left_bytes -= len(body)
@@ -4223,8 +4379,8 @@ class Store:
 
     def deliveries(self, webhook_id: int, wanted: Filter, page: Page) -> tuple[list[Delivery], int]:
         """A page of a webhook's deliveries, newest first, and how many there are."""
-        tests = delivery_tests(webhook_id, wanted)
-        return self._page(Delivery, DELIVERY_COLUMNS, "deliveries", tests, page)
+        tests, (table, condition) = delivery_tests(webhook_id, wanted), delivery_list(wanted)
+        return self._page(Delivery, DELIVERY_COLUMNS, table, tests, page, condition)
 
     def delivery(self, uuid: str) -> tuple[Delivery, str, list[Attempt]]:
         """A delivery, the body it sends and its attempts; raises NotFound."""
@@ -4284,8 +4440,8 @@ class Store:
 
     def redeliverable(self, webhook_id: int, wanted: Filter) -> IdsInSteps:
         """The row ids of the deliveries that match, in steps, oldest first."""
-        tests = delivery_tests(webhook_id, wanted)
-        for rows in self._steps("id", "deliveries", tests):
+        tests, (table, condition) = delivery_tests(webhook_id, wanted), delivery_list(wanted)
+        for rows in self._steps("id", table, tests, condition):
             yield [row_id for (row_id,) in rows]
 
     def missed_events(self, webhook: Webhook, wanted: Filter) -> IdsInSteps:
@@ -4388,11 +4544,11 @@ class Store:
             until, order = None, "id"
         tests = {"webhook_id = ?": webhook.id, "next_attempt <= ?": until}
         clause, values = where(tests)
-        rows = self.reader().execute(
+        rows = self.reader().each(
             "SELECT id, uuid, webhook_id, event_id, event, body, attempt_count, schedule_index,"
             f" next_attempt FROM deliveries JOIN payloads USING (event_id){clause}"
             f" AND state = 'pending' ORDER BY {order}",
-            values,
+            *values,
         )
         taken, taken_bytes = [], 0
         with contextlib.closing(rows):
@@ -4676,6 +4832,7 @@ class Dispatcher:
         self._scheduler = Scheduler(settings.max_in_flight)
         self._unreadable: dict[int, str] = {}  # why the database told a queue nothing
         self._commits: collections.deque[Commit] = collections.deque()  # not followed yet
+        self._half_followed: list[Commit] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked = time.monotonic()
         self.duration_counts = [0] * (len(DURATION_BUCKETS_MS) + 1)  # of attempts
@@ -4780,11 +4937,20 @@ class Dispatcher:
     def step(self) -> None:
         """Follow what was committed, and start every attempt that may start now."""
         try:
-            while self._commits:
-                self._obey(self._commits.popleft())
+            self._follow_commits()
             self._start_attempts()
         except Exception:
             log.exception("a step of the delivery loop failed")
+
+    def _follow_commits(self):
+        """Obey each of them, or, after an error half-way, look at all that it was about."""
+        while self._half_followed:
+            self._catch_up(self._half_followed[-1])
+            self._half_followed.pop()
+        while self._commits:
+            self._half_followed.append(self._commits.popleft())
+            self._obey(self._half_followed[-1])
+            self._half_followed.pop()
 
     def _now_ms(self):
         return int(self._clock() * 1000)
@@ -4806,6 +4972,17 @@ class Dispatcher:
             queue = self._queue_of(due.webhook_id)
             queue.offer(due, self._window_bytes())
             self._line_up(queue)
+
+    def _catch_up(self, commit):
+        """Follow a commit of which some is followed already."""
+        for recorded in commit.recorded:
+            due = recorded.result.due
+            queue = self._queues.get(due.webhook_id)
+            if queue and due.row_id in queue.held:
+                queue.note(recorded, self._settings.webhook_concurrency)
+        told = {recorded.result.due.webhook_id for recorded in commit.recorded}
+        for webhook_id in commit.changed | told | {due.webhook_id for due in commit.due}:
+            self._reread(webhook_id)
 
     def _note(self, recorded):
         """Take in what the writer made of an attempt."""
@@ -4917,8 +5094,17 @@ class Dispatcher:
                 self._refill(queue, webhook)
             if webhook and queue.ready:
                 if self._may_start_at(queue, webhook) <= self._clock() * 1000:  # still
-                    self._start(queue, queue.ready.popleft(), webhook)
+                    self._start_next(queue, webhook)
             self._line_up(queue)
+
+    def _start_next(self, queue, webhook):
+        due = queue.ready.popleft()
+        try:
+            self._start(queue, due, webhook)
+        except Exception:  # memory is short, say: it stays the next
+            log.exception("an attempt could not be started")
+            queue.ready.appendleft(due)
+            queue.not_before = (self._clock() + RETRY_SECONDS) * 1000
 
     # ---- what is due ----
 
@@ -4946,7 +5132,7 @@ class Dispatcher:
             self._set_alarm(queue, next_due)
 
     def _note_unreadable(self, webhook_id, error):
-        reason = f"the database cannot be read: {str(error) or 'out of memory'}"
+        reason = str(unreadable(error))
         if webhook_id not in self._unreadable:
             log_fact("the database cannot be read", level=logging.ERROR, reason=reason)
         self._unreadable[webhook_id] = reason
@@ -4963,10 +5149,14 @@ class Dispatcher:
         except Invalid as error:
             return self._fail_to_render(queue, due, webhook, now_ms, error)
         sent = None if webhook.template is None else body.decode()
-        begun = self._scheduler.begin(queue, len(body))
         headers = attempt_headers(webhook, due.event, due.uuid, number, body, now_ms)
+        begun = self._scheduler.begin(queue, len(body))
         done = functools.partial(self._finish, queue, due, begun, sent)
-        start_attempt(self._client, webhook, headers, body, now_ms, done)
+        try:
+            start_attempt(self._client, webhook, headers, body, now_ms, done)
+        except BaseException:
+            self._scheduler.end(queue, *begun)
+            raise
 
     def _fail_to_render(self, queue, due, webhook, now_ms, error):
         where = webhook.masked_url, webhook.masked_headers
@@ -4979,18 +5169,26 @@ class Dispatcher:
 
         sent: the body that a template made; None if it is the event's."""
         self._scheduler.end(queue, *begun)
-        if sent is not None:
-            attempt = attempt._replace(request_body=sent)
+        try:
+            self._hand_in(
+                queue, due, attempt if sent is None else attempt._replace(request_body=sent)
+            )
+        except Exception:  # memory is short, say: then it is attempted again
+            log.exception("an attempt could not be handed in")
+            queue.held.discard(due.row_id)
+            queue.backlog = True
+        self._line_up(queue)
+        self._start_attempts()
+        self._ended.set()
+
+    def _hand_in(self, queue, due, attempt):
         if attempt.handshake_seconds > FAIR_HANDSHAKE_SECONDS:
             rest_ms = HANDSHAKE_REST * attempt.handshake_seconds * 1000
             queue.not_before = max(queue.not_before, self._clock() * 1000) + rest_ms
         health = self._store.health[due.webhook_id]
         is_plain = attempt.outcome == SUCCESS and health.is_well and not health.announced
-        queue.uncertain += not is_plain
         self._store.record(Result(due, attempt, self._now_ms(), is_plain))
-        self._line_up(queue)
-        self._start_attempts()
-        self._ended.set()
+        queue.uncertain += not is_plain
 
 
 # ======================================================================================
@@ -5042,7 +5240,9 @@ class Maintenance:
         self._stop = threading.Event()
         self._wakeup = threading.Event()  # set by any thread
         self._next_pruning = -math.inf  # by the steady clock
-        self._too_large = False  # the database
+        self._too_large = False  # the database, or what it leaves of its volume
+        self._nothing_can_go = False
+        self._problems: set[str] = set()  # that were logged, and are not over
         store.on_commit(self._watch_size)
 
     def __enter__(self):
@@ -5057,28 +5257,26 @@ class Maintenance:
         self._thread.join()
 
     def _watch_size(self, commit):
-        if not self._store.full and self._is_too_large():
+        if self._store.unmeasured_bytes > MEASURED_BYTES:
             self._wakeup.set()
-
-    def _is_too_large(self):
-        return self._store.size_bytes > self._settings.max_database_size
 
     def _run(self):
         while not self._stop.is_set():
             self._wakeup.wait(MAINTENANCE_SECONDS)
             self._wakeup.clear()
-            try:
-                self.run_once()
-            except WebhookdError as error:  # it says so itself, and this comes again
-                log.debug("maintenance: %s", error)
-            except Exception:
-                log.exception("maintenance failed")
+            self.run_once()
 
     def run_once(self) -> None:
-        """Do what is to be done now, and after each step look around and rest."""
+        """Do what is to be done now; what fails of it is logged once, and stops no other."""
         self._look_around()
+        for part in (self._sweep, self._cut_down, self._prune, self._give_back, self._watch_log):
+            if not self._stop.is_set():
+                self._unless_it_fails(self._do, part)
+
+    def _do(self, part):
+        """Do all steps of a part, and after each look around and rest."""
         begun = time.monotonic()
-        for _ in self._steps():
+        for _ in part():
             self._look_around()
             # to bring the size down it must be faster than what comes in
             share = 1 if self._too_large else REST_SHARE
@@ -5087,11 +5285,62 @@ class Maintenance:
             begun = time.monotonic()
 
     def _look_around(self):
-        self._follow_clock()
-        self._too_large = self._is_too_large()
-        if self._store.full and not self._too_large:
-            self._store.full = False
+        self._unless_it_fails(self._follow_clock)
+        self._unless_it_fails(self._measure)
+
+    def _unless_it_fails(self, work, *args):
+        """Do some work; what goes wrong is logged when it begins, and not each time."""
+        name = (args[0] if args else work).__name__.strip("_")
+        try:
+            work(*args)
+            self._problems.discard(name)
+        except Exception as error:
+            if name not in self._problems:
+                self._problems.add(name)
+                reason = str(error) or type(error).__name__
+                log_fact("maintenance failed", level=logging.ERROR, part=name, reason=reason)
+                if not isinstance(error, (WebhookdError, sqlite3.Error, OSError, MemoryError)):
+                    log.error("that is a bug", exc_info=error)
+
+    # ---- room ----
+
+    def _measure(self):
+        self._store.measure()
+        space, limit = self._store.space, self._settings.max_database_size
+        self._too_large = space.used > limit or space.is_scarce
+        self._nothing_can_go &= self._too_large
+        self._refuse_publications(self._why_full(space))
+
+    def _why_full(self, space):
+        if space.fault or space.left <= 0:
+            return space.fault or NO_ROOM
+        if space.log > self._longest_log():
+            return LONG_LOG
+        return FULL if self._nothing_can_go and not space.is_scarce else None
+
+    def _longest_log(self):
+        """How long SQLite's log may be, bytes: it counts, though no pruning makes it shorter."""
+        return max(2 * MAX_IDLE_LOG_BYTES, self._settings.max_database_size // 4)
+
+    def _refuse_publications(self, why):
+        if why and why != self._store.full:
+            log_fact("database full", level=logging.WARNING, reason=why)
+        elif self._store.full and not why:
             log_fact("database has room again", level=logging.WARNING)
+        self._store.full = why
+
+    def _watch_log(self):
+        """Cut SQLite's log off where that is due, and tell if somebody holds it."""
+        store, is_long = self._store, self._store.space.log > self._longest_log() // 2
+        if store.log_holds_deleted or is_long:
+            store.empty_log()
+            yield
+        if not store.log_holds_deleted:
+            self._problems.discard("log")
+        elif "log" not in self._problems:
+            self._problems.add("log")
+            size_bytes = store.space.log
+            log_fact("SQLite's log is not empty yet", level=logging.WARNING, bytes=size_bytes)
 
     # ---- the clock ----
 
@@ -5131,34 +5380,44 @@ class Maintenance:
             raise
         self._clock.advance(max(behind, 0))
 
-    # ---- pruning and space ----
+    # ---- pruning ----
 
-    def _steps(self):
-        yield from self._store.delete_leftovers()
-        if self._too_large:
-            yield from self._cut_down()
-        if self._clock.steady() >= self._next_pruning:
-            yield from self._prune()
-            every = min(PRUNING_SECONDS, self._settings.retention / 10)
-            self._next_pruning = max(self._next_pruning, self._clock.steady() + every)
-        yield from self._store.give_back()
+    def _sweep(self):
+        return self._store.delete_leftovers()
+
+    def _give_back(self):
+        return self._store.give_back()
 
     def _prune(self):
+        """Let go what is too old."""
+        if self._clock.steady() < self._next_pruning:
+            return
+        every = min(PRUNING_SECONDS, self._settings.retention / 10)
+        self._next_pruning = max(self._next_pruning, self._clock.steady() + every)
         now_ms = int(self._clock() * 1000)
-        before_ms = now_ms - int(self._settings.retention * 1000)
-        yield from self._store.prune(before_ms)
-        self._store.prune_rest(now_ms)
+        yield from self._store.prune(now_ms - int(self._settings.retention * 1000))
+        yield from self._store.prune_answers(now_ms - KEY_DAYS * DAY_MS)
+        yield from self._store.prune_statistics(now_ms // DAY_MS - STATISTICS_DAYS)
         self._store.forget_old_secrets(now_ms)
 
     def _cut_down(self):
         """Let the oldest go until the size is right; else it is full."""
-        for _ in self._store.prune(FOREVER_MS):
+        for _ in self._all_that_can_go() if self._too_large else ():
             yield
             if not self._too_large:
                 return
-        if not self._store.full:
-            self._store.full = True
-            log_fact("database full", level=logging.WARNING)
+        self._nothing_can_go = self._too_large
+        self._measure()
+
+    def _all_that_can_go(self):
+        """Keys of yesterday first, since who repeats a publication does so at once; what
+        people look at stays as long as it can."""
+        store, now_ms = self._store, int(self._clock() * 1000)
+        yield from store.prune_answers(now_ms - DAY_MS)
+        yield from store.prune_statistics(now_ms // DAY_MS - STATISTICS_DAYS)
+        yield from store.prune(FOREVER_MS)
+        yield from store.prune_answers(FOREVER_MS)
+        yield from store.prune_statistics(FOREVER_MS)
 
 
 # ======================================================================================
@@ -5458,7 +5717,8 @@ def _of_process(store, dispatcher, settings):
     for name, text, value in (
         ("webhookd_events_total", "Events published.", store.published_count),
         ("webhookd_attempts_in_flight", "Being made.", dispatcher.in_flight()),
-        ("webhookd_database_size_bytes", "Size in use.", store.size_bytes),
+        ("webhookd_database_size_bytes", "Size in use.", store.space.used),
+        ("webhookd_database_log_bytes", "Size of SQLite's log, the file -wal.", store.space.log),
         ("webhookd_database_size_limit_bytes", "The most it may have.", limit),
         ("process_resident_memory_bytes", "Resident memory.", memory),
         ("process_cpu_seconds_total", "CPU time.", time.process_time()),
@@ -5745,7 +6005,9 @@ class Api:
         except WebhookdError as error:
             bottle.response.headers.update(error.headers)
             return self.render_error(error.status, error.faults)
-        except Exception:
+        except Exception as error:
+            if is_of_the_machine(error):
+                return self.render_error(503, unreadable(error).faults)
             request = bottle.request
             log.exception("%s %s failed", request.method, request.path)
             fault = Fault(None, "an internal error, which is in the log")
@@ -6291,8 +6553,8 @@ class Api:
 
     def health(self):
         stuck = self._store.stands_still() and "the store's writer stands still"
-        full = self._store.full and FULL
-        problems = [self._store.problem, full, self._dispatcher.problem(), stuck]
+        store, dispatcher = self._store, self._dispatcher
+        problems = [store.problem, store.full, dispatcher.problem(), stuck, *store.faults()]
         problems = list(filter(None, problems))
         if problems:
             return self._json({"status": "failing", "problems": problems}, 503)
