@@ -3083,7 +3083,7 @@ def measure(connection: Database, path: str) -> Space:
     left = free - reserve + file.st_size - used  # what is new in the log takes room once more
     held = (volume.f_blocks - volume.f_bfree) * volume.f_frsize
     is_own = 2 * (file.st_size + log_bytes) >= held
-    return Space(used, log_bytes, left, is_own and left < 2 * reserve)
+    return Space(used, log_bytes, left, is_own and left < 2 * max(reserve, MEASURED_BYTES))
 
 
 def migrate(connection: Database) -> None:
@@ -5312,11 +5312,12 @@ class Maintenance:
         self._refuse_publications(self._why_full(space))
 
     def _why_full(self, space):
-        if space.fault or space.left <= 0:
+        if space.fault or space.left < MEASURED_BYTES:
             return space.fault or NO_ROOM
         if space.log > self._longest_log():
             return LONG_LOG
-        return FULL if self._nothing_can_go and not space.is_scarce else None
+        is_full = self._nothing_can_go and space.used > self._settings.max_database_size
+        return FULL if is_full else None
 
     def _longest_log(self):
         """How long SQLite's log may be, bytes: it counts, though no pruning makes it shorter."""
