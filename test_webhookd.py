@@ -3645,6 +3645,15 @@ def test_pruning_reads_no_further_than_the_first_that_is_young(store):
     assert len(steps) == 2  # one of the deliveries, one of the events
 
 
+def test_a_step_of_pruning_writes_about_a_mebibyte_since_room_may_be_scarce(store):
+    publish(store, *[new_event(body=b"x" * 100_000)] * 30)
+
+    steps = list(store.prune(webhookd.FOREVER_MS))
+
+    assert len(steps) == 1 + 3 + 1  # no deliveries, the events, and that there are no more
+    assert count(store, "events") == 0
+
+
 def test_a_deleted_webhook_with_many_deliveries_is_gone_at_once_and_swept_later(store, maintenance):
     maintenance.run_once()  # its next pruning is a minute away
     webhook = add_webhook(store)
@@ -5157,15 +5166,17 @@ def fail_once(monkeypatch, thing, name):
     monkeypatch.setattr(thing, name, method)
 
 
-@pytest.mark.parametrize("method", ["_queue_of", "_line_up", "_note", "_hand_in", "_start"])
+@pytest.mark.parametrize(
+    "name", ["_queue_of", "_line_up", "_note", "_hand_in", "_start", "start_attempt"]
+)
 def test_memory_that_is_short_for_a_moment_leaves_no_delivery_unattempted(
-    api, receiver, dispatcher, clock, monkeypatch, method
+    api, receiver, dispatcher, clock, monkeypatch, name
 ):
     webhook = api.create(receiver.url)
     api.publish()
     dispatcher.run_until_idle()  # so that nothing is read from the database any more
     receiver.answers(500, times=1)
-    fail_once(monkeypatch, dispatcher, method)
+    fail_once(monkeypatch, dispatcher if hasattr(dispatcher, name) else webhookd, name)
 
     api.publish()
     for _ in range(3):
