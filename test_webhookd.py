@@ -4761,6 +4761,71 @@ def test_the_word_of_a_person_goes_before_retry_after(api, receiver, wall, field
     assert wall(0) == [0]
 
 
+def next_attempts(api, webhook):
+    """What every answer says of the next attempt of a webhook's latest delivery."""
+    [delivery, *_] = api.deliveries(webhook)
+    event = api.get(f"{EVENTS}/{delivery['eventId']}").json
+    shown = api.get(f"/rest/api/deliveries/{delivery['id']}").json
+    return {delivery["nextAttempt"], event["deliveries"][0]["nextAttempt"], shown["nextAttempt"]}
+
+
+def test_what_waits_for_the_breaker_is_next_attempted_when_its_pause_ends(api, receiver, wall):
+    receiver.answers(500, times=5)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, *range(6))
+    wall(0)
+    publish_numbers(api, 6)
+
+    assert next_attempts(api, webhook) == {api.get_webhook(webhook)["health"]["pausedUntil"]}
+
+
+def test_what_waits_for_a_retry_after_is_next_attempted_when_it_ends(api, receiver, wall, clock):
+    receiver.answers(429, {"Retry-After": "3600"}, times=1)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, 0)
+    wall(0)
+    publish_numbers(api, 1)
+
+    [moment] = next_attempts(api, webhook)
+    assert 3600 <= (moment - clock.ms) / 1000 < 3601
+
+
+def test_a_plan_that_lies_behind_the_pause_stays(api, receiver, wall):
+    receiver.answers(500)
+    webhook = api.create(receiver.url)
+    publish_numbers(api, *range(5))
+    wall(0)
+    wall(11)
+    probed = max(api.deliveries(webhook), key=lambda delivery: delivery["attemptCount"])
+
+    until = api.get_webhook(webhook)["health"]["pausedUntil"]
+    assert (probed["attemptCount"], probed["nextAttempt"] > until + 50_000) == (2, True)
+
+
+@pytest.mark.parametrize("fields", [{"paused": True}, {"active": False}])
+def test_nobody_knows_when_what_a_person_holds_up_is_attempted(api, receiver, clock, fields):
+    webhook = api.create(receiver.url)
+    publish_numbers(api, 0)
+    assert next_attempts(api, webhook) == {clock.ms}
+
+    api.put_json(f"{WEBHOOKS}/1", fields)
+    [delivery] = api.deliveries(webhook)
+    redelivered = api.post(f"/rest/api/deliveries/{delivery['id']}/redeliver").json
+
+    assert next_attempts(api, webhook) == {None}
+    assert (redelivered["state"], redelivered["nextAttempt"]) == ("pending", None)
+
+
+def test_a_disabled_webhook_has_no_next_attempt(api, receiver, wall):
+    webhook = api.create(receiver.url, ordered=True)
+    publish_numbers(api, 0, 1)
+    receiver.answers(410)
+    wall(0)
+
+    assert [d["state"] for d in api.deliveries(webhook)] == ["pending", "failed"]
+    assert next_attempts(api, webhook) == {None}
+
+
 # ---- templates ----
 
 

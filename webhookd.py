@@ -655,6 +655,12 @@ class Health(typing.NamedTuple):
         """The moment before which nothing is attempted; 0 if it need not wait."""
         return max(self.paused_until or 0, self.resting_until or 0)
 
+    def next_attempt(self, webhook: Webhook, planned: int | None) -> int | None:
+        """When what is planned can be attempted; None: not before somebody acts."""
+        if planned is None or not webhook.active or webhook.paused:
+            return None
+        return max(planned, self.waits_until())
+
     def as_json(self, webhook: Webhook, pending: int, last_attempt: int | None) -> dict:
         """The health of a webhook as the API shows it."""
         state = self.state(webhook)
@@ -747,7 +753,7 @@ class Delivery(typing.NamedTuple):
     event: str
     state: str
     attempt_count: int
-    next_attempt: int | None  # milliseconds, as created
+    next_attempt: int | None  # milliseconds, as created; None also if nobody knows when
     created: int
     outcome: str | None  # this and the rest: of the latest attempt
     description: str | None
@@ -4369,6 +4375,14 @@ class Store:
                 taken[id] = body
         return taken
 
+    def _shown(self, delivery):
+        """The delivery, whose next attempt waits for what its webhook waits for."""
+        webhook = self.webhooks.by_id.get(delivery.webhook_id)
+        if webhook is None:  # deleted just now
+            return delivery
+        moment = self.health[webhook.id].next_attempt(webhook, delivery.next_attempt)
+        return delivery._replace(next_attempt=moment)
+
     def event(self, id: int) -> tuple[Event, bytes, list[Delivery]]:
         """An event, its body and its deliveries; raises NotFound."""
         sql = "SELECT event, timestamp, body FROM events JOIN payloads ON event_id = id"
@@ -4376,13 +4390,14 @@ class Store:
         name, timestamp, body = or_404(row, f"event {id}")
         tests = "event_id = ? AND webhook_id IN (SELECT id FROM webhooks)"
         sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE {tests} ORDER BY id"
-        deliveries = self._models(Delivery, sql, id)
+        deliveries = list(map(self._shown, self._models(Delivery, sql, id)))
         return Event(id, name, timestamp, len(deliveries)), body, deliveries
 
     def deliveries(self, webhook_id: int, wanted: Filter, page: Page) -> tuple[list[Delivery], int]:
         """A page of a webhook's deliveries, newest first, and how many there are."""
         tests, (table, condition) = delivery_tests(webhook_id, wanted), delivery_list(wanted)
-        return self._page(Delivery, DELIVERY_COLUMNS, table, tests, page, condition)
+        found, count = self._page(Delivery, DELIVERY_COLUMNS, table, tests, page, condition)
+        return list(map(self._shown, found)), count
 
     def delivery(self, uuid: str) -> tuple[Delivery, str, list[Attempt]]:
         """A delivery, the body it sends and its attempts; raises NotFound."""
@@ -4395,7 +4410,7 @@ class Store:
         attempts = self._models(Attempt, f"{sql} ORDER BY id", row_id)
         sql = "SELECT body FROM payloads WHERE event_id = ?"
         [body] = or_404(self._row(sql, delivery.event_id), name)  # else deleted just now
-        return delivery, body.decode(), attempts
+        return self._shown(delivery), body.decode(), attempts
 
     def delivery_in_steps(
         self, uuid: str
@@ -4412,7 +4427,7 @@ class Store:
         delivery = Delivery(*columns)
         or_404(delivery.webhook_id in self.webhooks.by_id, name)
         [last] = self._row("SELECT max(id) FROM attempts WHERE delivery_id = ?", row_id)
-        return delivery, body, self._attempts_until(row_id, last or 0)
+        return self._shown(delivery), body, self._attempts_until(row_id, last or 0)
 
     def _attempts_until(self, row_id, last):
         """The attempts of a delivery, read a few at a time: one may have a megabyte."""
@@ -6675,7 +6690,7 @@ def delivery_words(delivery: Delivery, state: str, now_ms: int) -> tuple[str, st
         return f"Given up {after}", "It is kept, and can be redelivered."
     if delivery.state == SUCCEEDED:
         return "", ""
-    if state not in ("healthy", "failing"):
+    if due is None or state not in ("healthy", "failing"):
         return f"Waits while the webhook is {state}", f"It waits {after}. Nothing is lost."
     return f"Next attempt {relative(max(due, now_ms), now_ms)}", f"{utc(due)} UTC, {after}."
 
