@@ -1269,10 +1269,10 @@ MARCH_1973_MS = 100_000_000_000  # as seconds, what is smaller is before the yea
 
 
 def _epoch_ms(digits):
-    number = int(digits)
+    number = float(digits)
     rule = "is before March 1973, so it seems to be in seconds: milliseconds are needed"
     require(number == 0 or number >= MARCH_1973_MS, rule)
-    return number
+    return int(number)
 
 
 def _iso_ms(text):
@@ -1290,8 +1290,8 @@ def _iso_ms(text):
 def moment_ms(value: object, now_ms: int) -> int:
     """Epoch milliseconds of the same, of an ISO 8601 time (UTC if unsaid), or so long ago."""
     # true is no number, and what _iso_ms() says of it is right
-    text = str(value) if isinstance(value, (int, str)) else ""
-    if re.fullmatch(r"-?\d{1,15}", text, re.ASCII):
+    text = str(value) if isinstance(value, (int, float, str)) else ""
+    if re.fullmatch(r"-?\d{1,15}(?:\.\d+)?", text, re.ASCII):
         return _epoch_ms(text)
     with contextlib.suppress(ValueError):
         return now_ms - round(duration(text) * 1000)
@@ -6163,7 +6163,8 @@ class Api:
         """Raise WrongMediaType unless the body was sent as JSON, or one of these, as it is."""
         sent = self._content_type()
         if sent not in types and not re.fullmatch(r"application/(json|[\w.-]+\+json)", sent):
-            came = f"the body came as {sent[:100] or 'nothing'}, send it as {' or '.join(types)}"
+            kind = f"as {sent[:100]}" if sent else "without a Content-Type"
+            came = f"the body came {kind}, send it as {' or '.join(types)}"
             hint = "curl: add -H Content-Type:application/json, or use --json"
             raise WrongMediaType(f"{came} ({hint})" if JSON_TYPE in types else came)
         encoding = self._header("Content-Encoding") or "identity"
