@@ -4927,12 +4927,24 @@ def test_a_delivery_that_is_given_up_is_told_with_its_event(api, receiver, dispa
     [delivery] = api.deliveries(dead)
     body = json.loads(request.body)
     assert body["webhook"] == {"id": dead["id"], "name": "dead", "url": "http://127.0.0.1:1/…"}
+    assert body["reason"] == "given up after 3 attempts: connection refused"
     assert body["delivery"] == {
         "id": delivery["id"],
         "event": "e",
         "eventId": event["id"],
         "description": "connection refused",
     }
+
+
+def test_a_delivery_that_is_given_up_at_once_is_told_in_good_english(api, receiver, dispatcher):
+    api.create(receiver.url + "/told", "delivery_failed")
+    receiver.answers(410, times=1)
+    api.create(receiver.url, "e")
+    api.publish("e")
+
+    dispatcher.run_until_idle()
+
+    assert receiver.bodies()[-1]["reason"] == "given up after 1 attempt: 410"
 
 
 def test_own_events_cause_no_further_ones_and_never_go_to_whom_they_are_about(
@@ -7365,6 +7377,20 @@ def test_a_replay_brings_what_a_webhook_never_got(api, receiver, wall, clock):
     assert sorted(wall(0)) == [0, 1, 2]
     assert api.post_json(path, {}).json["matched"] == 0
     assert api.get_webhook(webhook)["health"]["pending"] == 0
+
+
+@pytest.mark.parametrize("filters", [None, {"event": ["webhook_disabled", "delivery_failed"]}])
+def test_a_replay_brings_no_webhook_what_is_told_of_itself(api, receiver, wall, filters):
+    receiver.answers(410, times=1)
+    webhook = api.create(receiver.url, "*")
+    api.publish("e", n=1)
+    wall(0)
+    api.put_json(f"{WEBHOOKS}/{webhook['id']}", {"active": True, "filters": filters})
+    other = api.create(receiver.url, "webhook_*", "delivery_failed", filters=filters)
+
+    replayed = [api.post(f"{WEBHOOKS}/{w['id']}/replay").json["replayed"] for w in (webhook, other)]
+
+    assert replayed == [0, 2]
 
 
 def test_an_event_that_is_deleted_before_its_attempt_is_not_sent(api, receiver, dispatcher):

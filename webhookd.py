@@ -3487,7 +3487,8 @@ class Batch:
         if verdict.state == FAILED:
             delivery = {"id": due.uuid, "event": due.event, "eventId": due.event_id}
             delivery["description"] = attempt.description
-            reason = f"given up after {due.attempt_count + 1} attempts: {attempt.description}"
+            attempts = "1 attempt" if not due.attempt_count else f"{due.attempt_count + 1} attempts"
+            reason = f"given up after {attempts}: {attempt.description}"
             self._publish_own(DELIVERY_FAILED, webhook, reason, result.ended, delivery=delivery)
 
     def _announce_health(self, webhook, event, reason, now_ms):
@@ -4465,13 +4466,18 @@ class Store:
         """The ids of the events that a webhook wants and never got, in steps."""
         tests = event_tests(wanted, "timestamp") | {MISSED: webhook.id}
         for rows in self._steps("id, event", "events", tests):
-            named = [id for id, name in rows if webhook.subscribed(name)]
-            yield [id for id in named if not webhook.filters or self._passes(webhook, id)]
+            named = [(id, name) for id, name in rows if webhook.subscribed(name)]
+            yield [id for id, name in named if self._is_for(webhook, id, name)]
 
-    def _passes(self, webhook, event_id):
-        """Whether an event passes; it is read by itself because it may be large."""
+    def _is_for(self, webhook, event_id, name):
+        """Whether an event passes the filters, and does not tell of the webhook itself."""
+        if not webhook.filters and name not in OWN_EVENTS:
+            return True
+        # one by one, because they may be large
         body = self._row("SELECT body FROM payloads WHERE event_id = ?", event_id)
-        return body and wants(webhook, readable_fields(body[0]))
+        fields = readable_fields(body[0]) if body else {}
+        is_about_it = name in OWN_EVENTS and value_at(fields, "webhook.id") == webhook.id
+        return body and not is_about_it and wants(webhook, fields)
 
     # ---- reading statistics ----
 
