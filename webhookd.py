@@ -1104,7 +1104,7 @@ def ascii_host(host: str) -> str:
 
 def _check_number(host):
     """Raise Invalid if resolvers read the host as an address that it does not show."""
-    if NUMBER.fullmatch(host.removesuffix(".").rpartition(".")[2]):
+    if ":" not in host and NUMBER.fullmatch(host.removesuffix(".").rpartition(".")[2]):
         try:
             ipaddress.IPv4Address(host)
         except ValueError:
@@ -3642,6 +3642,8 @@ class Batch:
         health = self._health_of(old.id)
         if not health.is_well or old.paused:
             clean = Health(announced=health.announced, since=health.since)
+            if health.disabled and not self.webhooks.get(old.id).active:  # that alone enables it
+                clean = clean._replace(disabled=True, reason=health.reason)
             self._set_health(old.id, clean, now_ms)
             self._release(old.id, now_ms)
 
@@ -5851,13 +5853,14 @@ def changed_fields(old: Webhook, new: Webhook) -> str:
     return ",".join(name for name in shown if name) or "none"
 
 
-def change_in_words(old: Webhook, new: Webhook) -> str:
-    """What a change does to a webhook."""
+def change_in_words(old: Webhook, new: Webhook, starts_clean: bool) -> str:
+    """What a change does to a webhook, also where only its failures are forgotten."""
     if old.active != new.active:
         return "webhook activated" if new.active else "webhook deactivated"
     if old.paused != new.paused:
         return "webhook paused by hand" if new.paused else "webhook resumed"
-    return "webhook changed"
+    is_same = changed_fields(old, new) == "none"
+    return "webhook resumed" if starts_clean and is_same else "webhook changed"
 
 
 def lost_secret(old: Webhook, new: Webhook) -> bool:
@@ -6301,7 +6304,8 @@ class Api:
         if lost_secret(old, webhook):
             self._store.empty_log()
         names, url = changed_fields(old, webhook), webhook.short_url
-        self._log_change(change_in_words(old, webhook), id=id, fields=names, url=url)
+        words = change_in_words(old, webhook, starts_clean)
+        self._log_change(words, id=id, fields=names, url=url)
         return webhook
 
     def delete_webhook(self, id):
