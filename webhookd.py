@@ -10,25 +10,29 @@ API compatible with Confluence's or in a browser; every event is on disk before 
 acknowledged, and is delivered signed, retried and observed. One process and one
 SQLite file.
 
-The way of an event, left to right and down; nothing below calls anything above:
+The way of an event. The writer decides, the dispatcher obeys: who changes something only
+writes, and the dispatcher hears of it from the commit.
 
-   POST /rest/api/events ─ Api ─ Store.publish ──────┐ event + a delivery per webhook
-                                 (waits for commit)  │ that wants it, ONE transaction
-                                                     │ shared with whoever publishes at
-                                202 ◄────────────────┤ the same moment, fsynced
-                                                     ▼
-                                                Dispatcher   due deliveries by webhook;
-                                                     │       the database holds the rest
-                                                     ▼       and is the only truth
-                       sign ─ connect to a checked address ─ send ─ judge the outcome
-                                                     │
-                                                     ▼
-                                                Store.settle  attempt + next state, with
-                                                              the next commit
+    POST /rest/api/events ─ Api ─ Store.publish ─┐  event + one delivery per webhook that wants
+                                  (waits)        │  it, in ONE transaction shared with all that
+                                                 ▼  waits (group commit), fsynced
+                                              writer ──── commit ────► 202
+                                                 │
+                                                 │  ONE message per commit: what is newly due,
+                                                 ▼  what was recorded, rescheduled or changed
+                                             dispatcher     queues by webhook, in memory, bounded;
+                                                 │          the database holds the rest and is
+                                                 ▼          the only truth
+                              sign ─ connect to a checked address ─ send ─ read the answer
+                                                 │
+                                                 ▼  facts only: this delivery, this attempt
+                                              writer        judges with the committed health and
+                                                            the delivery's state in the database,
+                                                            records, commits, tells
 
-    pending ──2xx──► succeeded ─┐   being in flight is known to memory only: after a
-     ▲   └─ given up ──► failed ┤   crash what was not settled is pending, and is
-     └───────── redeliver ──────┘   attempted again
+    pending ──2xx──► succeeded          in flight is memory only: after a crash every delivery that
+       ▲  └─ gave up / 410 ──► failed   was not recorded is pending again, and that is the whole of
+       └────────── redeliver ─────┘     crash recovery
 
 Threads: waitress's (the API), the store's writer, the delivery loop (asyncio), maintenance,
 and one for each name that is being looked up. The sections, in the order in which the
