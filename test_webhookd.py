@@ -387,8 +387,18 @@ def test_the_docstring_lists_the_sections_in_their_order():
     ]
 
 
+README = (HERE / "README.md").read_text()
+
+
+def subcommands(parser, before=""):
+    """The names of a parser's subcommands, each with those that it is under."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from list(subcommands(inner, f"{before}{name} ")) or [before + name]
+
+
 def test_readme_names_every_route_setting_and_subcommand_and_no_other(wsgi):
-    readme = (HERE / "README.md").read_text()
     routes = {
         (route.method, re.sub(r"<(\w+)(:id)?>", r"{\1}", route.rule))
         for route in wsgi.routes
@@ -396,15 +406,92 @@ def test_readme_names_every_route_setting_and_subcommand_and_no_other(wsgi):
     }
     variables = {webhookd.variable(f) for f in dataclasses.fields(webhookd.Settings)}
     flags = {webhookd.flag(f) for f in dataclasses.fields(webhookd.Settings)}
+    command = r"(?:^|`|python3 )webhookd(?:\.py)? ((?:user )?[a-z]+)"
 
-    named = set(re.findall(r"`(GET|POST|PUT|DELETE) ([^`?\s]+)[^`]*`", readme))
+    named = set(re.findall(r"`(GET|POST|PUT|DELETE) ([^`?\s]+)[^`]*`", README))
+    code = re.findall(r"```sh\n.*?```|`[^`\n]+`", README, re.DOTALL)
+    commands = set(re.findall(command, "\n".join(code), re.MULTILINE))
 
     assert named == routes
-    assert set(re.findall(r"`(WEBHOOKD_[A-Z_]+)`", readme)) == variables
-    assert flags <= set(re.findall(r"`(--[a-z-]+)`", readme))
-    words = r"webhookd(?:\.py)? (user (?:add|list|remove)|backup|sink)\b"
-    commands = set(re.findall(words, readme))
-    assert commands == {"user add", "user list", "user remove", "backup", "sink"}
+    assert set(re.findall(r"`(WEBHOOKD_[A-Z_]+)`", README)) == variables
+    assert flags <= set(re.findall(r"`(--[a-z-]+)`", README))
+    assert commands == set(subcommands(webhookd.argument_parser()))
+
+
+def test_readme_tells_the_defaults_of_the_settings():
+    rows = re.findall(
+        r"^\| `(WEBHOOKD_[A-Z_]+)` \| `\S+` \| `?([^`|]+?)`? \|", README, re.MULTILINE
+    )
+
+    assert dict(rows) == {
+        webhookd.variable(field): field.metadata["default"] or "none"
+        for field in dataclasses.fields(webhookd.Settings)
+    }
+
+
+def test_readme_and_the_docstring_show_the_same_picture():
+    drawn = re.search(r"## How it works\n\n```\n(.*?)```", README, re.DOTALL)[1]
+
+    indented = "\n".join(line and f"    {line}" for line in drawn.splitlines())
+
+    assert indented in webhookd.__doc__
+
+
+def test_the_links_within_readme_lead_to_its_headings():
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    headings = re.findall(r"^##+ (.+)$", prose, re.MULTILINE)
+
+    anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+
+    assert set(re.findall(r"\]\(#([^)]+)\)", prose)) <= anchors
+
+
+def test_the_lines_of_readme_fit_on_a_screen():
+    lines = [line for line in README.splitlines() if not line.startswith("|")]
+
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_every_webhook_of_the_recipes_can_be_registered():
+    recipes = README.partition("## Recipes")[2].partition("\n## ")[0]
+    posted = re.findall(r"/rest/api/webhooks (?:-d|--json) '(.*?)'\n", recipes, re.DOTALL)
+    rows = re.findall(r"^\| \w+ \| `(http\S+)` \| `(.+?)` \| `?(.*?)`? ?\|$", recipes, re.MULTILINE)
+    fields = [json.loads(text) for text in posted]
+    fields += [
+        {"url": url, "events": ["e"], "template": json.loads(template)}
+        | ({"headers": json.loads(headers)} if headers else {})
+        for url, template, headers in rows
+    ]
+    webhooks = [webhookd.read_webhook(given, webhookd.Webhook()) for given in fields]
+
+    assert len(webhooks) == 8
+    assert all(webhook.name for webhook in webhooks)
+
+
+has_curl_and_jq = shutil.which("curl") and shutil.which("jq")
+
+
+@pytest.mark.skipif(not has_curl_and_jq, reason="needs curl and jq")
+def test_the_examples_of_the_api_table_run_from_top_to_bottom(daemon, receiver):
+    daemon.start()
+    examples = re.findall(r"^\| `[A-Z]+ /.*\| `([^`]+)` \|$", README, re.MULTILINE)
+    flags = re.search(r"^A='(.+)' U=", README, re.MULTILINE)[1].replace("admin:try-it", "admin:pw")
+    lines = ['curl() { command curl --fail-with-body "$@"; }', *examples]
+    script = "\n".join(lines).replace("\\|", "|").replace("http://127.0.0.1:9000/", receiver.url)
+    variables = {"A": flags, "U": f"http://127.0.0.1:{daemon.port}"}
+
+    result = subprocess.run(
+        ["bash", "-euxo", "pipefail", "-c", script],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+    )
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(examples) == 21
+    assert "null" not in re.findall(r"^\+ [WED]=(.*)$", result.stderr, re.MULTILINE)
+    left = [daemon.call("GET", path)[1]["totalCount"] for path in (WEBHOOKS, EVENTS)]
+    assert left == [0, 0]  # what the last rows delete is what the first ones made
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
@@ -5768,10 +5855,18 @@ def test_promtool_has_nothing_to_say_about_the_metrics(api, receiver, dispatcher
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
 
 
+def test_readme_names_every_metric_and_no_other(api):
+    api.create("http://127.0.0.1:1/")
+
+    families = set(re.findall(r"^# TYPE (\w+)", api.get("/metrics").text, re.MULTILINE))
+
+    named = re.findall(r"`((?:webhookd|process)_\w+)(?:\{[^}]*\})?`", README)
+    assert set(named) == families
+
+
 @pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
 def test_promtool_takes_the_alert_rules_of_readme(tmp_path, api):
-    readme = (HERE / "README.md").read_text()
-    rules = re.search(r"```yaml\n(groups:.*?)```", readme, re.DOTALL)[1]
+    rules = re.search(r"```yaml\n(groups:.*?)```", README, re.DOTALL)[1]
     (tmp_path / "rules.yml").write_text(rules)
 
     result = subprocess.run(
