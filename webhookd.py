@@ -14,7 +14,7 @@ The way of an event. The writer decides, the dispatcher obeys: who changes somet
 writes, and the dispatcher hears of it from the commit.
 
     POST /rest/api/events ─ Api ─ Store.publish ─┐  event + one delivery per webhook that wants
-                                  (waits)        │  it, in ONE transaction shared with all that
+                                  (answer waits) │  it, in ONE transaction shared with all that
                                                  ▼  waits (group commit), fsynced
                                               writer ──── commit ────► 202
                                                  │
