@@ -10601,7 +10601,7 @@ def test_kill_9_at_any_moment_loses_nothing_that_was_acknowledged(daemon, receiv
 
 
 # ======================================================================================
-# Benchmark: `python3 test_webhookd.py` prints the tables that README shows
+# Benchmark: `python3 test_webhookd.py` prints what README's table is made of
 # ======================================================================================
 
 EVENT_BYTES = 1024
