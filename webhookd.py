@@ -66,6 +66,7 @@ import hmac
 import html
 import http
 import http.server
+import importlib.util
 import ipaddress
 import itertools
 import json
@@ -9073,28 +9074,20 @@ def start(given: argparse.Namespace) -> None:
 FAILURES = SettingError, DatabaseError, CommandError, WebhookdError, sqlite3.Error, OSError
 
 
-# what the process goes on with: the code of this file, as a module; the comment is for ps(1)
-LOADER = """# webhookd
-import marshal, sys, types
-with open(int(sys.argv.pop(1)), "rb") as file:
-    code = marshal.load(file)
-module = sys.modules["webhookd"] = types.ModuleType("webhookd")
-module.__file__ = code.co_filename
-exec(code, module.__dict__)
-sys.exit(module.main())
-"""
+COMPILED = "/proc/self/fd/"  # where the script is that has shed its syntax tree
 
 
 def shed_syntax_tree(code: types.CodeType) -> None:
-    """Go on as the same process with nothing but this file's code in it.
+    """Go on as the same process with this file's compiled code, as of a .pyc.
 
     Python keeps the syntax tree of a script while the script runs: 19 of 52 MB."""
     with contextlib.suppress(OSError, AttributeError):  # where that may not be: larger
         handle = os.memfd_create("webhookd", 0)
         with open(handle, "wb", closefd=False) as file:
-            marshal.dump(code, file)
-        os.lseek(handle, 0, os.SEEK_SET)
-        os.execv(sys.executable, [sys.executable, "-c", LOADER, str(handle), *sys.argv[1:]])
+            file.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+        # the name is for ps(1) only
+        python = [sys.executable, "-P", "-X", "webhookd", f"{COMPILED}{handle}"]
+        os.execv(sys.executable, python + sys.argv[1:])
 
 
 def main(arguments: list[str] | None = None, code: types.CodeType | None = None) -> int:
@@ -9109,7 +9102,7 @@ def main(arguments: list[str] | None = None, code: types.CodeType | None = None)
             given.database = given.database or from_environ or Settings.database
             given.run(given)
         else:
-            if code:
+            if code and not sys.argv[0].startswith(COMPILED):
                 shed_syntax_tree(code)
             start(given)
     except KeyboardInterrupt:
