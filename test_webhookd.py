@@ -8934,7 +8934,12 @@ def test_a_publisher_removed_just_now_publishes_nothing(shared_daemon):
         (b"GET http://[::1/health HTTP/1.1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nBad Header: x\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
-        (b"POST /rest/api/events HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", 413),
+        (b"POST /rest/api/events HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", 401),
+        (
+            b"POST /rest/api/events HTTP/1.1\r\nContent-Length: 99999999\r\n"
+            b"Authorization: Bearer x\r\n\r\n",
+            413,
+        ),
         (b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", 431),
     ],
     ids=lambda value: value if isinstance(value, int) else "sent",
