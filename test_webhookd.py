@@ -429,6 +429,17 @@ def test_readme_tells_the_defaults_of_the_settings():
     }
 
 
+def test_readme_explains_the_lines_of_the_log_that_are_to_act_on():
+    source = (HERE / "webhookd.py").read_text()
+    table = README.partition("| line | meaning |")[2].partition("\n\n")[0]
+    spans = re.findall(r"`([^`\n]+)`", table)
+    told = [span for span in spans if re.fullmatch(r"[A-Za-z',…]+( [A-Za-z',…]+)+", span)]
+    call = r'(?:log_fact|add)\(\s*"([^"]+)",\s*(?:level=)?logging\.(?:WARNING|ERROR)'
+
+    assert [words for words in told if f'"{words.replace("…", "%s")}"' not in source] == []
+    assert set(re.findall(call, source)) <= set(told)
+
+
 def test_readme_and_the_docstring_show_the_same_picture():
     drawn = re.search(r"## How it works\n\n```\n(.*?)```", README, re.DOTALL)[1]
 
