@@ -1916,7 +1916,7 @@ def being_looked_up(address_policy, host, *addresses):
 def test_a_name_is_refused_if_one_of_its_addresses_is(address_policy, addresses):
     being_looked_up(address_policy, "several.example", *addresses)
 
-    with pytest.raises(webhookd.AddressRefused, match="10.0.0.1 is not a public"):
+    with pytest.raises(webhookd.AddressRefused, match=r"10\.0\.0\.1 is not a public"):
         address_policy.check_url("http://several.example/")
 
 
@@ -3095,7 +3095,7 @@ def test_an_error_of_the_disk_that_is_full_says_that_it_is_full(store, monkeypat
     told = []
     for free in (1 << 30, 1 << 10):
         usage = usage._replace(free=free)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
         told.append(type(webhookd.stored_error(error, store._path)))
 
     assert told == [webhookd.Unavailable, webhookd.StorageFull]
@@ -7165,7 +7165,7 @@ def test_an_answer_that_nobody_fetches_gives_its_place_back(wsgi, long_delivery)
 
     for _ in range(webhookd.STREAMS.limit + 1):
         statuses = []
-        parts = wsgi(dict(environ), lambda status, *_: statuses.append(status))
+        parts = wsgi(dict(environ), lambda status, *_, told=statuses: told.append(status))
         next(iter(parts))
         parts.close()
 
@@ -10241,7 +10241,7 @@ def test_start_migration_and_stop_are_logged_each_on_a_line(daemon):
 
     facts = [line.split(" ", 2)[2] for line in "".join(daemon.log).splitlines()]
     assert facts == [
-        f"database migrated old=0 new={len(webhookd.MIGRATIONS)}",
+        f"database made old=0 new={len(webhookd.MIGRATIONS)}",
         f"starting version={webhookd.VERSION} database={daemon.database}",
         f"ready listen=127.0.0.1:{daemon.port}",
         "stopping",
@@ -10602,9 +10602,9 @@ def test_kill_9_at_any_moment_loses_nothing_that_was_acknowledged(daemon, receiv
     daemon.call("POST", WEBHOOKS, {"url": receiver.url, "events": ["e"]})
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         publishers = [pool.submit(publisher, name) for name in range(4)]
-        for round in range(4):
+        for _ in range(4):
             enough = len(acknowledged) + 40
-            wait_until(lambda: len(acknowledged) >= enough)
+            wait_until(lambda enough=enough: len(acknowledged) >= enough)
             daemon.end(signal.SIGKILL)
             daemon.start()
         ended.set()

@@ -3115,7 +3115,8 @@ def migrate(connection: Database) -> None:
                 for statement in script.split(";\n"):
                     connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        log_fact("database migrated", old=version, new=len(MIGRATIONS))
+        words = "database migrated" if version else "database made"
+        log_fact(words, old=version, new=len(MIGRATIONS))
 
 
 def _open_or_make(path):
@@ -3136,7 +3137,8 @@ def process_lock(path: str):
     try:
         handle = _open_or_make(path)
     except OSError as error:
-        raise SettingError(f"--database (WEBHOOKD_DATABASE): {path}: {error.strerror}")
+        why = f"--database (WEBHOOKD_DATABASE): {path}: {error.strerror}"
+        raise SettingError(why) from None
     # flock() does not meet SQLite's own locks, which are fcntl()'s; the file is closed
     # after SQLite's connections, for closing any handle drops a process's fcntl locks
     with contextlib.ExitStack() as cleanup:
@@ -5122,9 +5124,9 @@ class Dispatcher:
             webhook = self._store.webhooks.by_id.get(queue.webhook_id)
             if webhook and not queue.ready and queue.backlog:
                 self._refill(queue, webhook)
-            if webhook and queue.ready:
-                if self._may_start_at(queue, webhook) <= self._clock() * 1000:  # still
-                    self._start_next(queue, webhook)
+            moment = self._may_start_at(queue, webhook) if webhook and queue.ready else math.inf
+            if moment <= self._clock() * 1000:  # still
+                self._start_next(queue, webhook)
             self._line_up(queue)
 
     def _start_next(self, queue, webhook):
@@ -8330,13 +8332,14 @@ def printable(text: str) -> str:
 
 
 def _is_among(expected, given):
-    return any([hmac.compare_digest(expected.encode(), g.encode()) for g in given])
+    # a list: the time it takes must not tell which of them is right
+    return any([hmac.compare_digest(expected.encode(), g.encode()) for g in given])  # noqa: C419
 
 
 def hub_fault(secret: str, signatures: list[str], body: bytes) -> str | None:
     """Why X-Hub-Signature headers do not verify, or None if all of them do."""
     expected = hub_signature(secret, body)
-    if all([_is_among(expected, [signature]) for signature in signatures]):
+    if all([_is_among(expected, [signature]) for signature in signatures]):  # noqa: C419
         return None
     return "another secret, or another body"
 
