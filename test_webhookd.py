@@ -8556,8 +8556,8 @@ def test_what_a_webhook_paused_after_failures_holds_back_is_resumed(browser, rec
     publish_numbers(browser, *range(8))
     wall(0)
     waiting = browser.deliveries(webhook)[0]
-    assert "Waits while the webhook is paused" in browser.get(f"/deliveries/{waiting['id']}")
-    assert "waits while paused" in rows(browser.get("/webhooks/1"))[0]
+    assert "Next attempt in 10 s" in words(browser.get(f"/deliveries/{waiting['id']}"))
+    assert "in 10 s" in rows(browser.get("/webhooks/1"))[0]
 
     press(browser.get("/webhooks/1"), "Resume")
 
