@@ -252,10 +252,15 @@ class Settings:
     )
     pause_max: float = setting("2h", duration, "TIME", "longest pause of a webhook")
     disable_after: float = setting(
-        "5d", duration, "TIME", "a webhook failing without a break so long is disabled"
+        "5d",
+        duration,
+        "TIME",
+        "a webhook without a success for so long is disabled when it gives a delivery up",
     )
     max_event_size: int = setting("1M", size, "SIZE", "a larger event gets 413")
-    retention: float = setting("30d", duration, "TIME", "how long finished deliveries are kept")
+    retention: float = setting(
+        "30d", duration, "TIME", "how long events and finished deliveries are kept"
+    )
     max_database_size: int = setting(
         "2G", size, "SIZE", "past it the oldest finished deliveries go early"
     )
