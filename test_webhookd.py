@@ -2959,7 +2959,7 @@ def test_an_attempt_to_a_webhook_deleted_meanwhile_leaves_nothing_behind(store):
     record(store, due)
 
     tables = ("deliveries", "attempts", "statistics")
-    assert [store._row(f"SELECT count(*) FROM {table}")[0] for table in tables] == [0, 0, 0]
+    assert [store.reader().row(f"SELECT count(*) FROM {table}")[0] for table in tables] == [0, 0, 0]
 
 
 def test_one_write_that_fails_does_not_take_the_others_with_it(store):
@@ -3376,7 +3376,7 @@ def maintenance(store, dispatcher, settings, clock):
 
 
 def count(store, table):
-    return store._row(f"SELECT count(*) FROM {table}")[0]
+    return store.reader().row(f"SELECT count(*) FROM {table}")[0]
 
 
 def record_successes(store, deliveries, clock):
@@ -3943,7 +3943,7 @@ def test_who_is_told_of_a_disabled_webhook_may_be_deleted_in_the_same_commit(sto
         lambda: store.write(webhookd.Batch.delete_webhook, told.id),
     )
 
-    assert store._rows("SELECT event_id FROM deliveries") == [(1,)]
+    assert store.reader().rows("SELECT event_id FROM deliveries") == [(1,)]
 
 
 @pytest.mark.parametrize("again", ["replay", "redeliver"])

@@ -3183,35 +3183,40 @@ def insert(connection: Database, table: str, rows: list, conflict: str = "") -> 
         connection.execute(f"INSERT OR FAIL INTO {table} {clause} {conflict}", values)
 
 
-def where(tests: dict[str, object]) -> tuple[str, list]:
-    """A WHERE clause and its values: `{"a = ?": 1, "b IN": ("x", "y")}`.
-
-    Tests against None or nothing are left out."""
-    parts, values = ["1"], []
-    for test, value in tests.items():
-        if isinstance(value, tuple) and value:
-            parts.append(f"{test} {placeholders(value)}")
-            values += value
-        elif value not in (None, ()):
-            parts.append(test)
-            values.append(value)
-    return " WHERE " + " AND ".join(parts), values
+Condition = tuple  # SQL and the values of its placeholders, as ("a = ?", 1); () asks nothing
 
 
-def delivery_list(wanted: Filter) -> tuple[str, str]:
+def one_of(column: str, values: tuple) -> Condition:
+    """The condition that a column has one of the values; without values it asks nothing."""
+    return (f"{column} IN {placeholders(values)}", *values) if values else ()
+
+
+def if_given(sql: str, value: object) -> Condition:
+    """The condition with its one value; if that is None it asks nothing."""
+    return () if value is None else (sql, value)
+
+
+def where(conditions: list[Condition]) -> tuple[str, list]:
+    """The WHERE clause of rows that meet all conditions, and its values."""
+    given = [condition for condition in conditions if condition]
+    clause = " AND ".join(sql for sql, *_ in given) or "1"
+    return f" WHERE {clause}", [value for _, *values in given for value in values]
+
+
+def delivery_list(wanted: Filter) -> tuple[str, Condition]:
     """The deliveries by the index that finds those wanted without reading the others, and
-    the condition that they meet in it.
+    the condition of that index.
 
     Chosen by hand: the planner knows neither how rare a state is, nor what a ? stands for."""
     if wanted.states == (FAILED,):
-        return "deliveries INDEXED BY deliveries_failed", "state = 'failed'"
+        return "deliveries INDEXED BY deliveries_failed", ("state = 'failed'",)
     if wanted.outcomes and SUCCESS not in wanted.outcomes:
-        return "deliveries INDEXED BY deliveries_unsuccessful", "outcome <> 'SUCCESS'"
+        return "deliveries INDEXED BY deliveries_unsuccessful", ("outcome <> 'SUCCESS'",)
     if wanted.events:
-        return "deliveries INDEXED BY deliveries_by_name", "1"
+        return "deliveries INDEXED BY deliveries_by_name", ()
     if wanted.states == (PENDING,):
-        return "deliveries INDEXED BY deliveries_in_order", "state = 'pending'"
-    return "deliveries INDEXED BY deliveries_by_webhook", "1"
+        return "deliveries INDEXED BY deliveries_in_order", ("state = 'pending'",)
+    return "deliveries INDEXED BY deliveries_by_webhook", ()
 
 
 def or_404(row, what: str):
@@ -3292,10 +3297,10 @@ ALL_USERS = "SELECT name, role, password FROM users ORDER BY name"
 # ---- one transaction ----
 
 FINISHED = "state <> 'pending'"  # of deliveries
-_deliveries_of_it = "SELECT * FROM deliveries WHERE event_id = events.id"
-WITHOUT_DELIVERIES = f"NOT EXISTS ({_deliveries_of_it})"  # of events
-NAMES_NONE = "last_attempt NOT IN (SELECT id FROM attempts)"  # of statistics
-MISSED = f"NOT EXISTS ({_deliveries_of_it} AND webhook_id = ?)"
+_deliveries_of_event = "SELECT * FROM deliveries WHERE event_id = events.id"
+WITHOUT_DELIVERIES = f"NOT EXISTS ({_deliveries_of_event})"  # of events
+MISSED = f"NOT EXISTS ({_deliveries_of_event} AND webhook_id = ?)"  # of events, by a webhook
+NAMES_NO_ATTEMPT = "last_attempt NOT IN (SELECT id FROM attempts)"  # of statistics
 
 
 class IdempotencyKey(typing.NamedTuple):
@@ -3802,7 +3807,7 @@ class Batch:
 
     def forget_statistics(self, day: int) -> None:
         """Forget the counts of a day, except those that name a last attempt."""
-        self.connection.change(f"DELETE FROM statistics WHERE day = ? AND {NAMES_NONE}", day)
+        self.connection.change(f"DELETE FROM statistics WHERE day = ? AND {NAMES_NO_ATTEMPT}", day)
         self._counted_names.clear()
 
 
@@ -3866,41 +3871,51 @@ DELIVERY_COLUMNS = (
     " outcome, description, duration"
 )
 ATTEMPT_COLUMNS = ", ".join(f"attempts.{field}" for field in Attempt._fields[:-2])
-Steps = collections.abc.Iterator[None]  # each step is done when it is asked for
+EVENT_COLUMNS = "id, event, timestamp, (SELECT count(*) FROM deliveries WHERE event_id = events.id)"
+OF_WEBHOOKS = "webhook_id IN (SELECT id FROM webhooks)"  # not of one whose deletion goes on
+
+# work in steps: who asks for the next one has it done, and rests in between
+Steps = collections.abc.Iterator[None]
 IdsInSteps = collections.abc.Iterator[list[int]]
 
 
-EVENT_COLUMNS = "id, event, timestamp, (SELECT count(*) FROM deliveries WHERE event_id = events.id)"
+def event_conditions(wanted: Filter, time: str) -> list[Condition]:
+    """What the events that are wanted meet; time: the column of their times."""
+    return [
+        one_of("event", wanted.events),
+        if_given(f"{time} >= ?", wanted.since),
+        if_given(f"{time} <= ?", wanted.until),
+    ]
 
 
-def event_tests(wanted: Filter, time: str) -> dict[str, object]:
-    """What `where` takes to find the events that are wanted, by a column of times."""
-    since, until = wanted.since, wanted.until
-    return {"event IN": wanted.events, f"{time} >= ?": since, f"{time} <= ?": until}
+def delivery_conditions(webhook_id: int, wanted: Filter) -> list[Condition]:
+    """What the deliveries of a webhook that are wanted meet."""
+    return [
+        ("webhook_id = ?", webhook_id),
+        one_of("state", wanted.states),
+        one_of("outcome", wanted.outcomes),
+        *event_conditions(wanted, "created"),
+    ]
 
 
-def delivery_tests(webhook_id: int, wanted: Filter) -> dict[str, object]:
-    """What `where` takes to find the deliveries of a webhook that are wanted."""
-    tests = {"webhook_id = ?": webhook_id, "state IN": wanted.states}
-    return tests | {"outcome IN": wanted.outcomes} | event_tests(wanted, "created")
+def payload_condition(path: str, text: str) -> Condition:
+    """What all payloads meet that have the text at the path, and few others.
 
-
-def needle(path: str, text: str) -> tuple[str, list[bytes]]:
-    """An SQL condition that payloads with that text there fulfil, and few others."""
+    `user.id` and `42` need the bytes `"id":42` or `"id":"42` somewhere."""
     key, value = path.rpartition(".")[2], json_bytes(text)[1:-1]
-    if key.isdigit():  # perhaps an index
-        return "instr(body, ?)", [value[:NEEDLE_BYTES]]
+    if key.isdigit():  # perhaps the index of a list, which stands nowhere in the payload
+        return "instr(body, ?)", value[:NEEDLE_BYTES]
     name = json_bytes(key) + b":"
     needles = [(name + quote + value)[:NEEDLE_BYTES] for quote in (b"", b'"')]
-    return "(instr(body, ?) OR instr(body, ?))", needles
+    return "(instr(body, ?) OR instr(body, ?))", *needles
 
 
-class Found(typing.NamedTuple):
-    """A page of what a search found."""
+class EventsPage(typing.NamedTuple):
+    """A page of the events that are wanted."""
 
     events: list[Event]
-    total: int | None  # None: it has not looked at all
-    more: dict[str, int] | None = None  # then: `before` and `start` of what comes next
+    total: int | None  # None: a search has not looked at all of them
+    more: dict[str, int] | None = None  # then: `before` and `start` of the next page
 
 
 class Store:
@@ -4093,7 +4108,7 @@ class Store:
         if self.damage:
             yield self.damage
         try:
-            self._row("SELECT 1 FROM webhooks LIMIT 1")
+            self.reader().row("SELECT 1 FROM webhooks LIMIT 1")
         except (sqlite3.Error, MemoryError) as error:
             yield str(unreadable(error))
 
@@ -4206,7 +4221,7 @@ class Store:
         last, ids = 0, [0]
         while ids:
             ids, left_bytes = [], BYTES_PER_STEP
-            for id, is_old, size_bytes in self._rows(sql, before_ms, last, before_ms):
+            for id, is_old, size_bytes in self.reader().rows(sql, before_ms, last, before_ms):
                 if is_old and left_bytes > 0:
                     ids.append(id)
                     last, left_bytes = id, left_bytes - (size_bytes or 0)
@@ -4217,15 +4232,15 @@ class Store:
     def prune_answers(self, before_ms: int) -> Steps:
         """Forget Idempotency-Keys that were used before a moment, the oldest first."""
         sql = "SELECT 1 FROM answers WHERE created < ? LIMIT 1"
-        while self._row(sql, before_ms):
+        while self.reader().row(sql, before_ms):
             self.write(Batch.forget_answers, before_ms)
             yield
 
     def prune_statistics(self, before_day: int) -> Steps:
         """Forget counts of days before one, the oldest first, but none that names a last
         attempt."""
-        sql = f"SELECT min(day) FROM statistics WHERE day < ? AND {NAMES_NONE}"
-        while (day := self._row(sql, before_day)[0]) is not None:
+        sql = f"SELECT min(day) FROM statistics WHERE day < ? AND {NAMES_NO_ATTEMPT}"
+        while (day := self.reader().row(sql, before_day)[0]) is not None:
             self.write(Batch.forget_statistics, day)
             yield
 
@@ -4243,7 +4258,7 @@ class Store:
                 batch.connection.execute("PRAGMA incremental_vacuum")
 
         given_back = False
-        while self._row("PRAGMA freelist_count")[0] >= PAGES_PER_STEP:
+        while self.reader().row("PRAGMA freelist_count")[0] >= PAGES_PER_STEP:
             yield self.write(work)
             given_back = True
         if given_back:
@@ -4276,33 +4291,25 @@ class Store:
             self._cleanup.callback(connection.close)
         return connection
 
-    def _rows(self, sql, *values):
-        return self.reader().rows(sql, *values)
-
-    def _row(self, sql, *values):
-        return self.reader().row(sql, *values)
-
-    def _models(self, model, sql, *values):
-        return list(itertools.starmap(model, self._rows(sql, *values)))
-
-    def _page(self, model, columns, table, tests, page, condition="1"):
-        """A page of the rows that pass the tests, newest first, and their number.
+    def _page(self, columns, table, conditions, page):
+        """A page of the rows that meet the conditions, newest first, and their number.
 
         Beyond the page it counts no further than to COUNTED_ROWS."""
-        clause, values = where(tests)
-        chosen = f"FROM {table}{clause} AND {condition}"
+        clause, values = where(conditions)
+        chosen, reader = f"FROM {table}{clause}", self.reader()
         limit = page.start + page.limit + COUNTED_ROWS
-        [count] = self._row(f"SELECT count(*) FROM (SELECT 1 {chosen} LIMIT ?)", *values, limit)
+        sql = f"SELECT count(*) FROM (SELECT 1 {chosen} LIMIT ?)"
+        [count] = reader.row(sql, *values, limit)
         sql = f"SELECT {columns} {chosen} ORDER BY id DESC LIMIT ? OFFSET ?"
-        return self._models(model, sql, *values, page.limit, page.start), count
+        return reader.rows(sql, *values, page.limit, page.start), count
 
-    def _steps(self, columns, table, tests, condition="1"):
+    def _steps(self, columns, table, conditions):
         """Rows that begin with their id, in steps, oldest first."""
         last = 0
         while True:
-            clause, values = where(tests | {"id > ?": last})
-            order = f"AND {condition} ORDER BY id LIMIT {ROWS_PER_STEP}"
-            rows = self._rows(f"SELECT {columns} FROM {table}{clause} {order}", *values)
+            clause, values = where([*conditions, ("id > ?", last)])
+            sql = f"SELECT {columns} FROM {table}{clause} ORDER BY id LIMIT {ROWS_PER_STEP}"
+            rows = self.reader().rows(sql, *values)
             if not rows:
                 return
             yield rows
@@ -4312,26 +4319,27 @@ class Store:
 
     def events(self, wanted: Filter, page: Page) -> tuple[list[Event], int]:
         """A page of events, newest first, and how many there are in all."""
-        tests = event_tests(wanted, "timestamp")
-        return self._page(Event, EVENT_COLUMNS, "events", tests, page)
+        conditions = event_conditions(wanted, "timestamp")
+        rows, count = self._page(EVENT_COLUMNS, "events", conditions, page)
+        return [Event(*row) for row in rows], count
 
-    def search(self, wanted: Filter, page: Page, before: int | None = None) -> Found:
+    def search(self, wanted: Filter, page: Page, before: int | None = None) -> EventsPage:
         """A page of the events whose payload has what is wanted, newest first.
 
-        It looks at a bounded number of those before that id; who follows `more` sees all."""
+        It looks at a bounded number of events before an id. Who follows `more` sees all."""
         ids, low = self._matching(wanted, before or 1 << 53)
         part = ids[page.start : page.start + page.limit]
         events, more = self._events_of(part), None
         if low is None and before is None:
-            return Found(events, len(ids))
+            return EventsPage(events, len(ids))
         if page.start + page.limit < len(ids):
             more = {"before": part[-1], "start": 0}
         elif low is not None:
             more = {"before": low, "start": max(0, page.start - len(ids))}
-        return Found(events, None, more)
+        return EventsPage(events, None, more)
 
     def _matching(self, wanted, before):
-        """The ids that match, newest first, and before which it has not looked, or None."""
+        """The ids that match, newest first, and the id before which nobody looked, or None."""
         ids, looked, looked_bytes = [], 0, 0
         while looked < SEARCHED_EVENTS and looked_bytes < SEARCHED_BYTES:
             low, count, size_bytes = self._search_step(before)
@@ -4342,23 +4350,25 @@ class Store:
         return ids, before
 
     def _search_step(self, before):
-        """The lowest of the next ids, their number, and the bytes of their payloads."""
+        """The lowest of the next ids, their number, and the bytes of their payloads.
+
+        Each step ends where a quarter of all bytes that may be searched is reached."""
         step = "SELECT event_id, length(body) AS size FROM payloads WHERE event_id < ?"
         step += f" ORDER BY event_id DESC LIMIT {SEARCH_STEP}"
-        above = "sum(size) OVER (ORDER BY event_id DESC) - size AS above"
-        return self._row(
+        above = "sum(size) OVER (ORDER BY event_id DESC) - size AS above"  # bytes before this one
+        return self.reader().row(
             "SELECT min(event_id), count(*), sum(size)"
             f" FROM (SELECT event_id, size, {above} FROM ({step})) WHERE above < ?",
-            *(before, SEARCHED_BYTES // 4),
+            before,
+            SEARCHED_BYTES // 4,
         )
 
     def _having(self, wanted, low, high):
         """The ids from low to below high of the events that are wanted, newest first."""
-        tests = event_tests(wanted, "timestamp") | {"id >= ?": low, "id < ?": high}
-        clause, values = where(tests)
-        for path, text in wanted.where:
-            test, needles = needle(path, text)
-            clause, values = f"{clause} AND {test}", values + needles
+        conditions = event_conditions(wanted, "timestamp")
+        conditions += [("id >= ?", low), ("id < ?", high)]
+        conditions += [payload_condition(path, text) for path, text in wanted.where]
+        clause, values = where(conditions)
         sql = f"SELECT id, body FROM events CROSS JOIN payloads ON event_id = id{clause}"
         rows = self.reader().each(f"{sql} ORDER BY id DESC", *values)
         with contextlib.closing(rows):  # one by one, because they may be large
@@ -4368,7 +4378,7 @@ class Store:
         if not ids:
             return []
         sql = f"SELECT {EVENT_COLUMNS} FROM events WHERE id IN {placeholders(ids)}"
-        return self._models(Event, f"{sql} ORDER BY id DESC", *ids)
+        return [Event(*row) for row in self.reader().rows(f"{sql} ORDER BY id DESC", *ids)]
 
     def bodies(self, ids: list[int]) -> dict[int, bytes]:
         """The bodies of as many of the newest of these events as one answer may show."""
@@ -4383,8 +4393,9 @@ class Store:
                 taken[id] = body
         return taken
 
-    def _shown(self, delivery):
-        """The delivery, whose next attempt waits for what its webhook waits for."""
+    def _delivery(self, row):
+        """The delivery of a row, whose next attempt waits for what its webhook waits for."""
+        delivery = Delivery(*row)
         webhook = self.webhooks.by_id.get(delivery.webhook_id)
         if webhook is None:  # deleted just now
             return delivery
@@ -4394,85 +4405,69 @@ class Store:
     def event(self, id: int) -> tuple[Event, bytes, list[Delivery]]:
         """An event, its body and its deliveries; raises NotFound."""
         sql = "SELECT event, timestamp, body FROM events JOIN payloads ON event_id = id"
-        row = self._row(f"{sql} WHERE id = ?", id)
+        row = self.reader().row(f"{sql} WHERE id = ?", id)
         name, timestamp, body = or_404(row, f"event {id}")
-        tests = "event_id = ? AND webhook_id IN (SELECT id FROM webhooks)"
-        sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE {tests} ORDER BY id"
-        deliveries = list(map(self._shown, self._models(Delivery, sql, id)))
+        sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE {OF_WEBHOOKS} AND event_id = ?"
+        deliveries = [self._delivery(row) for row in self.reader().rows(f"{sql} ORDER BY id", id)]
         return Event(id, name, timestamp, len(deliveries)), body, deliveries
 
     def deliveries(self, webhook_id: int, wanted: Filter, page: Page) -> tuple[list[Delivery], int]:
         """A page of a webhook's deliveries, newest first, and how many there are."""
-        tests, (table, condition) = delivery_tests(webhook_id, wanted), delivery_list(wanted)
-        found, count = self._page(Delivery, DELIVERY_COLUMNS, table, tests, page, condition)
-        return list(map(self._shown, found)), count
+        table, condition = delivery_list(wanted)
+        conditions = [*delivery_conditions(webhook_id, wanted), condition]
+        rows, count = self._page(DELIVERY_COLUMNS, table, conditions, page)
+        return list(map(self._delivery, rows)), count
 
-    def delivery(self, uuid: str) -> tuple[Delivery, str, list[Attempt]]:
-        """A delivery, the body it sends and its attempts; raises NotFound."""
-        name = f"delivery {uuid}"
-        sql = f"SELECT id, {DELIVERY_COLUMNS} FROM deliveries WHERE uuid = ?"
-        row_id, *row = or_404(self._row(sql, uuid), name)
-        delivery = Delivery(*row)
-        or_404(delivery.webhook_id in self.webhooks.by_id, name)
-        sql = f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE delivery_id = ?"
-        attempts = self._models(Attempt, f"{sql} ORDER BY id", row_id)
-        sql = "SELECT body FROM payloads WHERE event_id = ?"
-        [body] = or_404(self._row(sql, delivery.event_id), name)  # else deleted just now
-        return self._shown(delivery), body.decode(), attempts
-
-    def delivery_in_steps(
-        self, uuid: str
-    ) -> tuple[Delivery, bytes, collections.abc.Iterator[Attempt]]:
+    def delivery(self, uuid: str) -> tuple[Delivery, bytes, collections.abc.Iterator[Attempt]]:
         """A delivery, its event's body and its attempts, oldest first, which are read when
         they are asked for; raises NotFound."""
-        name = f"delivery {uuid}"
-        row = self._row(
+        row = self.reader().row(
             f"SELECT id, body, {DELIVERY_COLUMNS} FROM deliveries"
-            " JOIN payloads USING (event_id) WHERE uuid = ?",
+            f" JOIN payloads USING (event_id) WHERE {OF_WEBHOOKS} AND uuid = ?",
             uuid,
         )
-        row_id, body, *columns = or_404(row, name)
-        delivery = Delivery(*columns)
-        or_404(delivery.webhook_id in self.webhooks.by_id, name)
-        [last] = self._row("SELECT max(id) FROM attempts WHERE delivery_id = ?", row_id)
-        return self._shown(delivery), body, self._attempts_until(row_id, last or 0)
+        row_id, body, *columns = or_404(row, f"delivery {uuid}")
+        sql = "SELECT max(id) FROM attempts WHERE delivery_id = ?"
+        [last] = self.reader().row(sql, row_id)
+        return self._delivery(columns), body, self._attempts_until(row_id, last or 0)
 
     def _attempts_until(self, row_id, last):
         """The attempts of a delivery, read a few at a time: one may have a megabyte."""
-        tests = f"delivery_id = ? AND id > ? AND id <= ? ORDER BY id LIMIT {ATTEMPTS_PER_STEP}"
-        sql, reached = f"SELECT id, {ATTEMPT_COLUMNS} FROM attempts WHERE {tests}", 0
+        chosen = f"delivery_id = ? AND id > ? AND id <= ? ORDER BY id LIMIT {ATTEMPTS_PER_STEP}"
+        sql, reached = f"SELECT id, {ATTEMPT_COLUMNS} FROM attempts WHERE {chosen}", 0
         while reached < last:
-            rows = self._rows(sql, row_id, reached, last)
+            rows = self.reader().rows(sql, row_id, reached, last)
             yield from (Attempt(*attempt) for _, *attempt in rows)
             if not rows:  # to end here would look as if these were all
-                raise Unavailable("the delivery was deleted meanwhile")
+                raise Unavailable("the delivery was deleted while it was read")
             reached = rows[-1][0]
 
     def attempt_starts(self, uuids: list[str]) -> dict[str, int]:
         """When the last attempt of each of these deliveries began, if there is one."""
         of_each = f"deliveries.id = delivery_id WHERE uuid IN {placeholders(uuids)}"
         sql = f"SELECT uuid, max(start) FROM deliveries JOIN attempts ON {of_each}"
-        return dict(self._rows(f"{sql} GROUP BY uuid", *uuids))
+        return dict(self.reader().rows(f"{sql} GROUP BY uuid", *uuids))
 
     def delivery_states(self, event_ids: list[int]) -> dict[int, collections.Counter]:
         """How many deliveries of each of these events are in which state."""
-        tests = f"event_id IN {placeholders(event_ids)} AND webhook_id IN (SELECT id FROM webhooks)"
-        sql = f"SELECT event_id, state, count(*) FROM deliveries WHERE {tests} GROUP BY 1, 2"
+        chosen = f"{OF_WEBHOOKS} AND event_id IN {placeholders(event_ids)}"
+        sql = f"SELECT event_id, state, count(*) FROM deliveries WHERE {chosen} GROUP BY 1, 2"
         states = collections.defaultdict(collections.Counter)
-        for event_id, state, number in self._rows(sql, *event_ids):
-            states[event_id][state] = number
+        for event_id, state, count in self.reader().rows(sql, *event_ids):
+            states[event_id][state] = count
         return states
 
     def redeliverable(self, webhook_id: int, wanted: Filter) -> IdsInSteps:
         """The row ids of the deliveries that match, in steps, oldest first."""
-        tests, (table, condition) = delivery_tests(webhook_id, wanted), delivery_list(wanted)
-        for rows in self._steps("id", table, tests, condition):
+        table, condition = delivery_list(wanted)
+        conditions = [*delivery_conditions(webhook_id, wanted), condition]
+        for rows in self._steps("id", table, conditions):
             yield [row_id for (row_id,) in rows]
 
     def missed_events(self, webhook: Webhook, wanted: Filter) -> IdsInSteps:
         """The ids of the events that a webhook wants and never got, in steps."""
-        tests = event_tests(wanted, "timestamp") | {MISSED: webhook.id}
-        for rows in self._steps("id, event", "events", tests):
+        conditions = [*event_conditions(wanted, "timestamp"), (MISSED, webhook.id)]
+        for rows in self._steps("id, event", "events", conditions):
             named = [(id, name) for id, name in rows if webhook.subscribed(name)]
             yield [id for id, name in named if self._is_for(webhook, id, name)]
 
@@ -4481,10 +4476,12 @@ class Store:
         if not webhook.filters and name not in OWN_EVENTS:
             return True
         # one by one, because they may be large
-        body = self._row("SELECT body FROM payloads WHERE event_id = ?", event_id)
-        fields = readable_fields(body[0]) if body else {}
+        row = self.reader().row("SELECT body FROM payloads WHERE event_id = ?", event_id)
+        if row is None:  # deleted just now
+            return False
+        fields = readable_fields(row[0])
         is_about_it = name in OWN_EVENTS and value_at(fields, "webhook.id") == webhook.id
-        return body and not is_about_it and wants(webhook, fields)
+        return not is_about_it and wants(webhook, fields)
 
     # ---- reading statistics ----
 
@@ -4498,9 +4495,9 @@ class Store:
         self, webhook_id: int, wanted: Filter, whole_url: bool = True, bodies: bool = True
     ) -> dict | None:
         """The last invocation that matches, as the API shows it, or None."""
-        tests = {"webhook_id = ?": webhook_id, "event IN": wanted.events}
-        clause, values = where(tests | {"statistics.outcome IN": wanted.outcomes})
-        row = self._row(
+        conditions = [("webhook_id = ?", webhook_id), one_of("event", wanted.events)]
+        clause, values = where([*conditions, one_of("statistics.outcome", wanted.outcomes)])
+        row = self.reader().row(
             f"SELECT uuid, event, body, {ATTEMPT_COLUMNS} FROM attempts"
             " JOIN deliveries ON deliveries.id = delivery_id"
             " JOIN payloads USING (event_id)"
@@ -4519,35 +4516,35 @@ class Store:
         self, webhook_id: int, events: tuple[str, ...], now_ms: int, whole_url: bool = True
     ) -> dict:
         """Counts of attempts and the last of each outcome, as the API shows them."""
-        shown = {}
+        document = {}
         for outcome in OUTCOMES:
             wanted = Filter(events=events, outcomes=(outcome,))
             invocation = self.latest(webhook_id, wanted, whole_url, bodies=False)
             if invocation:
-                shown[f"last{outcome.capitalize()}"] = invocation
-        shown["counts"] = self._counts(webhook_id, events, now_ms)
-        return shown
+                document[f"last{outcome.capitalize()}"] = invocation
+        document["counts"] = self._counts(webhook_id, events, now_ms)
+        return document
 
     def _counts(self, webhook_id, events, now_ms):
-        ids = (webhook_id,)
-        counts = self.attempts_by("webhook_id", ids, now_ms, events)[webhook_id]
-        window = STATISTICS_DAYS * DAY_MS
+        counts = self.attempts_by("webhook_id", (webhook_id,), now_ms, events)[webhook_id]
+        window_ms = STATISTICS_DAYS * DAY_MS
         return {
             "successes": counts[SUCCESS],
             "failures": counts[FAILURE],
             "errors": counts[ERROR],
-            "window": {"start": now_ms - window, "duration": window},
+            "window": {"start": now_ms - window_ms, "duration": window_ms},
         }
 
     def attempts_by(
         self, column: str, webhook_ids: tuple, now_ms: int, events: tuple = ()
     ) -> dict[int, collections.Counter]:
         """For each webhook_id or day the attempts of the last 30 days by outcome."""
-        tests = {"webhook_id IN": webhook_ids, "event IN": events}
-        clause, values = where(tests | {"day >= ?": now_ms // DAY_MS - STATISTICS_DAYS})
+        first_day = now_ms // DAY_MS - STATISTICS_DAYS
+        conditions = [one_of("webhook_id", webhook_ids), one_of("event", events)]
+        clause, values = where([*conditions, ("day >= ?", first_day)])
         sql = f"SELECT {column}, outcome, sum(attempts) FROM statistics{clause}"
         counts = collections.defaultdict(collections.Counter)
-        for key, outcome, attempts in self._rows(f"{sql} GROUP BY 1, 2", *values):
+        for key, outcome, attempts in self.reader().rows(f"{sql} GROUP BY 1, 2", *values):
             counts[key][outcome] = attempts
         return counts
 
@@ -4569,15 +4566,15 @@ class Store:
         """The webhook's oldest due deliveries that are not held, and if there are more.
 
         Those of an ordered webhook come in publish order, due or not."""
-        until, order = (until_ms, "next_attempt, id")
-        if webhook.ordered:
-            until, order = None, "id"
-        tests = {"webhook_id = ?": webhook.id, "next_attempt <= ?": until}
-        clause, values = where(tests)
+        conditions, order = [("webhook_id = ?", webhook.id), ("state = 'pending'",)], "id"
+        if not webhook.ordered:
+            conditions.append(("next_attempt <= ?", until_ms))
+            order = "next_attempt, id"
+        clause, values = where(conditions)
         rows = self.reader().each(
             "SELECT id, uuid, webhook_id, event_id, event, body, attempt_count, schedule_index,"
             f" next_attempt FROM deliveries JOIN payloads USING (event_id){clause}"
-            f" AND state = 'pending' ORDER BY {order}",
+            f" ORDER BY {order}",
             *values,
         )
         taken, taken_bytes = [], 0
@@ -4595,7 +4592,7 @@ class Store:
         """When, after now, the webhook's next delivery becomes due; milliseconds."""
         sql = "SELECT min(next_attempt) FROM deliveries WHERE state = 'pending'"
         later = "webhook_id = ? AND next_attempt > ?"
-        return self._row(f"{sql} AND {later}", webhook_id, now_ms)[0]
+        return self.reader().row(f"{sql} AND {later}", webhook_id, now_ms)[0]
 
     def planned_after(self, moment_ms: int) -> list[int]:
         """The webhooks that have something planned, or wait themselves, after a moment."""
@@ -4612,7 +4609,7 @@ class Store:
 
     def oldest_pending(self) -> dict[int, int]:
         """When each webhook's oldest pending delivery was made; milliseconds."""
-        [created] = self._row(  # one row, because each gives up the GIL
+        [created] = self.reader().row(  # one row, because each gives up the GIL
             "SELECT json_group_object(id, (SELECT created FROM deliveries"
             " WHERE state = 'pending' AND webhook_id = webhooks.id"
             " ORDER BY deliveries.id LIMIT 1)) FROM webhooks"
@@ -6446,28 +6443,29 @@ class Api:
             page, wanted = read_page(query), read_filter(query, self._now_ms(), *filters)
             before = query.field("before", None, whole_number, 1)
             payload = query.field("payload", False, boolean)
-        found = self.find_events(wanted, page, before)
+        result = self.find_events(wanted, page, before)
         if payload:
-            return self._events_with_payload(page, found)
-        shown = [event.as_json() for event in found.events]
-        return self._page_of(page, found.total, shown, found.more)
+            return self._events_with_payload(page, result)
+        documents = [event.as_json() for event in result.events]
+        return self._page_of(page, result.total, documents, result.more)
 
-    def find_events(self, wanted: Filter, page: Page, before: int | None = None) -> Found:
+    def find_events(self, wanted: Filter, page: Page, before: int | None = None) -> EventsPage:
         """A page of events; where a payload is wanted, of those before an id."""
         if wanted.where:
             return self._store.search(wanted, page, before)
-        return Found(*self._store.events(wanted, page))
+        return EventsPage(*self._store.events(wanted, page))
 
-    def _events_with_payload(self, page, found):
-        bodies = self._store.bodies([event.id for event in found.events])
-        events, more = [event for event in found.events if event.id in bodies], found.more
-        if found.total is None and 0 < len(events) < len(found.events):
+    def _events_with_payload(self, page, result):
+        """The page with as many payloads as one answer may have: the next begins behind them."""
+        bodies = self._store.bodies([event.id for event in result.events])
+        events, more = [event for event in result.events if event.id in bodies], result.more
+        if result.total is None and 0 < len(events) < len(result.events):
             more = {"before": events[-1].id, "start": 0}
-        shown = [
+        documents = [
             with_payload(event.as_json(), payload_of(bodies[event.id], event.name, event.timestamp))
             for event in events
         ]
-        return self._page_of(page, found.total, shown, more)
+        return self._page_of(page, result.total, documents, more)
 
     def get_event(self, id):
         event, body, deliveries = self._store.event(id)
@@ -6490,7 +6488,7 @@ class Api:
     def get_delivery(self, uuid):
         with contextlib.ExitStack() as place:
             place.enter_context(self._slow_work.place(STREAMS))
-            delivery, body, attempts = self._store.delivery_in_steps(uuid.lower())
+            delivery, body, attempts = self._store.delivery(uuid.lower())
             parts = delivery_json(delivery, body, map(self._seen, attempts))
             begun, begun_bytes = [], 0
             for part in parts:
@@ -7588,7 +7586,7 @@ class Pages:
             raise Invalid("the form is malformed") from None
 
     def _list(self, page, total, noun, plural="", more=None):
-        """What a page needs to show a part of a list; more: as Found has it."""
+        """What a page needs to show a part of a list; more: as EventsPage has it."""
         query, starts = self._query(), page.neighbours(total or 0)
         links = {
             label: "?" + urllib.parse.urlencode(query | {"start": starts[name]}, True)
@@ -7676,7 +7674,7 @@ class Pages:
         return rows
 
     def show_delivery(self, uuid):
-        delivery, body, attempts = self._store.delivery_in_steps(uuid.lower())
+        delivery, body, attempts = self._store.delivery(uuid.lower())
         webhook, body = self._webhook(delivery.webhook_id), body.decode()
         attempts = list(collections.deque(attempts, MAX_SHOWN_ATTEMPTS))
         if not self._may_change():
@@ -7696,11 +7694,13 @@ class Pages:
             page = read_page(query, ROWS_PER_PAGE)
             before = query.field("before", None, whole_number, 1)
             wanted = read_filter(query, self._now_ms(), *EVENT_FILTERS)
-        found = self._api.find_events(wanted, page, before)
-        states = self._store.delivery_states([event.id for event in found.events])
-        rows = [(event, states[event.id]) for event in found.events]
-        shown = self._list(page, found.total, "event", more=found.more)
-        return self._page(EVENTS_PAGE, rows=rows, **shown)
+        result = self._api.find_events(wanted, page, before)
+        states = self._store.delivery_states([event.id for event in result.events])
+        return self._page(
+            EVENTS_PAGE,
+            rows=[(event, states[event.id]) for event in result.events],
+            **self._list(page, result.total, "event", more=result.more),
+        )
 
     def show_event(self, id):
         event, body, deliveries = self._store.event(id)
