@@ -1519,7 +1519,7 @@ def test_any_2xx_is_a_success_and_nothing_else(status, outcome):
     [(1, 1.0, 5), (2, 1.1, 330), (2, 0.9, 270), (3, 1.0, None)],
 )
 def test_waits_follow_the_schedule(attempts, jitter, wait):
-    found = webhookd.next_wait(attempts, (5, 300), jitter)
+    found = webhookd.next_wait_seconds(attempts, (5, 300), jitter)
 
     assert found == (wait and pytest.approx(wait))
 
@@ -1924,7 +1924,7 @@ def test_a_name_is_refused_if_one_of_its_addresses_is(address_policy, addresses)
     ],
 )
 def test_the_parts_of_a_url(url, expected):
-    assert webhookd.endpoint(url) == expected
+    assert webhookd.endpoint_of(url) == expected
 
 
 def parse(*pieces, closed=False):
@@ -2644,8 +2644,8 @@ def test_the_first_address_that_stands_is_the_only_one_that_is_used(
     assert len(receiver.received) == 1
 
 
-def test_both_families_are_tried_by_turns():
-    assert webhookd.by_turns(["::1", "::2", "::3", "127.0.0.1"]) == [
+def test_both_families_are_tried_in_alternation():
+    assert webhookd.alternating(["::1", "::2", "::3", "127.0.0.1"]) == [
         "::1",
         "127.0.0.1",
         "::2",
@@ -5607,8 +5607,8 @@ def test_what_counts_as_one_client(one, other, are_one):
     assert (webhookd.client_of(one) == webhookd.client_of(other)) == are_one
 
 
-def test_the_oldest_login_is_forgotten_first(logins, monkeypatch):
-    monkeypatch.setattr(webhookd, "MAX_VERIFIED", 2)
+def test_the_oldest_login_is_forgotten_first(logins):
+    logins._verified = webhookd.LimitedDict(2)
     for name in ("ann", "bob"):
         log_in(logins, name, name)
 

@@ -34,9 +34,13 @@ writes, and the dispatcher hears of it from the commit.
        ▲  └─ gave up / 410 ──► failed   was not recorded is pending again, and that is the whole of
        └────────── redeliver ─────┘     crash recovery
 
-Threads: waitress's (the API), the store's writer, the delivery loop (asyncio), maintenance,
-and one for each name that is being looked up. The sections, in the order in which the
-file builds on itself (`grep '^# ==='` finds them):
+Threads: the main one has the clients' sockets and answers small publications itself, waitress's
+answer all other requests; the store's writer; the delivery loop (asyncio); maintenance; and one
+for each name that is being looked up. Code calls only what stands above it. What must reach
+upward is handed down: `Store.on_commit` takes the listeners that the writer tells of each commit,
+and a publication's future calls the server back.
+
+The sections, in the order in which the file builds on itself (`grep '^# ==='` finds them):
 
     constants and logging   settings   errors   model   reading input   signatures
     policy   outbound HTTP   store   templates   dispatcher   maintenance   users   metrics
@@ -134,7 +138,14 @@ STATISTICS_DAYS = 30
 log = logging.getLogger("webhookd")
 
 
-def _printable(values):
+def printable(text: str) -> str:
+    """The text with escapes for what could disturb a terminal or forge a line of the log."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _pairs(values):
     for key, value in values.items():
         text = str(value)
         if not text or not text.isprintable() or set(text) & set(' "='):
@@ -144,7 +155,20 @@ def _printable(values):
 
 def log_fact(words: str, *, level: int = logging.INFO, **values: object) -> None:
     """Log one fact on one line: a few words, then key=value."""
-    log.log(level, "%s", " ".join([words, *_printable(values)]))
+    log.log(level, "%s", " ".join([words, *_pairs(values)]))
+
+
+class LimitedDict(dict):
+    """A dict with a limit: a new key beyond it takes the place of the oldest one."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self._limit = limit
+
+    def __setitem__(self, key, value):
+        if key not in self and len(self) >= self._limit:
+            del self[next(iter(self))]
+        super().__setitem__(key, value)
 
 
 # ======================================================================================
@@ -328,12 +352,12 @@ class Fault(typing.NamedTuple):
     def __str__(self):
         return f"{self.context}: {self.message}" if self.context else self.message
 
-    def within(self, place: str | None) -> "Fault":
-        """The fault as one of a larger whole, where its object has that place."""
-        if place is None or self.context is None:
-            return Fault(self.context if place is None else place, self.message)
+    def within(self, outer: str | None) -> "Fault":
+        """The fault as seen from outside: `url` within `[3]` is `[3].url`."""
+        if outer is None or self.context is None:
+            return Fault(self.context if outer is None else outer, self.message)
         dot = "" if self.context.startswith("[") else "."
-        return Fault(f"{place}{dot}{self.context}", self.message)
+        return Fault(f"{outer}{dot}{self.context}", self.message)
 
 
 class WebhookdError(Exception):
@@ -411,16 +435,24 @@ def error_document(status: int, faults: list[Fault]) -> dict:
 # ======================================================================================
 
 OUTCOMES = SUCCESS, FAILURE, ERROR = "SUCCESS", "FAILURE", "ERROR"  # of an attempt
-GONE = "gone"  # of one that was deleted during an attempt
 DELIVERY_STATES = PENDING, SUCCEEDED, FAILED = "pending", "succeeded", "failed"
+GONE = "gone"  # in a verdict: the delivery was deleted during the attempt
 HEALTH_STATES = ("healthy", "failing", "paused", "disabled", "inactive")
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
+def utf8(json_text: str) -> bytes:
+    """The UTF-8 of a JSON text.
+
+    UTF-8 has no half surrogate pairs. They come as escapes, and become the same again: what
+    Python writes in their place, as `\\ud83d`, is JSON's escape, too."""
+    return json_text.encode("utf-8", "backslashreplace")
+
+
 def json_bytes(value: object) -> bytes:
-    """Compact JSON in UTF-8; a lone surrogate stays the escape that it was."""
-    return _encode(value).encode("utf-8", "backslashreplace")
+    """Compact JSON in UTF-8."""
+    return utf8(_encode(value))
 
 
 def masked_url(url: str) -> str:
@@ -587,8 +619,8 @@ class Webhook:
 
     @functools.cached_property
     def known_answers(self) -> dict:
-        """What attempts have kept of responses that come again and again, by Response."""
-        return {}
+        """What attempts keep of responses that come again and again, by Response."""
+        return LimitedDict(MAX_KNOWN_ANSWERS)
 
     def without_secrets(self, text: str) -> str:
         """The text with every secret of the webhook masked."""
@@ -882,7 +914,10 @@ NUMBER_MARK = f"#{secrets.token_hex(16)}#"  # nobody can send what nobody knows
 
 
 class JsonNumber(str):
-    """A JSON number as it was written, so that it is delivered to the digit."""
+    """A JSON number as it was written, so that it is delivered to the digit.
+
+    1.10 is read as the string `#…#1.10`, encoded as one, and without_marks() takes mark and
+    quotes off again: the standard library's encoder has no other way to write 1.10."""
 
     @property
     def value(self) -> float:
@@ -963,10 +998,14 @@ def json_value(text: str, decode: collections.abc.Callable = _decode):
     return value
 
 
+def without_marks(text: str) -> str:
+    """The JSON of what has JsonNumbers, with the numbers as they were written."""
+    return _marked_number.sub(r"\1", text) if NUMBER_MARK in text else text
+
+
 def json_text(value: object) -> str:
     """Compact JSON of a value of an event, its numbers as they were written."""
-    text = _encode(value)
-    return _marked_number.sub(r"\1", text) if NUMBER_MARK in text else text
+    return without_marks(_encode(value))
 
 
 def json_object(body: bytes) -> dict:
@@ -981,7 +1020,7 @@ def json_object(body: bytes) -> dict:
 
 
 class Reader:
-    """Reads the parts of a whole; `with` raises at its end all that is wrong."""
+    """Reads the parts of a whole and collects their faults; the end of `with` raises them."""
 
     def __init__(self, fields: dict | None = None):
         self._fields, self._faults = fields or {}, []
@@ -993,19 +1032,19 @@ class Reader:
         if self._faults and kind is None:
             raise Invalid(*self._faults)
 
-    def check(self, place: str | None, condition: object, message: str) -> None:
-        """A fault unless the condition holds."""
+    def check(self, context: str | None, condition: object, message: str) -> None:
+        """Collect a fault unless the condition holds."""
         if not condition:
-            self._faults.append(Fault(place, message))
+            self._faults.append(Fault(context, message))
 
-    def read(self, place: str | None, parse: collections.abc.Callable, *arguments):
+    def read(self, context: str | None, parse: collections.abc.Callable, *arguments):
         """What parse makes of the arguments; None and a fault if it raises Invalid."""
         try:
             return parse(*arguments)
         except Invalid as error:
-            self._faults += [fault.within(place) for fault in error.faults]
+            self._faults += [fault.within(context) for fault in error.faults]
         except TooLarge as error:
-            raise TooLarge(*[fault.within(place) for fault in error.faults]) from None
+            raise TooLarge(*[fault.within(context) for fault in error.faults]) from None
 
     def field(self, name: str, default, parse: collections.abc.Callable, *arguments):
         """What parse makes of a field; the default if it is left out or null."""
@@ -1014,7 +1053,7 @@ class Reader:
         return self.read(name, parse, self._fields[name], *arguments)
 
     def only(self, *names: str) -> None:
-        """A fault for each other field: what does something heeds all that it is told."""
+        """Collect a fault for each other field: an operation must not pass one over."""
         for name in [name for name in self._fields if name not in names]:
             self.check(name, False, "is unknown here, so nothing was done")
             del self._fields[name]
@@ -1282,7 +1321,7 @@ def _epoch_ms(digits):
 
 def _iso_ms(text):
     try:
-        # in a query string an unencoded + of a time zone arrives as a space
+        # in a query string the + of a time zone arrives as a space if it was not encoded
         iso = text.upper().replace(" ", "+") if "T" in text.upper() else text
         moment = datetime.datetime.fromisoformat(iso)
     except ValueError:
@@ -1293,9 +1332,9 @@ def _iso_ms(text):
 
 
 def moment_ms(value: object, now_ms: int) -> int:
-    """Epoch milliseconds of the same, of an ISO 8601 time (UTC if unsaid), or so long ago."""
-    # true is no number, and what _iso_ms() says of it is right
-    text = str(value) if isinstance(value, (int, float, str)) else ""
+    """Epoch milliseconds of epoch milliseconds, of an ISO 8601 time (UTC unless it says
+    otherwise), or of a duration such as 2h, which is so long ago; raises Invalid."""
+    text = str(value) if isinstance(value, (int, float, str)) else ""  # "True" is refused below
     if re.fullmatch(r"-?\d{1,15}(?:\.\d+)?", text, re.ASCII):
         return _epoch_ms(text)
     with contextlib.suppress(ValueError):
@@ -1392,7 +1431,7 @@ def read_template(value: object) -> object:
 
 
 def query_fields(text: str) -> dict[str, str | list[str]]:
-    """What a query string asks for: all values of what may be repeated, or the last."""
+    """The values of a query string: a list where a name may be repeated, else the last."""
     query = urllib.parse.parse_qs(text)  # which leaves out what is blank
     repeatable = ("event", "outcome", "state", "where")
     return {name: v if name in repeatable else v[-1] for name, v in query.items()}
@@ -1411,7 +1450,7 @@ def _refuse_filter(_):
 def read_filter(
     reader: Reader, now_ms: int, *names: str, states: tuple[str, ...] = DELIVERY_STATES
 ) -> Filter:
-    """What those filters ask for; any other, which would be passed over, is a fault."""
+    """What the named filters ask for; a filter that does not apply here is a fault."""
     given = {}
     for attribute, name, parse, *arguments in (
         ("events", "event", strings),
@@ -1421,7 +1460,8 @@ def read_filter(
         ("until", "until", moment_ms, now_ms),
         ("where", "where", conditions),
     ):
-        parse, *arguments = (parse, *arguments) if name in names else (_refuse_filter,)
+        if name not in names:
+            parse, arguments = _refuse_filter, ()
         given[attribute] = reader.field(name, getattr(Filter(), attribute), parse, *arguments)
     return Filter(**given)
 
@@ -1479,6 +1519,7 @@ def _accepts(accepted, value):
 
 
 def _field_at(fields, path):
+    """The value at a path of a webhook's filter, which reaches into objects only."""
     for key in path.split("."):
         if not isinstance(fields, dict) or key not in fields:
             return ABSENT
@@ -1492,7 +1533,7 @@ def event_fields(body: bytes) -> dict:
 
 
 def readable_fields(body: bytes) -> dict:
-    """The same, or none of an event that is too deep."""
+    """The fields of an event's body, or none if it is too deep."""
     try:
         return event_fields(body)
     except Invalid:
@@ -1549,10 +1590,6 @@ def _header_name(value):
         raise Invalid(f"{place} {error}") from None
 
 
-def _event_body(fields):
-    return json_text(fields).encode("utf-8", "backslashreplace")
-
-
 def _name_of(fields):
     if fields.get("event") is None:
         way = "(in the body, or by ?event=NAME, or by X-Event-Key)"
@@ -1569,19 +1606,19 @@ def _event_time(value):
     return int(moment)
 
 
-def _check_size(size_bytes, max_bytes, place=None):
+def _check_size(size_bytes, max_bytes, context=None):
     if size_bytes > max_bytes:
         rule = f"an event may have at most {max_bytes} bytes (--max-event-size)"
-        raise TooLarge(Fault(place, rule))
+        raise TooLarge(Fault(context, rule))
 
 
 def _read_foreign(value, now_ms, max_bytes, naming):
-    """An event of another program: what it has stays where and as it is."""
+    """An event of another program, all of whose fields stay as they are."""
     with Reader() as reader:
         name = naming.query or reader.read("event", _header_name, naming.header)
     lead = {"timestamp": now_ms, "event": name}
     added = {key: lead[key] for key in lead if key not in value}
-    body = _event_body(added | value)
+    body = utf8(json_text(added | value))
     _check_size(len(body) - (len(_encode(added)) - 1 if added else 0), max_bytes)
     return NewEvent(name, now_ms, body, is_foreign=True)
 
@@ -1595,7 +1632,7 @@ def _read_event(value, now_ms, max_bytes, naming):
     with Reader() as reader:
         name = reader.read("event", _name_of, value)
         moment = reader.read("timestamp", _event_time, timestamp)
-    body = _event_body({"timestamp": timestamp, "event": name} | value)
+    body = utf8(json_text({"timestamp": timestamp, "event": name} | value))
     added = 0 if "timestamp" in value else len(f'"timestamp":{now_ms},')
     _check_size(len(body) - added, max_bytes)
     return NewEvent(name, moment, body)
@@ -1610,15 +1647,23 @@ def _read_one(body, now_ms, max_bytes, naming):
 _blank = re.compile(r"[ \t\r\n]*").match
 
 
-def _item(text, start, max_bytes, place):
+def _is_cut_off(error, text):
+    """Whether an error of the decoder comes from where a text was cut.
+
+    A string is then unterminated. Of a longer token, such as `fals` or `"\\ud83d\\ude0`, the
+    decoder names the start, which is less than 16 characters before the cut."""
+    return "Unterminated" in error.msg or error.pos > len(text) - 16
+
+
+def _item(text, start, max_bytes, context):
     """The JSON value at a position of a text, and where it ends; raises ValueError."""
-    is_large = len(text) > max_bytes
+    is_large = len(text) > max_bytes  # then a part is read that one event cannot exceed
     part, at = (text[start : start + max_bytes + 1], 0) if is_large else (text, start)
     try:
         item, end = _event_decoder.raw_decode(part, at)
     except json.JSONDecodeError as error:
-        is_at_end = error.pos > len(part) - 16 or "Unterminated" in error.msg
-        _check_size(len(part) if is_at_end and is_large else 0, max_bytes, place)  # it was cut off
+        if is_large and _is_cut_off(error, part):
+            _check_size(len(part), max_bytes, context)
         raise ValueError(f"{error.msg}: char {start - at + error.pos}") from None
     _check_depth(item, part, at, end)
     return item, start - at + end
@@ -1643,12 +1688,12 @@ def _items(text, max_bytes):
 def read_events(
     body: bytes, lines: bool, now_ms: int, max_bytes: int, naming: Naming = Naming()
 ) -> NewEvent | list[NewEvent]:
-    """The event of a JSON object; a list of those of an array, or of NDJSON lines.
+    """The event of a JSON object; the list of those of an array, or of NDJSON lines.
 
     Raises Invalid with the faults of all of them, TooLarge for one over max_bytes."""
     if lines:
-        found = re.finditer(rb"[^\n]+", body)
-        parts = ((_read_one, line[0].rstrip()) for line in found if line[0].strip())
+        matches = re.finditer(rb"[^\n]+", body)
+        parts = ((_read_one, line[0].rstrip()) for line in matches if line[0].strip())
     elif body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         parts = ((_read_event, item) for item in _items(decoded(body), max_bytes))
     else:
@@ -1684,7 +1729,7 @@ def _keyed_hmac(key):
 
 def hmac_sha256(key: bytes, *parts: bytes) -> bytes:
     """The HMAC of what the parts make together (RFC 2104, SHA-256)."""
-    # a copy of one that knows its key; hmac.digest() would also give up the GIL
+    # a copy of a code that has its key; hmac.digest() would also give up the GIL
     code = _keyed_hmac(key).copy()
     for part in parts:
         code.update(part)
@@ -1721,7 +1766,7 @@ def signing_secrets(webhook: Webhook, now_ms: int) -> list[str]:
 
 
 def has_old_secret(webhook: Webhook, now_ms: int) -> bool:
-    """Whether it holds a secret that no longer signs."""
+    """Whether the webhook holds a secret that no longer signs."""
     return bool(webhook.previous_secret) and now_ms >= webhook.previous_secret_until
 
 
@@ -1738,7 +1783,7 @@ def with_rotated_secret(old: Webhook, new: Webhook, now_ms: int) -> Webhook:
 def attempt_headers(
     webhook: Webhook, event: str, id: str, number: int, body: bytes, now_ms: int
 ) -> str:
-    """Lines of the headers that are an attempt's own, beside the fixed ones."""
+    """Lines of the headers that differ from attempt to attempt."""
     seconds = now_ms // 1000
     lines = (
         f"X-Event-Key: {event}\r\nX-Request-Id: {id}\r\nX-Attempt: {number}\r\n"
@@ -1770,7 +1815,7 @@ class Result(typing.NamedTuple):
 
     due: DueDelivery
     attempt: Attempt
-    ended: int  # milliseconds; the clock may have been set since the attempt's start
+    ended_ms: int  # the clock may have been set since the attempt's start
     is_plain: bool = False  # the success of a healthy webhook, which changes nothing else
 
 
@@ -1815,7 +1860,7 @@ def rest_seconds(attempt: Attempt, now_ms: int, jitter: float) -> float | None:
     return seconds and min(seconds * (1 + abs(1 - jitter)), MAX_RETRY_AFTER_SECONDS)
 
 
-def next_wait(attempts: int, schedule: tuple[float, ...], jitter: float) -> float | None:
+def next_wait_seconds(attempts: int, schedule: tuple[float, ...], jitter: float) -> float | None:
     """Seconds until the next attempt, or None when the schedule is used up.
 
     jitter is a factor around 1."""
@@ -1831,7 +1876,7 @@ def pause_seconds(failures: int, initial: float, maximum: float) -> float | None
 
 
 def longest_wait_seconds(settings: Settings) -> float:
-    """No plan lies further ahead than this, unless a clock was wrong when it was made."""
+    """How far ahead a plan can lie; one further ahead was made while a clock was wrong."""
     waits = (*settings.retry_schedule, settings.pause_max, MAX_RETRY_AFTER_SECONDS)
     return max(waits) * (1 + JITTER)
 
@@ -1849,14 +1894,13 @@ def reason_to_disable(attempt: Attempt, failing_seconds: float, disable_after: f
 
 def health_after_success(health: Health, now_ms: int) -> Health:
     """The health of a webhook after a success: what was asked by Retry-After still holds."""
-    # what was in flight when it was disabled does not enable it
+    # a success that was in flight when the webhook was disabled does not enable it
     if health.disabled or health.is_well:
         return health
-    rest = health.resting_until or 0
-    kept = {"announced": health.announced, "since": health.since}
-    if rest > now_ms:
-        kept |= {"resting_until": rest, "reason": health.reason}
-    return Health(**kept)
+    after = Health(announced=health.announced, since=health.since)
+    if (health.resting_until or 0) > now_ms:
+        after = after._replace(resting_until=health.resting_until, reason=health.reason)
+    return after
 
 
 def health_after_failure(
@@ -1864,8 +1908,9 @@ def health_after_failure(
 ) -> Health:
     """The health of a webhook after an attempt that failed, and gives its delivery up or not.
 
-    Who says when to come back is not down: that counts for nothing but the rest itself."""
-    _, attempt, now_ms, _ = result
+    A receiver that says when to come back is not down: such an answer is no failure, and only
+    makes the webhook rest."""
+    attempt, now_ms = result.attempt, result.ended_ms
     if health.disabled:
         return health
     rest = rest_seconds(attempt, now_ms, jitter)
@@ -1884,21 +1929,21 @@ def health_after_failure(
 
 def judge(result: Result, health: Health, settings: Settings, jitter: float) -> Verdict:
     """What becomes of a delivery and of its webhook, whose health is the committed one."""
-    due, attempt, now_ms, _ = result
+    due, attempt, now_ms = result.due, result.attempt, result.ended_ms
     index = due.schedule_index
     if attempt.outcome == SUCCESS:
         return Verdict(SUCCEEDED, None, index, health_after_success(health, now_ms))
-    if attempt.start < due.next_attempt:  # a probe does not use the schedule up
-        wait = (due.next_attempt - now_ms) / 1000
+    if attempt.start < due.next_attempt:  # a probe, before its time: its plan stays
+        wait_seconds = (due.next_attempt - now_ms) / 1000
     else:
         index += 1
-        wait = next_wait(index, settings.retry_schedule, jitter)
-    gives_up = wait is None or attempt.status == http.HTTPStatus.GONE
+        wait_seconds = next_wait_seconds(index, settings.retry_schedule, jitter)
+    gives_up = wait_seconds is None or attempt.status == http.HTTPStatus.GONE
     after = health_after_failure(health, result, gives_up, settings, jitter)
     if gives_up:
         return Verdict(FAILED, None, index, after)
-    wait = max(wait, 0, rest_seconds(attempt, now_ms, jitter) or 0)
-    return Verdict(PENDING, now_ms + round(wait * 1000), index, after)
+    wait_seconds = max(wait_seconds, 0, rest_seconds(attempt, now_ms, jitter) or 0)
+    return Verdict(PENDING, now_ms + round(wait_seconds * 1000), index, after)
 
 
 # ======================================================================================
@@ -1947,7 +1992,7 @@ class Endpoint(typing.NamedTuple):
 
 
 @functools.lru_cache(4096)
-def endpoint(url: str) -> Endpoint:
+def endpoint_of(url: str) -> Endpoint:
     """The parts of a webhook's URL."""
     parts = urllib.parse.urlsplit(url)
     tls, host = parts.scheme == "https", ascii_host(parts.hostname)
@@ -2018,11 +2063,11 @@ class AddressPolicy:
 
     def check_url(self, url: str) -> None:
         """Raise AddressRefused if the URL's host is known to be where nothing may go."""
-        place = endpoint(url)
+        endpoint = endpoint_of(url)
         with contextlib.suppress(OSError):  # TimeoutError is one
-            found = self.lookup(place.host).result(LOOKUP_SECONDS_AT_REGISTRATION)
-            for address in found:
-                self.check(address, place.port)
+            addresses = self.lookup(endpoint.host).result(LOOKUP_SECONDS_AT_REGISTRATION)
+            for address in addresses:
+                self.check(address, endpoint.port)
 
     def lookup(self, host: str) -> concurrent.futures.Future:
         """A future of the host's addresses, or of OSError; raises OSError when busy."""
@@ -2037,38 +2082,41 @@ class AddressPolicy:
             if len(self._lookups) >= MAX_LOOKUPS:
                 raise UnknownHost("too many names are being looked up")
             # a daemon: a resolver that hangs must not keep the process from stopping
-            looking = threading.Thread(
+            thread = threading.Thread(
                 target=self._look_up, args=(host, future), name="lookup", daemon=True
             )
-            looking.start()  # it waits for the lock before it ends
+            thread.start()  # it waits for the lock before it ends
             self._lookups[host] = future
         return future
 
     def _look_up(self, host, future):
+        addresses, failure = None, None
         try:
-            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-            answer = list(dict.fromkeys(address[0] for *_, address in found))
-            finish = future.set_result
-        except Exception as error:  # whatever it is: what stays in _lookups is stuck
+            rows = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            addresses = list(dict.fromkeys(address[0] for *_, address in rows))
+        except Exception as error:  # any kind: a host that stayed in _lookups would be stuck
             is_silent = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
             words = "the name server did not answer for" if is_silent else "unknown host"
-            answer, finish = UnknownHost(f"{words} {host}"), future.set_exception
+            failure = UnknownHost(f"{words} {host}")
         with self._lock:
             del self._lookups[host]
-        finish(answer)
+        if failure:
+            future.set_exception(failure)
+        else:
+            future.set_result(addresses)
 
 
 # ---- requests and responses ----
 
 
 class ProtocolError(Exception):
-    """What came is not one HTTP/1.1 response."""
+    """A receiver answered, but not with one HTTP/1.1 response."""
 
 
-def request_bytes(place: Endpoint, headers: str, body: bytes) -> bytes:
+def request_bytes(endpoint: Endpoint, headers: str, body: bytes) -> bytes:
     """A whole POST request, to be sent at once; headers: their lines."""
     head = (
-        f"POST {place.target} HTTP/1.1\r\nHost: {place.host_header}\r\n"
+        f"POST {endpoint.target} HTTP/1.1\r\nHost: {endpoint.host_header}\r\n"
         f"{headers}Content-Length: {len(body)}\r\n\r\n"
     )
     return head.encode("latin-1") + body
@@ -2165,9 +2213,9 @@ def parse_head(head: bytes) -> Head:
 class Response:
     """Reads one HTTP/1.1 response (RFC 9112) from bytes as they come; does no I/O.
 
-    The head decides: before its end what is wrong raises ProtocolError, after it it is only
-    a fault, which ends the use of the connection. What is read is at most MAX_RESPONSE_BYTES,
-    and nothing of it is searched twice."""
+    The head decides. What is wrong before its end raises ProtocolError. What is wrong after it
+    is a fault, which ends the use of the connection. At most MAX_RESPONSE_BYTES are read, and
+    no byte is searched twice."""
 
     def __init__(self):
         self.head: Head | None = None
@@ -2176,7 +2224,7 @@ class Response:
         self.reusable = False  # the connection, for another request
         self.faults: tuple[str, ...] = ()  # in words
         self._unread = bytearray()
-        self._searched = 0  # bytes of what is unread in which no end of a line is
+        self._searched = 0  # unread bytes that hold no end of a line
         self._received = 0
         self._wanted = 0  # bytes of the body or of the chunk
         self._read_next = self._read_head
@@ -2184,7 +2232,7 @@ class Response:
 
     @property
     def has_begun(self) -> bool:
-        """Whether something of it came."""
+        """Whether a byte of it came."""
         return self._received > 0
 
     @property
@@ -2193,7 +2241,7 @@ class Response:
         return self.head is not None and self.head.framing == UNCLEAR
 
     def feed(self, chunk: bytes) -> bool:
-        """Take in what came; whether the response is complete. Raises ProtocolError."""
+        """Read a chunk; whether the response is complete. Raises ProtocolError."""
         chunk = chunk[: MAX_RESPONSE_BYTES - self._received]
         self._received += len(chunk)
         self._unread += chunk
@@ -2229,7 +2277,7 @@ class Response:
         self.complete, self.reusable = True, False
 
     def _take(self, end, next_start):
-        """What is unread up to its end; what comes next starts there."""
+        """Take the unread bytes up to an end; the next ones start at next_start."""
         taken = bytes(self._unread[:end])
         del self._unread[:next_start]
         self._searched = 0
@@ -2325,7 +2373,7 @@ class Response:
 
 @functools.lru_cache(256)  # a receiver's answers are alike, but for the second in Date
 def whole_response(answer: bytes) -> Response | None:
-    """The response that these bytes are, if they are one and nothing is wrong; read only."""
+    """The response of exactly these bytes, if nothing is wrong with it; not to be changed."""
     response = Response()
     try:
         response.feed(answer)
@@ -2374,7 +2422,7 @@ NOT_FROM_HERE = (errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def _progress(error):
-    """How far a connection got: 0 not out of this machine, 3 to an answer."""
+    """How far a connection got before the error: from 0, not out of this machine, to 3."""
     if isinstance(error, (ConnectionError, UnknownHost)):
         return 3
     if isinstance(error, TimeoutError):
@@ -2383,12 +2431,12 @@ def _progress(error):
 
 
 def furthest(failures: list[Exception]) -> Exception:
-    """The one that says most about why there is no connection."""
+    """The failure that says most about why there is no connection."""
     return max(failures, key=_progress)
 
 
-def by_turns(addresses: list[str]) -> list[str]:
-    """The addresses, both families by turns, the first one's first (RFC 8305, 4)."""
+def alternating(addresses: list[str]) -> list[str]:
+    """The addresses with both families in alternation, the first one's first (RFC 8305, 4)."""
     first = [a for a in addresses if (":" in a) == (":" in addresses[0])]
     others = [a for a in addresses if (":" in a) != (":" in addresses[0])]
     return [a for pair in itertools.zip_longest(first, others) for a in pair if a]
@@ -2412,11 +2460,11 @@ def _close_unused(task):
 
 
 async def open_first(addresses: list[str], port: int, failures: list) -> socket.socket:
-    """A socket connected to whichever address stands first; raises the furthest failure.
+    """A socket connected to whichever address answers first; raises the furthest failure.
 
-    The next address is tried after a quarter of a second, or when one fails. failures:
-    gets those of the addresses."""
-    waiting, running = collections.deque(by_turns(addresses)[:MAX_ADDRESSES_TRIED]), set()
+    The next address is tried after a quarter of a second, or when one fails. Their failures are
+    added to the list."""
+    waiting, running = collections.deque(alternating(addresses)[:MAX_ADDRESSES_TRIED]), set()
     try:
         while waiting or running:
             if waiting:
@@ -2439,7 +2487,7 @@ handshake_for: contextvars.ContextVar["Exchange"] = contextvars.ContextVar("hand
 
 
 class TimedTls(ssl.SSLObject):
-    """Counts what the handshake of an exchange costs the loop."""
+    """Adds the loop's time for a handshake up in its exchange."""
 
     def do_handshake(self) -> None:
         begun = time.thread_time()
@@ -2477,7 +2525,7 @@ class Connection(asyncio.Protocol):
     """One connection to a receiver, used by one exchange at a time."""
 
     def __init__(self, exchange, opened: socket.socket):
-        self.exchange = exchange  # whom it serves now; None: it is idle
+        self.exchange = exchange  # the one that it serves now; None: it is idle
         self.transport = None
         self._socket = opened
         self._incoming = select.poll()  # bytes, an end or an error
@@ -2492,7 +2540,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data):
         if self.exchange:
             self.exchange.received(data)
-        else:  # nobody asked: it must not become somebody's answer
+        else:  # to no request: it must not become the answer to the next one
             self.transport.abort()
 
     def is_usable(self) -> bool:
@@ -2502,8 +2550,8 @@ class Connection(asyncio.Protocol):
         return not is_over and not self._incoming.poll(0)
 
     def acknowledge(self) -> None:
-        """Acknowledge what came at once, and not after tcp(7)'s 40 ms: a receiver that
-        writes its answer in pieces may wait for it (Nagle's algorithm)."""
+        """Acknowledge at once what came, and not after tcp(7)'s 40 ms: a receiver that
+        writes its answer in pieces may wait for that (Nagle's algorithm)."""
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def eof_received(self):
@@ -2521,9 +2569,9 @@ class Exchange:
     That is AddressRefused, ProtocolError, OSError (TimeoutError among them) or a bug.
     Callbacks and no coroutine: a task for each is a sixth of the CPU of an attempt."""
 
-    def __init__(self, client, place, verify_tls, request, done):
+    def __init__(self, client, endpoint, verify_tls, request, done):
         self._client, self._done = client, done
-        self.place, self.verify_tls, self._request = place, verify_tls, request
+        self.endpoint, self.verify_tls, self._request = endpoint, verify_tls, request
         self.handshake_seconds = 0.0  # see TimedTls
         self.failures: list[Exception] = []  # of addresses, while another may still answer
         self._connection: Connection | None = None
@@ -2534,7 +2582,7 @@ class Exchange:
 
     def start(self) -> None:
         """Send on an idle connection, or else on a new one."""
-        connection = self._client.take_idle(self.place, self.verify_tls)
+        connection = self._client.take_idle(self.endpoint, self.verify_tls)
         self._is_reused = connection is not None
         if connection:
             self.send_on(connection)
@@ -2543,7 +2591,7 @@ class Exchange:
 
     def send_on(self, connection: Connection) -> None:
         """Send the request; what comes on the connection now is for this exchange."""
-        if self._done is None:  # its time was up at the moment the connection stood
+        if self._done is None:  # its time was up just when the connection was made
             connection.transport.abort()
             return
         self._connection, connection.exchange = connection, self
@@ -2558,11 +2606,11 @@ class Exchange:
         except ProtocolError as error:
             self._end_without_answer(error)
         else:
-            self._go_on(is_complete)
+            self._continue(is_complete)
 
-    def _go_on(self, is_complete):
+    def _continue(self, is_complete):
         head = self._response.head
-        if self._is_reused and head and head.status == 408:  # of the time it was idle
+        if self._is_reused and head and head.status == 408:  # sent because it was idle
             self._send_again()
         elif is_complete:
             self._end(self._response)
@@ -2591,7 +2639,7 @@ class Exchange:
 
     def abandon(self) -> None:
         """Close everything; nobody is called back."""
-        self._done = lambda answer: None
+        self._done = lambda answer: None  # instead of who waits for the answer
         self.expire()
 
     def _limit_patience(self):
@@ -2606,7 +2654,7 @@ class Exchange:
             self._end(error)
 
     def _send_again(self):
-        """On a new connection, once: the idle one was stale, what it brought is no answer."""
+        """Send once more, on a new connection: the idle one was stale, and brought no answer."""
         self._is_reused, self._response = False, Response()
         self._drop_connection()
         self._connect()
@@ -2636,7 +2684,7 @@ class Exchange:
             self._patience.cancel()
         if self._connection and answer is self._response and self._is_reusable():
             self._connection.exchange = None
-            self._client.keep_idle(self._connection, self.place, self.verify_tls)
+            self._client.keep_idle(self._connection, self.endpoint, self.verify_tls)
         elif self._connection:
             self._drop_connection()
         self._client.ended(self)
@@ -2647,8 +2695,8 @@ class Exchange:
 
     def _is_reusable(self):
         transport = self._connection.transport
-        unsent = transport.get_write_buffer_size()  # the answer came before
-        return self._response.reusable and not unsent and not transport.is_closing()
+        unsent_bytes = transport.get_write_buffer_size()  # the answer may come before the end
+        return self._response.reusable and not unsent_bytes and not transport.is_closing()
 
 
 class Client:
@@ -2657,7 +2705,7 @@ class Client:
     def __init__(self, address_policy: AddressPolicy, timeout_seconds: float):
         self._address_policy = address_policy
         self.timeout_seconds = timeout_seconds
-        self._exchanges: dict[Exchange, float] = {}  # and when their time is up
+        self._exchanges: dict[Exchange, float] = {}  # when the time of each is up
         self._timer: asyncio.TimerHandle | None = None
         self._idle = collections.defaultdict(list)  # by endpoint's key: Connections
         self._idle_count = 0
@@ -2666,9 +2714,9 @@ class Client:
         self, webhook: Webhook, headers: str, body: bytes, done: collections.abc.Callable
     ) -> Exchange:
         """POST to a webhook, and later call done with what the Exchange ends in."""
-        place = endpoint(webhook.url)
-        request = request_bytes(place, webhook.fixed_headers + headers, body)
-        exchange = Exchange(self, place, webhook.verify_tls, request, done)
+        endpoint = endpoint_of(webhook.url)
+        request = request_bytes(endpoint, webhook.fixed_headers + headers, body)
+        exchange = Exchange(self, endpoint, webhook.verify_tls, request, done)
         now = asyncio.get_running_loop().time()
         self._exchanges[exchange] = now + self.timeout_seconds
         if not self._timer:
@@ -2688,7 +2736,7 @@ class Client:
         self._timer = None
 
     def close(self) -> None:
-        """Give up what is under way, without a word, and close all connections."""
+        """Give up all exchanges, call nobody back, and close all connections."""
         for exchange in list(self._exchanges):
             exchange.abandon()
         if self._timer:
@@ -2702,9 +2750,9 @@ class Client:
         """An exchange is over."""
         del self._exchanges[exchange]
 
-    def take_idle(self, place: Endpoint, verify_tls: bool) -> Connection | None:
-        """A kept-alive connection to there, if there is one."""
-        connections = self._idle.get((place.tls, place.host, place.port, verify_tls))
+    def take_idle(self, endpoint: Endpoint, verify_tls: bool) -> Connection | None:
+        """A kept-alive connection to the endpoint, if there is one."""
+        connections = self._idle.get((endpoint.tls, endpoint.host, endpoint.port, verify_tls))
         while connections:
             self._idle_count -= 1
             connection = connections.pop()
@@ -2713,36 +2761,38 @@ class Client:
             connection.transport.abort()
         return None
 
-    def keep_idle(self, connection: Connection, place: Endpoint, verify_tls: bool):
+    def keep_idle(self, connection: Connection, endpoint: Endpoint, verify_tls: bool):
         """Keep a connection for another exchange, or close it if there are too many."""
         if self._idle_count >= MAX_IDLE_CONNECTIONS:
-            return connection.transport.abort()
+            connection.transport.abort()
+            return
         connection.idle_since = time.monotonic()
-        self._idle[place.tls, place.host, place.port, verify_tls].append(connection)
+        self._idle[endpoint.tls, endpoint.host, endpoint.port, verify_tls].append(connection)
         self._idle_count += 1
 
     async def connect(self, exchange: Exchange) -> None:
-        """Connect to a checked address for it; raises AddressRefused or OSError."""
-        place = exchange.place
+        """Connect an exchange to a checked address; raises AddressRefused or OSError."""
+        endpoint = exchange.endpoint
         handshake_for.set(exchange)
         addresses = await self._addresses(exchange)
         for address in addresses:  # all of them, before one is used
-            self._address_policy.check(address, place.port)
+            self._address_policy.check(address, endpoint.port)
         if len(addresses) == 1:
-            opened = await open_socket(addresses[0], place.port)
+            opened = await open_socket(addresses[0], endpoint.port)
         else:
-            opened = await open_first(addresses, place.port, exchange.failures)
+            opened = await open_first(addresses, endpoint.port, exchange.failures)
         exchange.failures.clear()
         tls = {}
-        if place.tls:  # RFC 6066, 3: neither the name sent nor the one verified ends in a dot
-            name = place.host.removesuffix(".")
+        if endpoint.tls:  # RFC 6066, 3: neither the name sent nor the one verified ends in a dot
+            name = endpoint.host.removesuffix(".")
             tls = {"ssl": tls_context(exchange.verify_tls), "server_hostname": name}
         await asyncio.get_running_loop().create_connection(
             lambda: Connection(exchange, opened), sock=opened, **tls
         )
 
     async def _addresses(self, exchange):
-        host = exchange.place.host
+        host = exchange.endpoint.host
+        # what the exchange says if its time is up before the name server answers
         silent = UnknownHost(f"timed out, the name server did not answer for {host}")
         exchange.failures.append(silent)
         addresses = await asyncio.wrap_future(self._address_policy.lookup(host))
@@ -2750,10 +2800,10 @@ class Client:
         return addresses
 
     def close_idle(self, older_than_seconds: float = 0) -> None:
-        """Close the connections that nobody has used for so long."""
-        limit = time.monotonic() - older_than_seconds
+        """Close the connections that have been idle for so long."""
+        newest = time.monotonic() - older_than_seconds
         for key, connections in list(self._idle.items()):
-            for connection in [c for c in connections if c.idle_since <= limit]:
+            for connection in [c for c in connections if c.idle_since <= newest]:
                 connections.remove(connection)
                 connection.transport.abort()
                 self._idle_count -= 1
@@ -2764,7 +2814,8 @@ class Client:
 # ---- one attempt ----
 
 
-def _answered(response, webhook):
+def _facts_of(response, webhook):
+    """The fields of an Attempt from `outcome` to `retry_after`."""
     masked = webhook.without_secrets
     head, description = response.head, str(response.head.status)
     target = head.header("location")
@@ -2773,19 +2824,24 @@ def _answered(response, webhook):
         description += f", a redirect to {target}, which is not followed"
     description = ", ".join([description, *response.faults])
     body = kept_text(response.body, head.header("content-type"), masked)
-    judged = outcome_of(head.status), description, head.status
-    return *judged, kept_headers(masked(head.lines)), body, None, head.header("retry-after")
+    return (
+        outcome_of(head.status),
+        description,
+        head.status,
+        kept_headers(masked(head.lines)),
+        body,
+        None,  # the request's body
+        head.header("retry-after"),
+    )
 
 
-def _judged(response, webhook):
-    """What an Attempt holds of a response; of a shared one it is worked out once."""
+def _known_facts_of(response, webhook):
+    """The same; those of a shared response are worked out once."""
     if not response.is_shared:
-        return _answered(response, webhook)
+        return _facts_of(response, webhook)
     known = webhook.known_answers
     if response not in known:
-        if len(known) >= MAX_KNOWN_ANSWERS:
-            known.clear()
-        known[response] = _answered(response, webhook)
+        known[response] = _facts_of(response, webhook)
     return known[response]
 
 
@@ -2824,12 +2880,12 @@ def start_attempt(
 
     def finish(answer):
         if isinstance(answer, Response):
-            outcome = _judged(answer, webhook)
+            facts = _known_facts_of(answer, webhook)
         else:
-            outcome = ERROR, described(answer)
-        duration = round((time.monotonic() - begun) * 1000)
+            facts = ERROR, described(answer)
+        duration_ms = round((time.monotonic() - begun) * 1000)
         sent = webhook.masked_headers + headers
-        attempt = Attempt(start_ms, duration, webhook.masked_url, sent, *outcome)
+        attempt = Attempt(start_ms, duration_ms, webhook.masked_url, sent, *facts)
         if exchange and exchange.handshake_seconds:
             attempt = attempt._replace(handshake_seconds=exchange.handshake_seconds)
         done(attempt)
@@ -3473,7 +3529,7 @@ class Batch:
         webhook = self.webhooks.by_id.get(result.due.webhook_id)
         if webhook is None:  # deleted, and not yet all swept
             return
-        after, now_ms = verdict.health, result.ended
+        after, now_ms = verdict.health, result.ended_ms
         if after is before and verdict.state == SUCCEEDED and not after.announced:
             return  # as nearly always
         if after != before:
@@ -3489,17 +3545,17 @@ class Batch:
         """Publish our own events of what an attempt has changed."""
         after, attempt, due = verdict.health, result.attempt, result.due
         if after.disabled and not before.disabled:
-            self._announce_health(webhook, WEBHOOK_DISABLED, after.reason, result.ended)
+            self._announce_health(webhook, WEBHOOK_DISABLED, after.reason, result.ended_ms)
         elif after.paused_until and not before.paused_until:
-            self._announce_health(webhook, WEBHOOK_PAUSED, after.reason, result.ended)
+            self._announce_health(webhook, WEBHOOK_PAUSED, after.reason, result.ended_ms)
         elif attempt.outcome == SUCCESS and after.announced and not after.disabled:
-            self._announce_health(webhook, WEBHOOK_RECOVERED, attempt.description, result.ended)
+            self._announce_health(webhook, WEBHOOK_RECOVERED, attempt.description, result.ended_ms)
         if verdict.state == FAILED:
             delivery = {"id": due.uuid, "event": due.event, "eventId": due.event_id}
             delivery["description"] = attempt.description
             attempts = "1 attempt" if not due.attempt_count else f"{due.attempt_count + 1} attempts"
             reason = f"given up after {attempts}: {attempt.description}"
-            self._publish_own(DELIVERY_FAILED, webhook, reason, result.ended, delivery=delivery)
+            self._publish_own(DELIVERY_FAILED, webhook, reason, result.ended_ms, delivery=delivery)
 
     def _announce_health(self, webhook, event, reason, now_ms):
         self._publish_own(event, webhook, reason, now_ms)
@@ -4667,7 +4723,7 @@ def render(webhook: Webhook, body: bytes) -> bytes:
         return body
     rendering = Rendering(body)
     text = rendering.text(template) if isinstance(template, str) else rendering.json(template)
-    return text.encode("utf-8", "backslashreplace")
+    return utf8(text)
 
 
 # ======================================================================================
@@ -5587,7 +5643,7 @@ class Logins:
         self._key = secrets.token_bytes(32)
         self._hashing = threading.Semaphore(MAX_HASHING)
         self._lock = threading.Lock()  # guards changes of the next two
-        self._verified: dict[tuple, User] = {}  # by name and digest, the oldest first
+        self._verified = LimitedDict(MAX_VERIFIED)  # Users by name and digest of the password
         # by user (None: no user) and client, the oldest first
         self._wrong: dict[tuple[str | None, str], WrongPasswords] = {}
 
@@ -5656,8 +5712,6 @@ class Logins:
             wrong.count -= 1
             if not wrong.count:
                 self._wrong.pop(culprit, None)
-            while len(self._verified) >= MAX_VERIFIED:
-                del self._verified[next(iter(self._verified))]
             self._verified[self._digest(login)] = user
 
     # ---- wrong passwords ----
@@ -6726,12 +6780,12 @@ def indented(text: str) -> str:
     """A JSON text line by line, to the digit; any other as it is."""
     try:
         value = json_value(text, _event_decoder.decode)
-        shown = _marked_number.sub(r"\1", json.dumps(value, indent=2, ensure_ascii=False))
+        lines = without_marks(json.dumps(value, indent=2, ensure_ascii=False))
     except (Invalid, RecursionError):
         return text
     # what is nested so deeply that it would be mostly blanks stays as it is, too
-    is_wide = len(shown) > 4 * len(text) + 1000
-    return text if is_wide else shown.encode("utf-8", "backslashreplace").decode()
+    is_wide = len(lines) > 4 * len(text) + 1000
+    return text if is_wide else utf8(lines).decode()
 
 
 def form_json(value: object) -> str:
@@ -7489,7 +7543,7 @@ class Pages:
         self._api, self._store = api, store
         self._address_policy, self._clock = address_policy, clock
         self._saving = threading.Lock()  # guards the next, and one form at a time is saved
-        self._sent_forms: dict[str, tuple[bytes, Webhook]] = {}  # their digests, by `once`
+        self._sent_forms = LimitedDict(MAX_SENT_FORMS)  # digest and Webhook by `once`
         self._render_json, api.render_error = api.render_error, self._render_error
         hook, delivery, event = "/webhooks/<id:id>", "/deliveries/<uuid>", "/events/<id:id>"
         states = "/<act:re:pause|resume|activate|deactivate>"
@@ -7741,8 +7795,6 @@ class Pages:
         webhook = webhook or self._save(self._edited(id), form)
         if once:
             self._sent_forms[once] = digest, webhook
-        while len(self._sent_forms) > MAX_SENT_FORMS:
-            del self._sent_forms[next(iter(self._sent_forms))]
         return webhook
 
     def _save(self, old, form):
@@ -8291,10 +8343,7 @@ class LineFormatter(logging.Formatter):
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if not text.isprintable():  # else a client could write to a terminal, or forge lines
-            parts = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-            text = "".join(parts)
+        text = printable(super().format(record))
         return f"<{PRIORITIES.get(record.levelno, 3)}>{text}" if self._journal else text
 
 
@@ -8322,19 +8371,14 @@ UNSHOWN_HEADERS = {"host", "content-length", "connection"}
 SIGNATURE_TOLERANCE_SECONDS = 300  # what Standard Webhooks asks of receivers
 
 
-def printable(text: str) -> str:
-    """The text with what could disturb a terminal escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def _is_among(expected, given):
-    return any([hmac.compare_digest(expected.encode(), g.encode()) for g in given])
+    return any(hmac.compare_digest(expected.encode(), text.encode()) for text in given)
 
 
 def hub_fault(secret: str, signatures: list[str], body: bytes) -> str | None:
     """Why X-Hub-Signature headers do not verify, or None if all of them do."""
     expected = hub_signature(secret, body)
-    if all([_is_among(expected, [signature]) for signature in signatures]):
+    if all(_is_among(expected, [signature]) for signature in signatures):
         return None
     return "another secret, or another body"
 
