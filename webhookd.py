@@ -3047,9 +3047,9 @@ class Database(sqlite3.Connection):
         try:
             return super().execute(sql, values)
         except sqlite3.Error as error:
-            raise self._told(error) from None
+            raise self._reported(error) from None
 
-    def _told(self, error):
+    def _reported(self, error):
         error = without_row(error)
         self.on_error(error)
         return error
@@ -3060,7 +3060,7 @@ class Database(sqlite3.Connection):
             try:
                 yield from cursor
             except sqlite3.Error as error:
-                raise self._told(error) from None
+                raise self._reported(error) from None
 
     def rows(self, sql: str, *values: object) -> list[tuple]:
         """All rows that it finds."""
@@ -3068,7 +3068,7 @@ class Database(sqlite3.Connection):
         try:
             return cursor.fetchall()
         except sqlite3.Error as error:
-            raise self._told(error) from None
+            raise self._reported(error) from None
 
     def row(self, sql: str, *values: object) -> tuple | None:
         """The first row, or None."""
@@ -3086,8 +3086,13 @@ class Database(sqlite3.Connection):
 def connect(path: str) -> Database:
     """A connection in autocommit mode, for any thread."""
     path = os.path.abspath(path)  # SQLite would take some names for more than a name
-    options = {"isolation_level": None, "check_same_thread": False}
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, factory=Database, **options)
+    connection = sqlite3.connect(
+        path,
+        timeout=BUSY_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=Database,
+    )
     connection.execute("PRAGMA temp_store = MEMORY")  # /tmp may be full, or read-only
     return connection
 
@@ -3121,6 +3126,15 @@ def transaction(connection, begin="BEGIN IMMEDIATE", end="COMMIT", undo="ROLLBAC
 def schema_version(connection: Database) -> int:
     """How many of the migrations the database has been through."""
     return connection.row("PRAGMA user_version")[0]
+
+
+def refuse_newer(version: int, name: str = "the database") -> None:
+    """Raise DatabaseError if a database has been through migrations not known here."""
+    if version > len(MIGRATIONS):
+        raise DatabaseError(
+            f"{name} has version {version}, written by a newer webhookd;"
+            f" this one knows {len(MIGRATIONS)}"
+        )
 
 
 class Space(typing.NamedTuple):
@@ -3158,11 +3172,7 @@ def measure(connection: Database, path: str) -> Space:
 def migrate(connection: Database) -> None:
     """Bring the database to this version, all or nothing; raises DatabaseError."""
     version = schema_version(connection)
-    if version > len(MIGRATIONS):
-        raise DatabaseError(
-            f"the database has version {version}, written by a newer webhookd;"
-            f" this one knows {len(MIGRATIONS)}"
-        )
+    refuse_newer(version)
     if not version and connection.row("SELECT 1 FROM sqlite_schema LIMIT 1"):
         raise DatabaseError("the database is another program's")
     if version < len(MIGRATIONS):
@@ -3175,7 +3185,8 @@ def migrate(connection: Database) -> None:
 
 
 def _open_or_make(path):
-    """A handle of the file; what root makes is its folder's owner's, as subcommands act."""
+    """A handle of the file. One that root makes belongs to the owner of its folder, as whom
+    the subcommands act, too."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -3192,7 +3203,8 @@ def process_lock(path: str):
     try:
         handle = _open_or_make(path)
     except OSError as error:
-        raise SettingError(f"--database (WEBHOOKD_DATABASE): {path}: {error.strerror}")
+        reason = f"--database (WEBHOOKD_DATABASE): {path}: {error.strerror}"
+        raise SettingError(reason) from None
     # flock() does not meet SQLite's own locks, which are fcntl()'s; the file is closed
     # after SQLite's connections, for closing any handle drops a process's fcntl locks
     with contextlib.ExitStack() as cleanup:
@@ -3291,8 +3303,7 @@ def definition_of(webhook: Webhook) -> str:
 
 
 class Webhooks:
-    """All webhooks at one moment, in the order of their ids; never changed, only
-    replaced."""
+    """All webhooks at one moment, in the order of their ids. A change makes a new one."""
 
     def __init__(self, by_id: dict[int, Webhook]):
         self.by_id = by_id
@@ -3379,16 +3390,15 @@ class Commit(typing.NamedTuple):
     """What the writer tells after a commit: all that the delivery loop has to know."""
 
     recorded: list[Recorded]
-    changed: set[int]  # webhooks that were changed, or whose waiting deliveries were
+    changed: set[int]  # webhooks that were changed, or whose pending deliveries were
     due: list[DueDelivery]  # just published, in publish order
 
 
 class Batch:
     """What one transaction does. The writer makes it, calls `record` first and `finish`
-    last; what is published in between waits for a few large statements.
+    last; events that are published in between wait for a few large statements.
 
-    A method that raises does so before it has changed anything but the database, where
-    it is undone."""
+    A method that raises has changed nothing but the database, where that is undone."""
 
     def __init__(
         self,
@@ -3414,14 +3424,14 @@ class Batch:
         self.users = connection.rows(ALL_USERS)  # as they are now: others may change them
 
     def flush(self) -> None:
-        """Insert what was published and replayed, for what comes next to see."""
+        """Insert what was published and replayed, so that the next statements see it."""
         for table, rows in self._new.items():
             insert(self.connection, table, rows)
             rows.clear()
         self._note_progress()
 
     def finish(self) -> None:
-        """Write the rest."""
+        """Write all that is not written yet."""
         self.flush()
         for webhook_id, now_ms in self._changed_at.items():
             if webhook_id in self.webhooks.by_id:
@@ -3433,7 +3443,7 @@ class Batch:
             self.connection.change(sql, *health, webhook_id)
 
     def _date_state(self, webhook_id, now_ms):
-        """Note when a webhook's state began, if it is another one than before."""
+        """Note when a webhook's state began, if it differs from the committed one."""
         webhook, health = self.webhooks.by_id[webhook_id], self._health_of(webhook_id)
         before = self._webhooks_before.by_id.get(webhook_id)
         state_before = before and (self._health[webhook_id].state(before), before.paused)
@@ -3461,7 +3471,7 @@ class Batch:
             sql = f"SELECT id FROM deliveries WHERE id IN {LISTED}"
             row_ids = json.dumps([result.due.row_id for result in chunk])
             existing = set(self.connection.column(sql, row_ids))
-            # an attempt whose delivery was deleted meanwhile leaves nothing behind
+            # an attempt during which the delivery was deleted leaves nothing behind
             self._insert_attempts([r for r in chunk if r.due.row_id in existing])
             for result in chunk:
                 before = self._health_of(result.due.webhook_id)
@@ -3491,7 +3501,8 @@ class Batch:
             " next_attempt = iif(new.outcome = 'SUCCESS', NULL, next_attempt)"
             " FROM attempts AS new"
             " WHERE new.id BETWEEN ? AND ? AND deliveries.id = new.delivery_id",
-            *(rows[0][0], rows[-1][0]),
+            rows[0][0],
+            rows[-1][0],
         )
         rows = [key + count_and_last for key, count_and_last in counts.items()]
         added = "attempts = attempts + excluded.attempts"
@@ -3499,7 +3510,7 @@ class Batch:
         insert(self.connection, "statistics", rows, f"ON CONFLICT DO {update}")
 
     def _counted_name(self, webhook_id, event):
-        """The name that an attempt is counted by: `*` once too many others are counted."""
+        """The name that an attempt is counted by: `*` if too many other names are counted."""
         names = self._counted_names.get(webhook_id)
         if names is None:
             sql = "SELECT DISTINCT event FROM statistics WHERE webhook_id = ?"
@@ -3511,9 +3522,9 @@ class Batch:
         return event
 
     def _apply_to_delivery(self, due, verdict):
-        """Write what becomes of a delivery that did not succeed; the verdict that holds.
+        """Write what becomes of a delivery that did not succeed; returns the verdict that holds.
 
-        What was redelivered or released during the attempt stays due."""
+        A delivery that was redelivered or released during the attempt stays due."""
         if verdict.state != SUCCEEDED:
             sql = "SELECT next_attempt, schedule_index FROM deliveries WHERE id = ?"
             plan = self.connection.row(sql, due.row_id)
@@ -3542,7 +3553,7 @@ class Batch:
             self._announce(webhook, result, before, verdict)
 
     def _announce(self, webhook, result, before, verdict):
-        """Publish our own events of what an attempt has changed."""
+        """Publish our own events about what an attempt has changed."""
         after, attempt, due = verdict.health, result.attempt, result.due
         if after.disabled and not before.disabled:
             self._announce_health(webhook, WEBHOOK_DISABLED, after.reason, result.ended_ms)
@@ -3568,13 +3579,14 @@ class Batch:
         self._add(NewEvent(name, now_ms, json_bytes(document)), now_ms, except_for=webhook.id)
 
     def _release(self, webhook_id, now_ms):
-        """Let all that waits be due, oldest first, and at no cost of its schedule."""
+        """Let all that waits be due, oldest first, without using its schedule up."""
         self.connection.change(
             "UPDATE deliveries SET next_attempt = min(created, ?),"
             " schedule_index = schedule_index - 1"
             " WHERE state = 'pending' AND webhook_id = ? AND next_attempt > created"
             " AND schedule_index > 0",  # else it was redelivered, and is due
-            *(now_ms, webhook_id),
+            now_ms,
+            webhook_id,
         )
         self.commit.changed.add(webhook_id)
 
@@ -3605,7 +3617,9 @@ class Batch:
         row = self.connection.row(
             "SELECT fingerprint, first_event, event_count FROM answers"
             " WHERE user = ? AND key = ? AND created > ?",
-            *(*idempotency[:2], now_ms - KEY_DAYS * DAY_MS),
+            idempotency.user,
+            idempotency.key,
+            now_ms - KEY_DAYS * DAY_MS,
         )
         if row is None:
             return None
@@ -3614,12 +3628,13 @@ class Batch:
             raise KeyReused(Fault("Idempotency-Key", "was used with another body or name"))
         self.flush()  # they may have been published in this batch
         sql = "SELECT id, event, timestamp, deliveries FROM events WHERE id BETWEEN ? AND ?"
-        found = {row[0]: Event(*row) for row in self.connection.rows(sql, first, first + count - 1)}
+        rows = self.connection.rows(sql, first, first + count - 1)
+        stored = {id: Event(id, *columns) for id, *columns in rows}
         # of one that was deleted since, only its id is known
-        return [found.get(id) or Event(id, None, None, 0) for id in range(first, first + count)]
+        return [stored.get(id) or Event(id, None, None, 0) for id in range(first, first + count)]
 
     def _add(self, event, now_ms, except_for=None):
-        """Add an event, and a delivery for each webhook that wants it but one."""
+        """Add an event, and a delivery for each webhook that wants it, except for one."""
         webhook_ids = [id for id in self.webhooks.wanting(event) if id != except_for]
         event_id = next(self._ids["events"])
         self.published_count += 1
@@ -3630,28 +3645,32 @@ class Batch:
         for webhook_id in webhook_ids:
             row_id, uuid = self._add_delivery(webhook_id, event_id, event.name, now_ms)
             self._due_count[webhook_id] += 1
-            if self._due_count[webhook_id] <= WINDOW + 1:  # the last: there are more
-                key = (row_id, uuid, webhook_id, event_id)
-                due = DueDelivery(*key, event.name, event.body, 0, 0, now_ms)
-                self.commit.due.append(due)
+            # one more than a queue has room for, so that it knows that there are more
+            if self._due_count[webhook_id] <= WINDOW + 1:
+                self.commit.due.append(
+                    DueDelivery(
+                        row_id, uuid, webhook_id, event_id, event.name, event.body, 0, 0, now_ms
+                    )
+                )
         if len(self._new["deliveries"]) >= ROWS_IN_MEMORY:
             self.flush()
         return Event(event_id, event.name, event.timestamp, len(webhook_ids))
 
     def _add_delivery(self, webhook_id, event_id, event, now_ms):
         row_id, uuid = next(self._ids["deliveries"]), uuid7(now_ms)
+        schedule = PENDING, 0, now_ms, 0  # state, attempt_count, next_attempt, schedule_index
+        no_attempt = None, None, None
         self._new["deliveries"].append(
-            (row_id, uuid, webhook_id, event_id, event, now_ms)
-            + (PENDING, 0, now_ms, 0, None, None, None)
+            (row_id, uuid, webhook_id, event_id, event, now_ms, *schedule, *no_attempt)
         )
         self.pending_change[webhook_id] += 1
         return row_id, uuid
 
     def replay(self, webhook_id: int, event_ids: list[int], now_ms: int) -> int:
-        """Make deliveries of stored events that a webhook has none of; how many.
+        """Make deliveries of stored events that a webhook has no delivery of; how many.
 
         Raises NotFound."""
-        self.webhooks.get(webhook_id)
+        self.webhooks.get(webhook_id)  # raises NotFound
         sql = f"SELECT id, event FROM events WHERE id IN {LISTED} AND {MISSED} ORDER BY id"
         events = self.connection.rows(sql, json.dumps(event_ids), webhook_id)
         for event_id, name in events:
@@ -3678,10 +3697,10 @@ class Batch:
         change: collections.abc.Callable[[Webhook], Webhook],
         starts_clean: bool = False,
     ) -> tuple[Webhook, Webhook]:
-        """Replace a webhook by change(it), which no other comes between; both of them.
+        """Replace a webhook by change(webhook); returns the old one and the new one.
 
-        If it starts clean, as one that is led elsewhere does, its failures are forgotten and
-        what waits is due. Raises NotFound."""
+        If it starts clean or has a new URL, its failures are forgotten and what waits is due.
+        Raises NotFound, and whatever change raises."""
         old = self.webhooks.get(id)
         new = change(old)
         self._replace(new, new.updated)
@@ -3708,7 +3727,8 @@ class Batch:
         health = self._health_of(old.id)
         if not health.is_well or old.paused:
             clean = Health(announced=health.announced, since=health.since)
-            if health.disabled and not self.webhooks.get(old.id).active:  # that alone enables it
+            if health.disabled and not self.webhooks.get(old.id).active:
+                # another URL, say, does not enable it: somebody has to activate it
                 clean = clean._replace(disabled=True, reason=health.reason)
             self._set_health(old.id, clean, now_ms)
             self._release(old.id, now_ms)
@@ -3718,9 +3738,9 @@ class Batch:
     def redeliver(self, webhook_id: int, row_ids: list[int], now_ms: int) -> int:
         """Have deliveries attempted at once, on a fresh schedule; how many there are.
 
-        If the breaker has paused their webhook, its probe is due; what a Retry-After asked
-        for holds no longer. Raises NotFound."""
-        self.webhooks.get(webhook_id)
+        If the breaker has paused their webhook, its probe is due. A rest that a Retry-After
+        asked for is over. Raises NotFound."""
+        self.webhooks.get(webhook_id)  # raises NotFound
         chosen = f"WHERE webhook_id = ? AND id IN {LISTED}"
         listed = (webhook_id, json.dumps(row_ids))
         sql = f"SELECT count(*) FROM deliveries {chosen} AND state = 'pending'"
@@ -3743,13 +3763,14 @@ class Batch:
         sql = "SELECT id, webhook_id FROM deliveries WHERE uuid = ?"
         row_id, webhook_id = or_404(self.connection.row(sql, uuid), f"delivery {uuid}")
         waiting = "state = 'pending' AND webhook_id = ?"
-        sql = f"SELECT min(next_attempt) - 1 FROM deliveries WHERE {waiting}"
+        sql = f"SELECT min(next_attempt) FROM deliveries WHERE {waiting}"
         [first] = self.connection.row(sql, webhook_id)
-        self.redeliver(webhook_id, [row_id], min(now_ms, first or now_ms))
+        before_all = now_ms if first is None else min(now_ms, first - 1)
+        self.redeliver(webhook_id, [row_id], before_all)
         return webhook_id
 
     def shift_schedule(self, after_ms: int, by_ms: int) -> None:
-        """Move what is planned after a moment, because the clock has jumped."""
+        """Move all that is planned after a moment, because the clock has jumped."""
         planned = "state = 'pending' AND next_attempt > ?"
         sql = f"UPDATE deliveries SET next_attempt = next_attempt + ? WHERE {planned}"
         self.connection.change(sql, by_ms, after_ms)
@@ -3766,7 +3787,9 @@ class Batch:
         self.connection.change(
             "UPDATE deliveries SET next_attempt = ?"
             f" WHERE state = 'pending' AND webhook_id IN {LISTED} AND next_attempt > ?",
-            *(latest_ms, json.dumps(webhook_ids), latest_ms),
+            latest_ms,
+            json.dumps(webhook_ids),
+            latest_ms,
         )
         for webhook_id in webhook_ids:
             health = self._health_of(webhook_id)
@@ -3777,7 +3800,7 @@ class Batch:
         self.commit.changed.update(webhook_ids)
 
     def excuse_failures(self, by_ms: int) -> None:
-        """Let webhooks fail so much shorter: the time is not known to have passed."""
+        """Take a time off how long webhooks fail: nobody knows whether it has passed."""
         for webhook_id in self.webhooks.by_id:
             health = self._health_of(webhook_id)
             if health.failing_since:
@@ -3790,7 +3813,7 @@ class Batch:
         """Delete an event and all that is known of it; raises NotFound."""
         sql = "SELECT id, webhook_id, state FROM deliveries WHERE event_id = ?"
         rows = self.connection.rows(sql, id)
-        self._forget(self.delete_deliveries([row_id for row_id, *_ in rows]))
+        self._replace_last_attempts(self.delete_deliveries([row_id for row_id, *_ in rows]))
         or_404(self.delete_events([id]), f"event {id}")
         rows = [row for row in rows if row[1] in self.webhooks.by_id]
         waiting = [webhook_id for _, webhook_id, state in rows if state == PENDING]
@@ -3798,8 +3821,8 @@ class Batch:
         self.commit.changed.update(webhook_id for _, webhook_id, _ in rows)
 
     def delete_webhook(self, id: int) -> None:
-        """Delete a webhook; raises NotFound. Of its deliveries a step is deleted at
-        once, and `delete_leftovers` does the rest; nobody sees them meanwhile."""
+        """Delete a webhook; raises NotFound. One step of its deliveries is deleted at once,
+        and `delete_leftovers` deletes the others, which nobody sees until then."""
         or_404(self._delete("webhooks", "id", [id]), f"webhook {id}")
         self.flush()  # what was published beside it
         self.connection.change("DELETE FROM statistics WHERE webhook_id = ?", id)
@@ -3836,23 +3859,25 @@ class Batch:
 
     def delete_deliveries_of(self, webhook_id: int) -> int:
         """Delete a step of a deleted webhook's deliveries; how many."""
-        if webhook_id in self.webhooks.by_id:  # new, and not yet known to who asks
+        if webhook_id in self.webhooks.by_id:  # whatever the caller believes: it is not deleted
             return 0
         sql = f"SELECT id FROM deliveries WHERE webhook_id = ? LIMIT {ROWS_PER_STEP}"
         ids = self.connection.column(sql, webhook_id)
         self.delete_deliveries(ids)
         return len(ids)
 
-    def _forget(self, attempts):
-        """Have the statistics name the attempts before those deleted as the last."""
+    def _replace_last_attempts(self, deleted):
+        """Where the statistics name a deleted attempt as the last, name the one before it."""
+        last = (
+            "SELECT attempts.id FROM deliveries JOIN attempts ON delivery_id = deliveries.id"
+            " WHERE webhook_id = statistics.webhook_id AND deliveries.event = statistics.event"
+            " AND attempts.outcome = statistics.outcome"
+            " ORDER BY deliveries.id DESC, attempts.id DESC LIMIT 1"
+        )
         self.connection.change(
-            "UPDATE statistics SET last_attempt = coalesce((SELECT attempts.id"
-            " FROM deliveries JOIN attempts ON delivery_id = deliveries.id WHERE"
-            " webhook_id = statistics.webhook_id"
-            " AND deliveries.event = statistics.event"
-            " AND attempts.outcome = statistics.outcome ORDER BY deliveries.id DESC,"
-            f" attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN {LISTED}",
-            json.dumps(attempts),
+            f"UPDATE statistics SET last_attempt = coalesce(({last}), 0)"
+            f" WHERE last_attempt IN {LISTED}",
+            json.dumps(deleted),
         )
 
     def forget_answers(self, before_ms: int) -> None:
@@ -3862,7 +3887,7 @@ class Batch:
         self.connection.change(sql, before_ms)
 
     def forget_statistics(self, day: int) -> None:
-        """Forget the counts of a day, except those that name a last attempt."""
+        """Forget the counts of a day, except those whose last attempt is still stored."""
         self.connection.change(f"DELETE FROM statistics WHERE day = ? AND {NAMES_NO_ATTEMPT}", day)
         self._counted_names.clear()
 
@@ -3871,7 +3896,7 @@ class Batch:
 
 
 def is_of_the_machine(error: Exception) -> bool:
-    """Whether the disk, the file or the memory is at fault, and not a statement of ours."""
+    """Whether the disk, the file or the memory is at fault, and not our own statement."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     return isinstance(error, MemoryError) or code != sqlite3.SQLITE_ERROR
 
@@ -3904,7 +3929,7 @@ class Write:
         self._run, self._result, self._error = run, None, None
 
     def run(self, batch: Batch) -> None:
-        """Called by the writer; an error stays with this write alone, if it can."""
+        """Called by the writer; most errors fail this write alone."""
         try:
             self._result = self._run(batch)
         except (sqlite3.Error, MemoryError):
@@ -3974,6 +3999,14 @@ class EventsPage(typing.NamedTuple):
     more: dict[str, int] | None = None  # then: `before` and `start` of the next page
 
 
+def _delivered_webhooks(connection):
+    """The ids of all webhooks that have deliveries: one look into the index for each id, where
+    DISTINCT would read all of it."""
+    sql, id = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?", 0
+    while (id := connection.row(sql, id)[0]) is not None:
+        yield id
+
+
 class Store:
     """The database. `with` opens and migrates it, runs the writer and closes it.
 
@@ -4001,18 +4034,18 @@ class Store:
         self._ids = {}  # the next ones of each table
         self._counted_names = {}  # event names that statistics have, by webhook
         self.webhooks = Webhooks({})
-        self.users: list[tuple] = []  # rows; another process may change them meanwhile
+        self.users: list[tuple] = []  # rows; another process may have changed them since
         self.health = HealthById()
         self.pending = collections.Counter()  # deliveries that wait, by webhook
         self.last_attempts: dict[int, int] = {}  # by webhook: when it started, milliseconds
-        self._deleted: list[int] = []  # webhooks that may have left something
+        self._deleted: list[int] = []  # webhooks that may have left deliveries
         self.space = Space()
-        self.unmeasured_bytes = 0  # published since
+        self.unmeasured_bytes = 0  # published since the space was measured
         self.published_count = 0  # of events, since the start
         self.problem: str | None = None  # why the last commit failed
         self._progressed: float | None = None  # time.monotonic(); None: nothing to do
-        self.damage: str | None = None  # what was found first; it stays
-        self.full: str | None = None  # by maintenance: why nothing can be published
+        self.damage: str | None = None  # the first that was noticed; it stays
+        self.full: str | None = None  # why nothing can be published; set by maintenance
         self.log_holds_deleted = False  # see empty_log
 
     def __enter__(self):
@@ -4054,10 +4087,9 @@ class Store:
         self.pending.update(dict(rows))
         last = "SELECT webhook_id, max(start) FROM statistics JOIN attempts ON id = last_attempt"
         self.last_attempts = dict(connection.rows(f"{last} GROUP BY webhook_id"))
-        sql, id = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?", 0
-        while (id := connection.row(sql, id)[0]) is not None:
-            if id not in self.webhooks.by_id:
-                self._deleted.append(id)
+        self._deleted = [
+            id for id in _delivered_webhooks(connection) if id not in self.webhooks.by_id
+        ]
 
     # ---- the writer's thread ----
 
@@ -4070,12 +4102,12 @@ class Store:
             try:
                 batch = self._commit(writes, results)
             except Exception as error:
-                self._put_back(results, error)
-                self._cover(error)
+                self._retry_later(results, error)
+                self._overwrite_commit(error)
                 for write in writes:
                     write.finish(stored_error(error, self._path))
             else:
-                self._take_over(batch)
+                self._adopt(batch)
                 for listener in self._listeners:
                     listener(batch.commit)
                 for write in writes:
@@ -4103,8 +4135,14 @@ class Store:
         if self._connection.in_transaction:  # a rollback failed
             self._connection.execute("ROLLBACK")
         with transaction(self._connection) as connection:
-            state = self.webhooks, self.health, self._ids, self._counted_names
-            batch = Batch(connection, *state, self._note_progress)
+            batch = Batch(
+                connection,
+                self.webhooks,
+                self.health,
+                self._ids,
+                self._counted_names,
+                self._note_progress,
+            )
             if self.problem:  # see whether anything can be written at all
                 connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             batch.record(results, self._settings, self._jitter)
@@ -4113,14 +4151,15 @@ class Store:
             batch.finish()
         return batch
 
-    def _cover(self, error):
-        """Overwrite a commit that is in the log but perhaps not on the disk, so that no crash
-        makes it valid after its clients were told that it failed."""
+    def _overwrite_commit(self, error):
+        """Overwrite a commit that is in the log but perhaps not on the disk: else a crash might
+        make it valid, after its clients were told that it failed."""
         if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
             with contextlib.suppress(sqlite3.Error, MemoryError), transaction(self._connection):
                 self._connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
-    def _take_over(self, batch):
+    def _adopt(self, batch):
+        """Know what a batch has committed."""
         self.webhooks, self.users = batch.webhooks, batch.users
         self.health.update(batch.changed_health)
         self.pending.update(batch.pending_change)
@@ -4137,7 +4176,8 @@ class Store:
             log_fact("the database can be written again")
         self.problem = None
 
-    def _put_back(self, results, error):
+    def _retry_later(self, results, error):
+        """Keep the results of a commit that failed for the next one, and log why it did."""
         problem = str(stored_error(error, self._path))
         if problem != self.problem:
             log_fact("the database cannot be written", level=logging.ERROR, reason=problem)
@@ -4156,11 +4196,11 @@ class Store:
             log_fact("the database is damaged", level=logging.ERROR, reason=error, advice=advice)
 
     def on_commit(self, listener: collections.abc.Callable[[Commit], None]) -> None:
-        """Have the writer tell after each commit what it was about."""
+        """Have the writer call a listener after each commit."""
         self._listeners.append(listener)
 
     def faults(self) -> collections.abc.Iterator[str]:
-        """What is wrong with the database for those who read."""
+        """Why the database cannot be read, or not all of it."""
         if self.damage:
             yield self.damage
         try:
@@ -4193,18 +4233,17 @@ class Store:
         publisher: tuple[str, str, str] | None = None,
     ) -> concurrent.futures.Future:
         """Store events and their deliveries; a future that is done once they are on disk.
-        publisher: a user's row, who must still be that user then.
 
         Its result is the events as stored, and whether an earlier publication with the key
-        had stored them. It, or the call, raises Unauthorized, KeyReused, StorageFull or
+        had stored them. publisher: the user's row, which must still be the same when they are
+        stored. The future, or the call, raises Unauthorized, KeyReused, StorageFull or
         Unavailable; then nothing was stored."""
         if self.full:
             raise StorageFull(self.full)
         size_bytes = self.unmeasured_bytes + sum(len(event.body) for event in events)
         if 2 * size_bytes > self.space.left:  # in the log, and in the file
             raise StorageFull(NO_ROOM)
-        what = events, now_ms, idempotency, publisher
-        return self._submit(lambda batch: batch.publish(*what))
+        return self._submit(lambda batch: batch.publish(events, now_ms, idempotency, publisher))
 
     def record(self, result: Result) -> None:
         """Take an attempt's result for one of the next commits; does not wait.
@@ -4218,12 +4257,12 @@ class Store:
                 self._wakeup.notify()
 
     def write(self, work: collections.abc.Callable, *args: object):
-        """The result of work(batch, *args), once that is on disk; or it raises, and has
-        done nothing."""
+        """The result of work(batch, *args), once that is on disk. If it raises, nothing was
+        done."""
 
         def run(batch):
-            savepoint = "SAVEPOINT one", "RELEASE one", "ROLLBACK TO one"
-            with transaction(batch.connection, *savepoint):
+            connection = batch.connection
+            with transaction(connection, "SAVEPOINT one", "RELEASE one", "ROLLBACK TO one"):
                 return work(batch, *args)
 
         return self._submit(run).result()
@@ -4234,28 +4273,28 @@ class Store:
 
     def empty_log(self) -> None:
         """Move what SQLite's log holds into the database and cut the log off, so that no
-        trace of what was deleted stays in the files. It tries that once, and does not wait
-        for those who read: see log_holds_deleted."""
+        trace of what was deleted stays in the files. It tries that once, and waits for no
+        reader; log_holds_deleted tells whether it worked."""
         self.log_holds_deleted = True
         with (
             contextlib.suppress(sqlite3.Error),  # tried again by maintenance
             contextlib.closing(connect(self._path)) as connection,
         ):
             connection.on_error = self._note_error
-            connection.execute("PRAGMA busy_timeout = 50")  # the writer waits as long
-            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")  # beside it, the most of it
+            connection.execute("PRAGMA busy_timeout = 50")  # milliseconds; the writer waits, too
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")  # most of it beside the writer
             busy, *_ = connection.row("PRAGMA wal_checkpoint(TRUNCATE)")
             self.log_holds_deleted = bool(busy)
 
     def measure(self) -> None:
-        """Look how much room there is; called by maintenance."""
+        """Measure how much room there is; called by maintenance."""
         self.unmeasured_bytes = 0
         self.space = measure(self.reader(), self._path)
 
     # ---- maintenance, in steps, so that nobody waits long for the writer ----
 
     def delete_leftovers(self) -> Steps:
-        """Delete what deleted webhooks have left."""
+        """Delete the deliveries that deleted webhooks have left."""
         while self._deleted:
             while self.write(Batch.delete_deliveries_of, self._deleted[0]):
                 yield
@@ -4268,12 +4307,14 @@ class Store:
         yield from self._prune("events", WITHOUT_DELIVERIES, before_ms, Batch.delete_events)
 
     def _prune(self, table, condition, before_ms, delete):
-        # what may go, and what is too young: enough of these are the end
-        wanted = f"id > ? AND (created >= ? OR {condition})"
-        order = f"ORDER BY id LIMIT {ROWS_PER_STEP}"
+        """Delete the old rows that meet a condition, oldest first, until a step has none."""
+        # young rows are read, too: a step that has only these is the last. Without them the last
+        # step would read through all young rows in search of an old one
+        chosen = f"id > ? AND (created >= ? OR {condition})"
         event_id = "id" if table == "events" else "event_id"
         size = f"(SELECT length(body) FROM payloads WHERE event_id = {table}.{event_id})"
-        sql = f"SELECT id, created < ?, {size} FROM {table} WHERE {wanted} {order}"
+        sql = f"SELECT id, created < ?, {size} FROM {table} WHERE {chosen}"
+        sql += f" ORDER BY id LIMIT {ROWS_PER_STEP}"
         last, ids = 0, [0]
         while ids:
             ids, left_bytes = [], BYTES_PER_STEP
@@ -4281,20 +4322,20 @@ class Store:
                 if is_old and left_bytes > 0:
                     ids.append(id)
                     last, left_bytes = id, left_bytes - (size_bytes or 0)
-            if ids:  # looked at again: one may have been redelivered meanwhile
+            if ids:  # the condition again: one may have been redelivered since it was read
                 self.write(delete, ids, condition)
             yield
 
     def prune_answers(self, before_ms: int) -> Steps:
-        """Forget Idempotency-Keys that were used before a moment, the oldest first."""
+        """Forget Idempotency-Keys that were used before a moment, oldest first."""
         sql = "SELECT 1 FROM answers WHERE created < ? LIMIT 1"
         while self.reader().row(sql, before_ms):
             self.write(Batch.forget_answers, before_ms)
             yield
 
     def prune_statistics(self, before_day: int) -> Steps:
-        """Forget counts of days before one, the oldest first, but none that names a last
-        attempt."""
+        """Forget counts of the days before a day, oldest first, but none that names a last
+        attempt that is still stored."""
         sql = f"SELECT min(day) FROM statistics WHERE day < ? AND {NAMES_NO_ATTEMPT}"
         while (day := self.reader().row(sql, before_day)[0]) is not None:
             self.write(Batch.forget_statistics, day)
@@ -4326,7 +4367,7 @@ class Store:
         """Open connections for threads to come, while there are file descriptors."""
         for _ in range(count):
             reader = self._open_reader()
-            reader.row("SELECT 1 FROM sqlite_schema")  # before that no file is open
+            reader.row("SELECT 1 FROM sqlite_schema")  # only this opens the file
             self._spare_readers.append(reader)
 
     def reader(self) -> Database:
@@ -4605,7 +4646,7 @@ class Store:
         return counts
 
     def attempted_events(self, webhook_id: int) -> list[str]:
-        """The names of the events that a webhook has statistics of."""
+        """The names of the events that a webhook has statistics for."""
         sql = "SELECT DISTINCT event FROM statistics WHERE webhook_id = ?"
         return self.reader().column(f"{sql} ORDER BY event", webhook_id)
 
@@ -4619,7 +4660,7 @@ class Store:
         limit: int,
         limit_bytes: int = 1 << 20,
     ) -> tuple[list[DueDelivery], bool]:
-        """The webhook's oldest due deliveries that are not held, and if there are more.
+        """The webhook's oldest due deliveries that are not held, and whether there are more.
 
         Those of an ordered webhook come in publish order, due or not."""
         conditions, order = [("webhook_id = ?", webhook.id), ("state = 'pending'",)], "id"
@@ -4658,7 +4699,7 @@ class Store:
         return [id for id, ms in latest.items() if ms > moment_ms]
 
     def latest_moment(self) -> int | None:
-        """When the last thing that is known happened, milliseconds; None if nothing did."""
+        """When the last event or attempt happened, milliseconds; None if there is none."""
         sql = "SELECT (SELECT created FROM events ORDER BY id DESC LIMIT 1)"
         sql += ", (SELECT start + duration FROM attempts ORDER BY id DESC LIMIT 1)"
         return max(filter(None, self.reader().row(sql)), default=None)
@@ -4678,44 +4719,46 @@ class Store:
 # ======================================================================================
 
 RENDERED_BYTES = 1 << 20  # that a template may make of an event, beside four times its size
-_json_string = re.compile(r'"(?:[^"\\]|\\.)*+"(:?)')  # with the colon behind a key
+_json_string = re.compile(r'"(?:[^"\\]|\\.)*+"(:?)')  # if it is a key, with its colon
 
 
 class Rendering:
-    """One event, put into the places of a template."""
+    """One event, rendered by a template."""
 
     def __init__(self, body: bytes):
-        self._fields, self._left = event_fields(body), RENDERED_BYTES + 4 * len(body)
+        self._fields, self._left_bytes = event_fields(body), RENDERED_BYTES + 4 * len(body)
 
-    def _counted(self, text):
-        self._left -= len(text)
-        require(self._left >= 0, "the template makes too large a body of the event")
+    def _bounded(self, text):
+        """A text that is put in; raises Invalid if all of them are too much."""
+        self._left_bytes -= len(text)
+        require(self._left_bytes >= 0, "the template makes too large a body of the event")
         return text
 
-    def _placed(self, match):
-        value = value_at(self._fields, match[1].strip())
-        return self._counted("" if value in (None, ABSENT) else text_of(value))
+    def _text_for(self, placeholder):
+        value = value_at(self._fields, placeholder[1].strip())
+        return self._bounded("" if value in (None, ABSENT) else text_of(value))
 
     def text(self, template: str) -> str:
-        """The template with the values' texts in their places."""
-        return PLACEHOLDER.sub(self._placed, template)
+        """The template with the values' texts for its placeholders."""
+        return PLACEHOLDER.sub(self._text_for, template)
 
-    def _string(self, match):
-        if match[1] or "{{" not in match[0]:
-            return match[0]
-        text = json.loads(match[0])
-        if not (whole := PLACEHOLDER.fullmatch(text)):
+    def _json_for(self, string):
+        is_key = string[1]
+        if is_key or "{{" not in string[0]:
+            return string[0]
+        text = json.loads(string[0])
+        if not (placeholder := PLACEHOLDER.fullmatch(text)):
             return _encode(self.text(text))
-        value = value_at(self._fields, whole[1].strip())
-        return self._counted("null" if value is ABSENT else json_text(value))
+        value = value_at(self._fields, placeholder[1].strip())
+        return self._bounded("null" if value is ABSENT else json_text(value))
 
     def json(self, template: object) -> str:
-        """The template's JSON, where a string that is one placeholder becomes the value."""
-        return _json_string.sub(self._string, _encode(template))
+        """The template's JSON; a string that is nothing but a placeholder becomes the value."""
+        return _json_string.sub(self._json_for, _encode(template))
 
 
 def render(webhook: Webhook, body: bytes) -> bytes:
-    """What an attempt sends: an event's body, or what the webhook's template makes of it.
+    """The body that an attempt sends: the event's, or what the webhook's template makes of it.
 
     Raises Invalid if that is too large, or the event too deep."""
     template = webhook.template
@@ -4730,21 +4773,21 @@ def render(webhook: Webhook, body: bytes) -> bytes:
 # Dispatcher: the delivery loop
 # ======================================================================================
 
-FOREVER_MS = 1 << 62
-RESERVED_SHARE = 8  # one slot in so many is kept for webhooks proven to work, and one
-# turn in so many is for those that come last otherwise
-SLOT_BYTES = 128 << 10  # an attempt takes one more slot for each of its body
+END_OF_TIME_MS = 1 << 62
+RESERVED_SHARE = 8  # one slot in so many is kept for webhooks proven to work
+REVERSED_TURNS = 8  # one turn in so many is for those that otherwise come last
+SLOT_BYTES = 128 << 10  # an attempt takes one more slot for each of these in its body
 TICK_SECONDS = 1
-FAIR_HANDSHAKE_SECONDS = 0.02  # of the loop's time; whose TLS costs more of it, as large
-HANDSHAKE_REST = 10  # finite fields do, waits so many times as long before its next attempt
-LOG_SECONDS = 60  # what a receiver does is logged once in so long
-STOP_SECONDS = 10  # what is in flight at the end has this long
+FAIR_HANDSHAKE_SECONDS = 0.02  # of the loop's time for TLS; large finite fields take more
+HANDSHAKE_REST = 10  # who took more waits so many times as long before the next attempt
+LOG_SECONDS = 60  # a line about a receiver is logged once in so long
+STOP_SECONDS = 10  # that the attempts in flight have at the end
 DURATION_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
 
 
 class ReceiverLog:
-    """What is logged of one webhook's receiver: a line a minute at most, which tells how
-    often what happened meanwhile."""
+    """What is logged of one webhook's receiver: at most a line a minute, which tells what else
+    happened since the last line, and how often."""
 
     def __init__(self):
         self._not_before = -math.inf  # seconds
@@ -4762,9 +4805,11 @@ class ReceiverLog:
         if not self._latest or now < self._not_before:
             return
         words, level, values = self._latest
-        self._counts[words] -= 1
-        meanwhile = ", ".join(f"{count} times {what}" for what, count in (+self._counts).items())
-        log_fact(words, level=level, **values, **({"meanwhile": meanwhile} if meanwhile else {}))
+        self._counts[words] -= 1  # this line
+        others = [f"{count} times {what}" for what, count in self._counts.items() if count]
+        if others:
+            values = values | {"meanwhile": ", ".join(others)}
+        log_fact(words, level=level, **values)
         self._counts.clear()
         self._latest, self._not_before = None, now + LOG_SECONDS
 
@@ -4779,7 +4824,7 @@ class WebhookQueue:
         self.held: set[int] = set()
         self.newest = 0  # highest row id ever held: what is offered below it is known
         self.backlog = True  # the database may hold more that is due
-        self.uncertain = 0  # results that may change its health, and are not on disk yet
+        self.uncertain = 0  # results that may change its health and are not on disk yet
         self.proven = proven  # it had a success, and few failures since
         self.width = 1  # attempts at once: one more with each success, a failure: 1
         self.in_flight = 0  # attempts
@@ -4799,11 +4844,11 @@ class WebhookQueue:
         self.newest = max(self.newest, due.row_id)
 
     def offer(self, due: DueDelivery, limit_bytes: int) -> None:
-        """Have one ready that was just published, or know that the database has it."""
-        if due.row_id <= self.newest:  # it was read from there already
+        """Have a delivery ready that was just published, or know that the database has it."""
+        if due.row_id <= self.newest:  # it was read from the database already
             return
-        room = min(WINDOW, 1 + limit_bytes // (len(due.body) + 1))
-        if self.backlog or len(self.ready) >= room:
+        limit = min(WINDOW, 1 + limit_bytes // (len(due.body) + 1))
+        if self.backlog or len(self.ready) >= limit:
             self.backlog = True
         else:
             self.hold(due)
@@ -4816,13 +4861,14 @@ class WebhookQueue:
 
     def note(self, recorded: Recorded, most: int) -> None:
         """Learn from an attempt that is on disk; most: attempts at once."""
-        (due, attempt, _, is_plain), _, verdict = recorded
-        self.held.discard(due.row_id)
-        self.uncertain -= not is_plain
-        self.attempts[attempt.outcome] += 1
+        result, verdict = recorded.result, recorded.verdict
+        outcome = result.attempt.outcome
+        self.held.discard(result.due.row_id)
+        self.uncertain -= not result.is_plain
+        self.attempts[outcome] += 1
         if verdict.state in (SUCCEEDED, FAILED):
-            self.finished[attempt.outcome] += 1
-        failures, succeeded = verdict.health.failures, attempt.outcome == SUCCESS
+            self.finished[outcome] += 1
+        failures, succeeded = verdict.health.failures, outcome == SUCCESS
         self.proven = succeeded or self.proven and failures < FAILURES_TO_PAUSE
         self.width = min(self.width + 1, most) if succeeded else 1
 
@@ -4831,7 +4877,7 @@ class Scheduler:
     """Whose attempt is next, and how many there may be at once.
 
     Queues of webhooks that are proven to work come before the others, which never take all
-    slots; first attempts come before retries. Now and then it is the other way round."""
+    slots. First attempts come before retries. One turn in eight goes the other way round."""
 
     def __init__(self, most: int):
         self.in_flight = 0  # attempts
@@ -4839,6 +4885,7 @@ class Scheduler:
         self._turn = 0
         self._most = most
         self._most_unproven = max(1, most - max(1, most // RESERVED_SHARE))
+        # queues that wait: proven with a first attempt, proven with a retry, then the unproven
         self._lines = [collections.deque() for _ in range(4)]
         self._busy: set[WebhookQueue] = set()  # waiting or with attempts in flight
 
@@ -4853,11 +4900,12 @@ class Scheduler:
         """The queue whose turn it is, which waits no longer; None: no slot is free."""
         if self._taken >= self._most:
             return None
-        allowed = self._lines if self._unproven < self._most_unproven else self._lines[:2]
+        is_full = self._unproven >= self._most_unproven
+        lines = self._lines[:2] if is_full else self._lines  # the first two are the proven
         self._turn += 1
-        if self._turn % RESERVED_SHARE == 0:  # so that nobody waits for ever
-            allowed = reversed(allowed)
-        for line in allowed:
+        if self._turn % REVERSED_TURNS == 0:  # so that every queue gets a turn some day
+            lines = reversed(lines)
+        for line in lines:
             if line:
                 queue = line.popleft()
                 queue.is_waiting = False
@@ -4895,10 +4943,9 @@ class Scheduler:
 class Dispatcher:
     """Attempts what is due. `with` runs its loop in a thread of its own.
 
-    It obeys: what becomes of a delivery or a webhook, the writer decides and tells after its
-    commit. Everything but what is called by other threads, see below, runs in the loop's.
-    Webhooks take turns, and each has a share of the attempts in flight, so that none waits
-    for another."""
+    It obeys: the writer decides what becomes of a delivery and of a webhook, and tells after
+    its commit. Only the methods that are marked so are called by other threads. Webhooks take
+    turns, and each has a share of the attempts in flight, so that none waits for another."""
 
     def __init__(
         self,
@@ -4913,9 +4960,9 @@ class Dispatcher:
         self._succeeded = store.succeeded_webhooks()
         self._queues: dict[int, WebhookQueue] = {}
         self._scheduler = Scheduler(settings.max_in_flight)
-        self._unreadable: dict[int, str] = {}  # why the database told a queue nothing
+        self._unreadable: dict[int, str] = {}  # by webhook, why its deliveries cannot be read
         self._commits: collections.deque[Commit] = collections.deque()  # not followed yet
-        self._half_followed: list[Commit] = []
+        self._half_followed: list[Commit] = []  # one at most: see _follow_commits
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked = time.monotonic()
         self.duration_counts = [0] * (len(DURATION_BUCKETS_MS) + 1)  # of attempts
@@ -4944,10 +4991,10 @@ class Dispatcher:
     # ---- called by other threads ----
 
     def follow(self, commit: Commit) -> None:
-        """Take what the writer tells of a commit."""
+        """Have the loop follow a commit."""
         if any(commit):
             self._commits.append(commit)
-            with contextlib.suppress(RuntimeError):  # the loop has ended: the next start
+            with contextlib.suppress(RuntimeError):  # the loop has ended; the next start will
                 if self._loop:
                     self._loop.call_soon_threadsafe(self.step)
 
@@ -4984,7 +5031,7 @@ class Dispatcher:
                 await asyncio.wait_for(self._stop.wait(), TICK_SECONDS)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._all_ended(), STOP_SECONDS)
-        self._client.close()  # what has not ended is attempted after the next start
+        self._client.close()  # an attempt that has not ended is made again at the next start
         for queue in self._queues.values():
             queue.log.flush(math.inf)
 
@@ -5009,8 +5056,8 @@ class Dispatcher:
         self._loop = None
 
     def _tick(self):
-        """A step, before which those alarms ring that the clock has passed."""
-        now = self._clock()  # a timer does not count while the machine sleeps
+        """Let the alarms ring that the clock has passed, and make a step."""
+        now = self._clock()  # timers stand still while the machine sleeps
         for queue in list(self._queues.values()):
             queue.log.flush(now)
             if queue.alarm <= now * 1000:
@@ -5026,7 +5073,7 @@ class Dispatcher:
             log.exception("a step of the delivery loop failed")
 
     def _follow_commits(self):
-        """Obey each of them, or, after an error half-way, look at all that it was about."""
+        """Obey each commit; one that an error left half followed is caught up with first."""
         while self._half_followed:
             self._catch_up(self._half_followed[-1])
             self._half_followed.pop()
@@ -5057,7 +5104,7 @@ class Dispatcher:
             self._line_up(queue)
 
     def _catch_up(self, commit):
-        """Follow a commit of which some is followed already."""
+        """Follow a commit of which a part is followed already."""
         for recorded in commit.recorded:
             due = recorded.result.due
             queue = self._queues.get(due.webhook_id)
@@ -5068,7 +5115,7 @@ class Dispatcher:
             self._reread(webhook_id)
 
     def _note(self, recorded):
-        """Take in what the writer made of an attempt."""
+        """Count an attempt that is on disk, and plan what follows from its verdict."""
         due, attempt = recorded.result.due, recorded.result.attempt
         bucket = bisect.bisect_left(DURATION_BUCKETS_MS, attempt.duration)
         self.duration_counts[bucket] += 1
@@ -5087,7 +5134,8 @@ class Dispatcher:
 
     def _log(self, receiver_log, webhook, recorded):
         """Log what an attempt has changed."""
-        (due, attempt, *_), before, (state, _, _, after) = recorded
+        due, attempt = recorded.result.due, recorded.result.attempt
+        before, after = recorded.before, recorded.verdict.health
         if attempt.outcome == SUCCESS and before == after:
             return
         add = functools.partial(receiver_log.add, self._clock())
@@ -5101,12 +5149,12 @@ class Dispatcher:
             add("webhook fails", logging.INFO, **names, reason=after.reason)
         if after.paused_until and not before.paused_until:
             add("webhook paused", logging.WARNING, **names, reason=after.reason)
-        if state == FAILED:
-            names_delivery = names | {"id": due.uuid, "reason": attempt.description}
-            add("delivery given up", logging.WARNING, **names_delivery)
+        if recorded.verdict.state == FAILED:
+            reason = attempt.description
+            add("delivery given up", logging.WARNING, **names, id=due.uuid, reason=reason)
 
     def _reread(self, webhook_id):
-        """Look at a webhook, or at what waits for it, with new eyes."""
+        """Forget what is known of a webhook and what waits for it, and read it again."""
         webhook = self._store.webhooks.by_id.get(webhook_id)
         if webhook is None:
             self._queues.pop(webhook_id, None)
@@ -5140,7 +5188,7 @@ class Dispatcher:
     # ---- whose turn it is ----
 
     def _line_up(self, queue):
-        """Let a queue wait for its turn, or for the moment from which it may."""
+        """Let a queue wait for its turn, or for the moment from which it may start one."""
         webhook = self._store.webhooks.by_id.get(queue.webhook_id)
         if webhook and not queue.is_waiting and (queue.ready or queue.backlog):
             moment = self._may_start_at(queue, webhook)
@@ -5151,7 +5199,8 @@ class Dispatcher:
         self._scheduler.leave(queue)
 
     def _may_start_at(self, queue, webhook):
-        """When one more attempt may start, milliseconds; inf: a commit will tell, or an end."""
+        """When one more attempt may start, milliseconds; inf: not before a commit or an end of
+        an attempt, after which it is asked again."""
         health = self._store.health[webhook.id]
         if not webhook.active or webhook.paused or queue.uncertain:
             return math.inf
@@ -5175,16 +5224,18 @@ class Dispatcher:
             webhook = self._store.webhooks.by_id.get(queue.webhook_id)
             if webhook and not queue.ready and queue.backlog:
                 self._refill(queue, webhook)
-            if webhook and queue.ready:
-                if self._may_start_at(queue, webhook) <= self._clock() * 1000:  # still
-                    self._start_next(queue, webhook)
+            if webhook and queue.ready and self._may_start_now(queue, webhook):
+                self._start_next(queue, webhook)
             self._line_up(queue)
+
+    def _may_start_now(self, queue, webhook):
+        return self._may_start_at(queue, webhook) <= self._clock() * 1000
 
     def _start_next(self, queue, webhook):
         due = queue.ready.popleft()
         try:
             self._start(queue, due, webhook)
-        except Exception:  # memory is short, say: it stays the next
+        except Exception:  # memory is short, say: the delivery stays the first
             log.exception("an attempt could not be started")
             queue.ready.appendleft(due)
             queue.not_before = (self._clock() + RETRY_SECONDS) * 1000
@@ -5195,14 +5246,14 @@ class Dispatcher:
         return min(1 << 20, WINDOW_BYTES // max(1, len(self._queues)))
 
     def _refill(self, queue, webhook):
-        """Read what is due, or when that will be."""
+        """Read what is due, and when the next delivery becomes due if these are all."""
         now_ms, health = self._now_ms(), self._store.health[webhook.id]
         try:
             due, queue.backlog = self._store.due(
                 webhook, now_ms, queue.held, WINDOW, self._window_bytes()
             )
-            if not due and health.paused_until:  # the probe is due whatever is planned
-                due, queue.backlog = self._store.due(webhook, FOREVER_MS, queue.held, 1)
+            if not due and health.paused_until:  # the probe is the next delivery, due or not
+                due, queue.backlog = self._store.due(webhook, END_OF_TIME_MS, queue.held, 1)
             next_due = None if queue.backlog else self._store.next_due(webhook.id, now_ms)
         except (sqlite3.Error, MemoryError) as error:
             self._note_unreadable(webhook.id, error)
@@ -5242,21 +5293,21 @@ class Dispatcher:
             raise
 
     def _fail_to_render(self, queue, due, webhook, now_ms, error):
-        where = webhook.masked_url, webhook.masked_headers
-        attempt = Attempt(now_ms, 0, *where, ERROR, f"nothing was sent: {error}")
+        url, headers, reason = webhook.masked_url, webhook.masked_headers, str(error)
+        attempt = Attempt(now_ms, 0, url, headers, ERROR, f"nothing was sent: {reason}")
         begun = self._scheduler.begin(queue, 0)
         self._loop.call_soon(self._finish, queue, due, begun, "", attempt)
 
     def _finish(self, queue, due, begun, sent, attempt):
-        """Hand the facts in; what follows from them is told by a commit.
+        """Hand the facts in; a commit tells what follows from them.
 
         sent: the body that a template made; None if it is the event's."""
         self._scheduler.end(queue, *begun)
+        if sent is not None:
+            attempt = attempt._replace(request_body=sent)
         try:
-            self._hand_in(
-                queue, due, attempt if sent is None else attempt._replace(request_body=sent)
-            )
-        except Exception:  # memory is short, say: then it is attempted again
+            self._hand_in(queue, due, attempt)
+        except Exception:  # memory is short, say: it is attempted again
             log.exception("an attempt could not be handed in")
             queue.held.discard(due.row_id)
             queue.backlog = True
@@ -5282,15 +5333,15 @@ MAINTENANCE_SECONDS = 1
 PRUNING_SECONDS = 60
 REST_SHARE = 9  # maintenance rests so many times as long as each of its steps took
 CLOCK_JUMP_SECONDS = 2
-DOUBTFUL_SECONDS = 3600  # by a longer jump, nothing is known to have become old
+MAX_TRUSTED_JUMP_SECONDS = 3600  # after a longer jump nobody knows what has become old
 
 
 class Clock:
     """The time of the whole program, in seconds since 1970.
 
-    It runs with the machine's steady clock, which nobody sets, and follows the wall clock by
-    small steps as they come. A jump of that it takes only together with the schedule, see
-    Maintenance, so that no wait becomes longer or shorter."""
+    It runs with the machine's steady clock, which nobody sets, and follows the small steps of
+    the wall clock. A jump of the wall clock moves the schedule with it, see Maintenance, so
+    that no wait becomes longer or shorter."""
 
     def __init__(
         self,
@@ -5306,26 +5357,26 @@ class Clock:
         return self.steady() + self._offset
 
     def behind(self) -> float:
-        """How many seconds the wall clock is ahead; negative if it was set back."""
+        """How many seconds the wall clock is ahead of this one; negative if it was set back."""
         return self._wall() - self()
 
     def advance(self, seconds: float) -> None:
-        """Go on or back by so much."""
+        """Move the clock; a negative number moves it back."""
         self._offset += seconds
 
 
 class Maintenance:
-    """Deletes what is old or too much, gives its space back, and follows the wall clock; in
-    small steps, with pauses between them. `with` runs it in a thread of its own."""
+    """Deletes what is old or too much, gives space back, and follows the wall clock, in small
+    steps with rests between them. `with` runs it in a thread of its own."""
 
     def __init__(self, store: Store, settings: Settings, clock: Clock):
         self._store, self._settings, self._clock = store, settings, clock
         self._stop = threading.Event()
         self._wakeup = threading.Event()  # set by any thread
         self._next_pruning = -math.inf  # by the steady clock
-        self._too_large = False  # the database, or what it leaves of its volume
+        self._too_large = False  # the database, by its limit or for its volume
         self._nothing_can_go = False
-        self._problems: set[str] = set()  # that were logged, and are not over
+        self._problems: set[str] = set()  # that were logged and are not over
         store.on_commit(self._watch_size)
 
     def __enter__(self):
@@ -5350,18 +5401,18 @@ class Maintenance:
             self.run_once()
 
     def run_once(self) -> None:
-        """Do what is to be done now; what fails of it is logged once, and stops no other."""
+        """Do each part that is due now; one that fails is logged once, and stops no other."""
         self._look_around()
         for part in (self._sweep, self._cut_down, self._prune, self._give_back, self._watch_log):
             if not self._stop.is_set():
                 self._unless_it_fails(self._do, part)
 
     def _do(self, part):
-        """Do all steps of a part, and after each look around and rest."""
+        """Do all steps of a part, and look around and rest after each of them."""
         begun = time.monotonic()
-        for _ in part():
+        for _ in part():  # which does a step
             self._look_around()
-            # to bring the size down it must be faster than what comes in
+            # to bring the size down it must delete faster than events come in
             share = 1 if self._too_large else REST_SHARE
             if self._stop.wait(share * (time.monotonic() - begun)):
                 return
@@ -5372,7 +5423,7 @@ class Maintenance:
         self._unless_it_fails(self._measure)
 
     def _unless_it_fails(self, work, *args):
-        """Do some work; what goes wrong is logged when it begins, and not each time."""
+        """Do some work; a failure is logged when it begins, and not each time."""
         name = (args[0] if args else work).__name__.strip("_")
         try:
             work(*args)
@@ -5403,7 +5454,7 @@ class Maintenance:
         return FULL if is_full else None
 
     def _longest_log(self):
-        """How long SQLite's log may be, bytes: it counts, though no pruning makes it shorter."""
+        """How long SQLite's log may be, bytes: it takes room, and no pruning makes it shorter."""
         return max(2 * MAX_IDLE_LOG_BYTES, self._settings.max_database_size // 4)
 
     def _refuse_publications(self, why):
@@ -5414,7 +5465,7 @@ class Maintenance:
         self._store.full = why
 
     def _watch_log(self):
-        """Cut SQLite's log off where that is due, and tell if somebody holds it."""
+        """Cut SQLite's log off where that is due, and log it if somebody reads it for long."""
         store, is_long = self._store, self._store.space.log > self._longest_log() // 2
         if store.log_holds_deleted or is_long:
             store.empty_log()
@@ -5429,15 +5480,16 @@ class Maintenance:
     # ---- the clock ----
 
     def check_clock(self) -> None:
-        """Put right what a wrong clock may have planned before this start, or may undo."""
+        """Bound what a wrong clock may have planned before this start, and let no webhook be
+        disabled, nor history be pruned, because of a time that nobody knows to have passed."""
         now_ms = int(self._clock() * 1000)
         with contextlib.suppress(WebhookdError):  # the log has said why nothing is written
             latest_ms = now_ms + int(longest_wait_seconds(self._settings) * 1000)
             if webhook_ids := self._store.planned_after(latest_ms):
                 self._store.write(Batch.bound_schedule, webhook_ids, latest_ms)
             unknown_ms = now_ms - (self._store.latest_moment() or now_ms)
-            # the machine was off, or its clock is wrong: neither has anybody failed so long
-            if not 0 <= unknown_ms <= DOUBTFUL_SECONDS * 1000:
+            # the machine was off, or its clock is wrong: no webhook has failed for so long
+            if not 0 <= unknown_ms <= MAX_TRUSTED_JUMP_SECONDS * 1000:
                 self._put_pruning_off()
                 self._store.write(Batch.excuse_failures, unknown_ms)
 
@@ -5446,16 +5498,21 @@ class Maintenance:
         self._next_pruning = self._clock.steady() + DAY_SECONDS
 
     def _follow_clock(self):
-        """Take the wall clock's steps; what is planned goes along with a jump."""
+        """Take the wall clock's small steps, and its jumps together with the schedule."""
         behind = self._clock.behind()
-        if abs(behind) <= CLOCK_JUMP_SECONDS:
-            return self._clock.advance(behind)
+        if abs(behind) > CLOCK_JUMP_SECONDS:
+            self._jump(behind)
+        else:
+            self._clock.advance(behind)
+
+    def _jump(self, behind):
         log_fact("clock jumped", level=logging.WARNING, seconds=round(behind, 3))
-        if behind > DOUBTFUL_SECONDS:
+        if behind > MAX_TRUSTED_JUMP_SECONDS:
             self._put_pruning_off()
         now = self._clock()
         after_ms = int(min(now, now + behind) * 1000)  # what was due stays due
-        # for the moment between the two steps the schedule must be the later one
+        # clock and schedule cannot move at once: between the two the clock is the earlier one,
+        # so that nothing is attempted too early
         self._clock.advance(min(behind, 0))
         try:
             self._store.write(Batch.shift_schedule, after_ms, int(behind * 1000))
@@ -5473,7 +5530,7 @@ class Maintenance:
         return self._store.give_back()
 
     def _prune(self):
-        """Let go what is too old."""
+        """Delete what is too old."""
         if self._clock.steady() < self._next_pruning:
             return
         every = min(PRUNING_SECONDS, self._settings.retention / 10)
@@ -5485,23 +5542,24 @@ class Maintenance:
         self._store.forget_old_secrets(now_ms)
 
     def _cut_down(self):
-        """Let the oldest go until the size is right; else it is full."""
-        for _ in self._all_that_can_go() if self._too_large else ():
-            yield
-            if not self._too_large:
-                return
+        """Delete the oldest until the size is right; if nothing more can go, it is full."""
+        if self._too_large:
+            for _ in self._all_that_can_go():  # which deletes a step of it
+                yield
+                if not self._too_large:
+                    return
         self._nothing_can_go = self._too_large
         self._measure()
 
     def _all_that_can_go(self):
-        """Keys of yesterday first, since who repeats a publication does so at once; what
-        people look at stays as long as it can."""
+        """Delete step by step all that may be deleted. Keys of yesterday go first, since who
+        repeats a publication does so at once. What people look at stays as long as it can."""
         store, now_ms = self._store, int(self._clock() * 1000)
         yield from store.prune_answers(now_ms - DAY_MS)
         yield from store.prune_statistics(now_ms // DAY_MS - STATISTICS_DAYS)
-        yield from store.prune(FOREVER_MS)
-        yield from store.prune_answers(FOREVER_MS)
-        yield from store.prune_statistics(FOREVER_MS)
+        yield from store.prune(END_OF_TIME_MS)
+        yield from store.prune_answers(END_OF_TIME_MS)
+        yield from store.prune_statistics(END_OF_TIME_MS)
 
 
 # ======================================================================================
@@ -8695,11 +8753,7 @@ def known_version(connection: Database, path: str) -> int:
     tables = connection.column("SELECT name FROM sqlite_schema WHERE type = 'table'")
     if version < 1 or TABLES - set(tables):
         raise DatabaseError(f"{path} is not a database of webhookd")
-    if version > len(MIGRATIONS):
-        raise DatabaseError(
-            f"{path} has version {version}, written by a newer webhookd; this one knows"
-            f" {len(MIGRATIONS)}"
-        )
+    refuse_newer(version, path)
     return version
 
 
