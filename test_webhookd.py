@@ -240,7 +240,7 @@ def parts(store, dispatcher, address_policy, settings, clock):
 def api_with_pages(parts):
     """An Api of these parts, and the pages beside it."""
     api = webhookd.Api(*parts)
-    webhookd.Pages(api, parts.store, parts.policy, parts.clock)
+    webhookd.Pages(api, parts.store, parts.policy)
     return api
 
 
@@ -6136,7 +6136,7 @@ def busy_api(parts, monkeypatch):
     api = api_with_pages(parts)
     with contextlib.ExitStack() as places:
         for _ in range(webhookd.SERVER_THREADS // 2):
-            places.enter_context(api._slow_work._place(webhookd.ORDINARY))
+            places.enter_context(api._slow_work._counted(webhookd.ORDINARY))
         yield App(api.app).log_in("admin")
 
 
@@ -6169,10 +6169,10 @@ def test_a_few_slow_requests_wait_for_a_place():
     work = webhookd.SlowWork()
     with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as places:
         for _ in range(webhookd.ORDINARY.limit):
-            places.enter_context(work._place(webhookd.ORDINARY))
+            places.enter_context(work._counted(webhookd.ORDINARY))
 
         def use_a_place():
-            with work.place():
+            with work.admit():
                 return "it came"
 
         waiting = pool.submit(use_a_place)
@@ -6186,7 +6186,7 @@ def test_a_thread_that_has_a_place_needs_no_second_one():
     work = webhookd.SlowWork()
     with contextlib.ExitStack() as places:
         for _ in range(webhookd.ORDINARY.limit + 1):
-            places.enter_context(work.place())
+            places.enter_context(work.admit())
 
     assert work._free[webhookd.ORDINARY]._value == webhookd.ORDINARY.limit
 

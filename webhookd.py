@@ -5576,7 +5576,7 @@ WRONG_PASSWORDS_SECONDS = 60
 
 
 class User(typing.NamedTuple):
-    """Somebody who may log in; record is what is kept of the password or secret."""
+    """Somebody who may log in; record: what is stored of the password or secret."""
 
     name: str
     role: str
@@ -5584,14 +5584,14 @@ class User(typing.NamedTuple):
 
 
 def password_record(password: str, salt: str | None = None) -> str:
-    """What is kept of a password: scrypt (RFC 7914) with a salt."""
+    """What is stored of a password: scrypt (RFC 7914) with a salt."""
     salt = salt or secrets.token_hex(16)
     digest = hashlib.scrypt(password.encode(), salt=salt.encode(), **SCRYPT)
     return f"scrypt${salt}${digest.hex()}"
 
 
 def secret_record(secret: str) -> str:
-    """What is kept of a generated secret, which needs no slow hash: 256 random bits."""
+    """What is stored of a generated secret, whose 256 random bits need no slow hash."""
     return f"secret${hashlib.sha256(secret.encode()).hexdigest()}"
 
 
@@ -5616,10 +5616,10 @@ def load_users(connection: Database) -> list[User]:
     return [User(*row) for row in connection.rows(ALL_USERS)]
 
 
-def save_user(connection: sqlite3.Connection, user: User) -> None:
+def save_user(connection: Database, user: User) -> None:
     """Add a user or change the one of that name."""
     sql = "INSERT OR REPLACE INTO users (name, role, password) VALUES (?, ?, ?)"
-    connection.execute(sql, (user.name, user.role, user.record))
+    connection.change(sql, user.name, user.role, user.record)
 
 
 def ensure_admin(store: Store, password: str, tell: collections.abc.Callable[[str], None]) -> None:
@@ -5632,7 +5632,7 @@ def ensure_admin(store: Store, password: str, tell: collections.abc.Callable[[st
         return
     admin = users.get("admin")
     if admin and admin.role == ADMIN and matches(password, admin.record):
-        return  # what depends on the record outlives a restart
+        return  # a new record would make the tokens of open forms invalid
     if password:
         record = password_record(password)
     else:
@@ -5651,7 +5651,7 @@ class Login(typing.NamedTuple):
 
 
 def read_logins(header: str) -> list[Login]:
-    """What an Authorization header may mean: in UTF-8, in Latin-1, as clients differ."""
+    """What an Authorization header may mean: clients send UTF-8 or Latin-1."""
     scheme, _, value = header.partition(" ")
     if scheme.lower() != "basic":
         return [Login(None, value.strip() if scheme.lower() == "bearer" else "")]
@@ -5683,20 +5683,20 @@ def client_of(address: str) -> str:
 
 @dataclasses.dataclass
 class WrongPasswords:
-    """What came for one user from one client, since the first of them."""
+    """The wrong passwords for one user from one client within a minute."""
 
-    since: float  # seconds
+    since: float  # seconds, of the first
     count: int = 0
     is_logged: bool = False  # that there were too many
 
 
 class Logins:
-    """Who sends a request. Verified passwords are remembered, wrong ones are counted.
+    """Knows who sends a request. It remembers verified passwords and counts wrong ones.
 
     Any thread may call the methods."""
 
     def __init__(self, store: Store, clock: collections.abc.Callable[[], float]):
-        """`clock` is one that nobody sets; seconds."""
+        """clock: one that nobody sets; seconds."""
         self._store, self._clock = store, clock
         self._key = secrets.token_bytes(32)
         self._hashing = threading.Semaphore(MAX_HASHING)
@@ -5722,7 +5722,7 @@ class Logins:
             user = self._remembered(logins, users)  # another thread was first
             if user is not None:
                 return user
-            wrong = self._count_wrong(culprit)  # until it is right: none goes uncounted
+            wrong = self._count_wrong(culprit)  # it counts as wrong until it turns out right
             for login in logins:
                 user = self._by_password(login, users)
                 if user is not None:
@@ -5733,7 +5733,7 @@ class Logins:
 
     @staticmethod
     def _by_secret(logins, users):
-        """A generated secret needs no slow hash, so nothing need keep it from passing."""
+        """The user of a generated secret, which needs no slow hash and so no throttle."""
         bearers = [user for user in users if user.record.startswith("secret$")]
         for name, password in logins if bearers else ():
             given = secret_record(password)
@@ -5748,7 +5748,7 @@ class Logins:
             return None
         user = next((user for user in users if user.name == login.name), None)
         if user is None or user.record.startswith("secret$"):
-            password_record(login.password)  # so that nobody learns from the time who exists
+            password_record(login.password)  # so that the time does not tell who exists
             return None
         return user if matches(login.password, user.record) else None
 
@@ -5766,7 +5766,8 @@ class Logins:
 
     def _remember(self, login, user, culprit):
         with self._lock:
-            wrong = self._wrong.get(culprit, WrongPasswords(0, 1))  # else its minute is over
+            # verify() has counted it as wrong; if that is gone, its minute is over
+            wrong = self._wrong.get(culprit, WrongPasswords(0, 1))
             wrong.count -= 1
             if not wrong.count:
                 self._wrong.pop(culprit, None)
@@ -5776,6 +5777,7 @@ class Logins:
 
     @staticmethod
     def _culprit(logins, users, address):
+        """The user and the client that a wrong password counts for."""
         names = {user.name for user in users}
         name = next((login.name for login in logins if login.name in names), None)
         return name, client_of(address)
@@ -5793,7 +5795,7 @@ class Logins:
 
     def _count_wrong(self, culprit):
         with self._lock:
-            self._check_throttle(culprit)  # others may have been wrong meanwhile
+            self._check_throttle(culprit)  # again: other requests may have been wrong
             now = self._clock()
             for key in list(self._wrong):
                 if self._wrong[key].since + WRONG_PASSWORDS_SECONDS > now:
@@ -5814,7 +5816,7 @@ class Logins:
 
 
 # ======================================================================================
-# Metrics: what Prometheus is told; counters begin anew with the process
+# Metrics: what Prometheus is told; counters start at 0 with the process
 # ======================================================================================
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -5824,7 +5826,7 @@ LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 def family(
     name: str, text: str, samples: dict[str, float], kind: str = ""
 ) -> collections.abc.Iterator[str]:
-    """The lines of one metric; its samples by what follows its name: suffix and labels.
+    """The lines of one metric. The keys of its samples follow its name: suffix and labels.
 
     Without a kind it is a counter if its name says so, else a gauge."""
     kind = kind or ("counter" if name.endswith("_total") else "gauge")
@@ -5835,15 +5837,15 @@ def family(
 
 
 def histogram(bounds_ms: tuple[int, ...], counts: list[int], sum_ms: int) -> dict:
-    """The samples of a histogram in seconds; counts has one more for what is longer."""
-    les = [str(bound / 1000) for bound in bounds_ms] + ["+Inf"]
+    """The samples of a histogram in seconds; the last count is of what is longer."""
+    bounds = [str(bound / 1000) for bound in bounds_ms] + ["+Inf"]
     totals = list(itertools.accumulate(counts))
-    buckets = {f'_bucket{{le="{le}"}}': n for le, n in zip(les, totals)}
+    buckets = {f'_bucket{{le="{bound}"}}': total for bound, total in zip(bounds, totals)}
     return buckets | {"_sum": sum_ms / 1000, "_count": totals[-1]}
 
 
 def resident_memory_bytes() -> int:
-    """How much memory this process has."""
+    """How much memory this process takes."""
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
@@ -5866,48 +5868,65 @@ def _of_process(store, dispatcher, settings):
         yield family(name, text, {"": value})
 
 
-def _of_webhooks(store, dispatcher, now_ms):
-    webhooks, oldest = store.webhooks.by_id.values(), store.oldest_pending()
-    states = {w.id: store.health[w.id].state(w) for w in webhooks}
-    counts = {w.id: dispatcher.counts(w.id) for w in webhooks}
+def _gauges_of_webhooks(store, webhooks, now_ms):
+    ids, oldest = [webhook.id for webhook in webhooks], store.oldest_pending()
+    states = {webhook.id: store.health[webhook.id].state(webhook) for webhook in webhooks}
+    ages = {id: max(0, now_ms - oldest.get(id, now_ms)) / 1000 for id in ids}
+    age_text = "How long ago the oldest of them was made; 0 if none waits."
+    for name, text, values in (
+        ("pending_deliveries", "Deliveries that wait.", {id: store.pending[id] for id in ids}),
+        ("oldest_pending_age_seconds", age_text, ages),
+        (
+            "webhook_paused",
+            "1: paused after failures.",
+            {id: int(states[id] == "paused") for id in ids},
+        ),
+        (
+            "webhook_disabled",
+            "1: disabled after failures.",
+            {id: int(states[id] == "disabled") for id in ids},
+        ),
+        (
+            "webhook_consecutive_failures",
+            "Failures in a row.",
+            {id: store.health[id].failures for id in ids},
+        ),
+    ):
+        samples = {f'{{webhook="{id}"}}': value for id, value in values.items()}
+        yield family(f"webhookd_{name}", text, samples)
 
-    def gauge(name, text, value_of):
-        samples = {f'{{webhook="{id}"}}': value_of(id) for id in states}
-        return family(f"webhookd_{name}", text, samples)
 
-    def counter(name, text, index):
+def _counters_of_webhooks(dispatcher, webhooks):
+    counts = {webhook.id: dispatcher.counts(webhook.id) for webhook in webhooks}
+    for index, (name, text) in enumerate(
+        (
+            ("webhookd_attempts_total", "Attempts by outcome."),
+            ("webhookd_deliveries_total", "Done or given up, by the last outcome."),
+        )
+    ):
         samples = {
             f'{{webhook="{id}",outcome="{outcome.lower()}"}}': count
-            for id, pair in counts.items()
-            for outcome, count in pair[index].items()
+            for id, attempts_and_deliveries in counts.items()
+            for outcome, count in attempts_and_deliveries[index].items()
         }
-        return family(f"webhookd_{name}_total", text, samples)
+        yield family(name, text, samples)
 
-    def age(id):
-        return max(0, now_ms - oldest.get(id, now_ms)) / 1000
 
-    def is_in(state):
-        return lambda id: int(states[id] == state)
-
-    pending = store.pending.__getitem__  # 0 where there are none
-    yield gauge("pending_deliveries", "Deliveries that wait.", pending)
-    text = "How long ago the oldest of them was made; 0 if none waits."
-    yield gauge("oldest_pending_age_seconds", text, age)
-    yield gauge("webhook_paused", "1: paused after failures.", is_in("paused"))
-    yield gauge("webhook_disabled", "1: disabled after failures.", is_in("disabled"))
-    text = "Failures in a row."
-    yield gauge("webhook_consecutive_failures", text, lambda i: store.health[i].failures)
-    yield counter("attempts", "Attempts by outcome.", 0)
-    yield counter("deliveries", "Done or given up, by the last outcome.", 1)
-    names = {w.id: w.name.translate(LABEL_ESCAPES) for w in webhooks}
+def _names_of_webhooks(webhooks):
+    names = {webhook.id: webhook.name.translate(LABEL_ESCAPES) for webhook in webhooks}
     samples = {f'{{webhook="{id}",name="{name}"}}': 1 for id, name in names.items()}
     yield family("webhookd_webhook_info", "Always 1; the name.", samples)
 
 
 def metrics_text(store: Store, dispatcher: Dispatcher, settings: Settings, now_ms: int) -> bytes:
     """What GET /metrics answers. Nothing is counted here, but where it happens."""
-    of_process = _of_process(store, dispatcher, settings)
-    families = itertools.chain(of_process, _of_webhooks(store, dispatcher, now_ms))
+    webhooks = store.webhooks.by_id.values()
+    families = itertools.chain(
+        _of_process(store, dispatcher, settings),
+        _gauges_of_webhooks(store, webhooks, now_ms),
+        _counters_of_webhooks(dispatcher, webhooks),
+        _names_of_webhooks(webhooks),
+    )
     lines = itertools.chain.from_iterable(families)
     return ("\n".join(lines) + "\n").encode()
 
@@ -5924,7 +5943,7 @@ JSON_TYPE = "application/json"
 NDJSON_TYPE = "application/x-ndjson"
 PING_NAME, PING = "diagnostics:ping", b'{"test": true}'
 SEND_BYTES = 1 << 16
-STREAMED_BYTES = 1 << 20  # a longer answer is made while it is sent
+MAX_BUFFERED_BYTES = 1 << 20  # a longer answer is made while it is sent
 LOGIN_NEEDED = "log in as a user of webhookd"
 LOGGED_NAMES = {  # of a webhook's fields, where the API has another or none
     "verify_tls": "sslVerificationRequired",
@@ -5935,7 +5954,7 @@ LOGGED_NAMES = {  # of a webhook's fields, where the API has another or none
 
 
 def _site(origin):
-    """Scheme, host and port of an origin, also where the port is left out."""
+    """Scheme and authority of an origin, without a port that is the scheme's own."""
     scheme, _, authority = origin.lower().partition("://")
     default = {"http": ":80", "https": ":443"}.get(scheme, "")
     return scheme, authority.removesuffix(default)
@@ -5963,12 +5982,12 @@ def changed_fields(old: Webhook, new: Webhook) -> str:
     """The names of the fields that differ, as the API has them; no values."""
     names = [field.name for field in dataclasses.fields(Webhook)]
     differ = [name for name in names if getattr(old, name) != getattr(new, name)]
-    shown = [LOGGED_NAMES.get(name, name) for name in differ]
-    return ",".join(name for name in shown if name) or "none"
+    logged = [LOGGED_NAMES.get(name, name) for name in differ]
+    return ",".join(name for name in logged if name) or "none"
 
 
 def change_in_words(old: Webhook, new: Webhook, starts_clean: bool) -> str:
-    """What a change does to a webhook, also where only its failures are forgotten."""
+    """What a change does to a webhook, in the words of the log."""
     if old.active != new.active:
         return "webhook activated" if new.active else "webhook deactivated"
     if old.paused != new.paused:
@@ -5996,35 +6015,36 @@ ORDINARY = Work(SERVER_THREADS // 2)  # lists, look-ups, passwords: all that is 
 TESTS = Work(4, 0)
 LARGE = Work(1, 5)  # a large request is some hundred megabytes while it is read
 STREAMS = Work(4, 10)  # each waits for its client
-MAX_WAITING = SERVER_THREADS // 4  # for such work
+MAX_WAITING = SERVER_THREADS // 4  # threads that wait for such work
 
 
 class SlowWork:
-    """At most half of the server's threads are in slow work, and less in some kinds.
+    """Admits at most half of the server's threads to slow work, and fewer to some kinds.
 
-    A few more wait for a place, what is more than that gets Unavailable; so a request that
-    is quick always finds a thread. Any thread may call the methods."""
+    A few more wait, and all others get Unavailable, so that a quick request always finds a
+    thread. Any thread may call the methods."""
 
     def __init__(self):
         kinds = ORDINARY, TESTS, LARGE, STREAMS
         self._free = {work: threading.Semaphore(work.limit) for work in kinds}
         self._waiting = threading.Semaphore(MAX_WAITING)
-        self._local = threading.local()  # has a place: this thread needs no second one
+        self._local = threading.local()  # is_admitted: this thread, to ordinary work
 
     @contextlib.contextmanager
-    def place(self, work: Work = ORDINARY) -> collections.abc.Iterator[None]:
-        """Hold a place for a kind of work; raises Unavailable."""
-        with contextlib.ExitStack() as places:
+    def admit(self, work: Work = ORDINARY) -> collections.abc.Iterator[None]:
+        """Let this thread do a kind of work, which is ordinary slow work, too; raises
+        Unavailable."""
+        with contextlib.ExitStack() as admissions:
             if work is not ORDINARY:
-                places.enter_context(self._place(work))
-            if not getattr(self._local, "has_place", False):
-                places.enter_context(self._place(ORDINARY))
-                places.callback(setattr, self._local, "has_place", False)
-                self._local.has_place = True
+                admissions.enter_context(self._counted(work))
+            if not getattr(self._local, "is_admitted", False):
+                admissions.enter_context(self._counted(ORDINARY))
+                admissions.callback(setattr, self._local, "is_admitted", False)
+                self._local.is_admitted = True
             yield
 
     @contextlib.contextmanager
-    def _place(self, work):
+    def _counted(self, work):
         free = self._free[work]
         if not free.acquire(blocking=False):
             self._wait(free, work.patience_seconds)
@@ -6034,36 +6054,45 @@ class SlowWork:
             free.release()
 
     def _wait(self, free, seconds):
-        has_come = False
+        is_admitted = False
         if self._waiting.acquire(blocking=False):
             try:
-                has_come = free.acquire(timeout=seconds)
+                is_admitted = free.acquire(timeout=seconds)
             finally:
                 self._waiting.release()
-        if not has_come:
+        if not is_admitted:
             raise Unavailable("too much of this at once", headers={"Retry-After": "1"})
 
 
-PASSAGE = "webhookd.passage"  # of a WSGI environment
+USER, FORM, PASSAGE = "webhookd.user", "webhookd.form", "webhookd.passage"  # in WSGI's environ
+
+
+def current_user() -> User | None:
+    """Who sends the request in hand; None if its route needs no login."""
+    return bottle.request.environ.get(USER)
 
 
 class Passage:
     """The way of a request through the application in the server's own thread.
 
-    There it must not wait: what waits for a commit leaves its answer for later, and what is
-    slow has to begin anew in another thread."""
+    There nothing may wait. A handler that waits for a commit leaves its answer for later, and
+    one that is slow starts again in another thread."""
 
     is_slow = False
     future: concurrent.futures.Future | None = None
     late_answer: collections.abc.Callable[[], tuple] | None = None
 
     def leave(self, future: concurrent.futures.Future, late_answer) -> None:
-        """Have the late answer (status line, headers, body) made once the future is done."""
+        """Leave a function for later, which makes the answer (status line, headers, body) once
+        the future is done."""
         self.future, self.late_answer = future, late_answer
 
 
+QUICK, SLOW = True, False  # how long a handler holds a thread; see SlowWork
+
+
 class Api:
-    """The routes; built of its parts, so that there may be as many as one likes."""
+    """The REST API: `__init__` lists its routes, and the handlers follow in that order."""
 
     def __init__(
         self,
@@ -6086,44 +6115,40 @@ class Api:
         self.app.install(self._guarded)
         hooks, hook = "/rest/api/webhooks", "/rest/api/webhooks/<id:id>"
         events, deliveries = "/rest/api/events", "/rest/api/deliveries"
-        quick = (  # these hold a thread for a commit or a few rows, or see to their place
-            *(self.publish_events, self.delete_event, self.health),
-            *(self.get_webhook, self.delete_webhook, self.latest),
-            *(self.get_delivery, self.redeliver),
-        )
-        for method, path, handler, roles in (
-            ("GET", hooks, self.list_webhooks, READERS),
-            ("POST", hooks, self.create_webhook, ADMINS),
-            ("GET", hook, self.get_webhook, READERS),
-            ("PUT", hook, self.update_webhook, ADMINS),
-            ("DELETE", hook, self.delete_webhook, ADMINS),
-            ("GET", hook + "/latest", self.latest, READERS),
-            ("GET", hook + "/statistics", self.statistics, READERS),
-            ("GET", hook + "/statistics/summary", self.statistics_summary, READERS),
-            ("POST", hooks + "/test", self.test_webhook, ADMINS),
-            ("POST", events, self.publish_events, PUBLISHERS),
-            ("GET", events, self.list_events, READERS),
-            ("GET", events + "/<id:id>", self.get_event, READERS),
-            ("GET", hook + "/deliveries", self.list_deliveries, READERS),
-            ("GET", deliveries + "/<uuid>", self.get_delivery, READERS),
-            ("POST", deliveries + "/<uuid>/redeliver", self.redeliver, ADMINS),
-            ("POST", hook + "/redeliver", self.redeliver_many, ADMINS),
-            ("POST", hook + "/replay", self.replay, ADMINS),
-            ("DELETE", events + "/<id:id>", self.delete_event, ADMINS),
-            ("GET", "/health", self.health, ANYBODY),
-            ("GET", "/metrics", self.metrics, READERS),
+        # quick ones hold a thread for a commit or a few rows, or ask for their own admission
+        for method, path, handler, roles, is_quick in (
+            ("GET", hooks, self.list_webhooks, READERS, SLOW),
+            ("POST", hooks, self.create_webhook, ADMINS, SLOW),
+            ("GET", hook, self.get_webhook, READERS, QUICK),
+            ("PUT", hook, self.update_webhook, ADMINS, SLOW),
+            ("DELETE", hook, self.delete_webhook, ADMINS, QUICK),
+            ("GET", hook + "/latest", self.latest, READERS, QUICK),
+            ("GET", hook + "/statistics", self.statistics, READERS, SLOW),
+            ("GET", hook + "/statistics/summary", self.statistics_summary, READERS, SLOW),
+            ("POST", hooks + "/test", self.test_webhook, ADMINS, SLOW),
+            ("POST", events, self.publish_events, PUBLISHERS, QUICK),
+            ("GET", events, self.list_events, READERS, SLOW),
+            ("GET", events + "/<id:id>", self.get_event, READERS, SLOW),
+            ("GET", hook + "/deliveries", self.list_deliveries, READERS, SLOW),
+            ("GET", deliveries + "/<uuid>", self.get_delivery, READERS, QUICK),
+            ("POST", deliveries + "/<uuid>/redeliver", self.redeliver, ADMINS, QUICK),
+            ("POST", hook + "/redeliver", self.redeliver_many, ADMINS, SLOW),
+            ("POST", hook + "/replay", self.replay, ADMINS, SLOW),
+            ("DELETE", events + "/<id:id>", self.delete_event, ADMINS, QUICK),
+            ("GET", "/health", self.health, ANYBODY, QUICK),
+            ("GET", "/metrics", self.metrics, READERS, SLOW),
         ):
-            self.app.route(path, method, handler, roles=roles, is_quick=handler in quick)
+            self.app.route(path, method, handler, roles=roles, is_quick=is_quick)
 
     def remember_admin(self, password: str) -> None:
-        """Know the admin from the start, when many log in at the same moment."""
+        """Know the admin's password from the start, when many may log in at once."""
         with contextlib.suppress(WebhookdError):  # it was changed just now
             self._logins.verify([Login("admin", password)], "")
 
     # ---- what every request passes ----
 
     def _guarded(self, handler):
-        """A plugin: the handler behind all checks, its errors as documents."""
+        """A plugin: puts all checks before the handler, and renders errors."""
 
         def guarded(*args, **kwargs):
             return self._rendered(self._checked, handler, *args, **kwargs)
@@ -6136,7 +6161,7 @@ class Api:
         self.log_in(config["roles"])
         if config.get("is_quick"):
             return handler(*args, **kwargs)
-        with self._place():
+        with self._admit():
             return handler(*args, **kwargs)
 
     def _rendered(self, answer, *args, **kwargs):
@@ -6154,25 +6179,29 @@ class Api:
             fault = Fault(None, "an internal error, which is in the log")
             return self.render_error(500, [fault])
 
-    def _place(self, work=ORDINARY):
-        """A place for slow work, see SlowWork; the server's own thread has none."""
+    def _admit(self, work=ORDINARY):
+        """Admit this thread to slow work, see SlowWork; the server's own thread never is."""
         passage = bottle.request.environ.get(PASSAGE)
         if passage:
             passage.is_slow = True
-            raise Unavailable("this goes on in another thread")
-        return self._slow_work.place(work)
+            raise Unavailable("this goes on in another thread")  # nobody sees this answer
+        return self._slow_work.admit(work)
 
-    def _after(self, future, answer):
-        """answer(*result) once a future is done. The server's own thread waits for nothing:
-        it goes on, and calls what it was left when that is so."""
+    def _answer_after(self, future, answer):
+        """answer(*result) once a future is done. The server's own thread does not wait, but
+        leaves that for later."""
         environ = bottle.request.environ
         passage = environ.get(PASSAGE)
         if passage is None:
             return answer(*future.result())
-        passage.leave(future, lambda: self._late(environ, lambda: answer(*future.result())))
+
+        def late_answer():
+            return self._late_answer(environ, lambda: answer(*future.result()))
+
+        passage.leave(future, late_answer)
         return b""
 
-    def _late(self, environ, answer):
+    def _late_answer(self, environ, answer):
         """Status line, headers and body of an answer that was left for later."""
         bottle.request.bind(environ)
         bottle.response.bind()
@@ -6194,33 +6223,33 @@ class Api:
         if roles == ANYBODY:
             return
         try:
-            user = self._user(self._header("Authorization"), self._client_address())
+            user = self._verified_user(self._header("Authorization"), self._client_address())
         except Unauthorized as error:
             error.headers.update(ASK_FOR_LOGIN)
             raise
         if user.role not in roles:
             raise Forbidden(f"the role {user.role} may not do this")
-        bottle.request.environ["webhookd.user"] = user
+        bottle.request.environ[USER] = user
 
-    def _user(self, header, address):
+    def _verified_user(self, header, address):
         if not header:
             raise Unauthorized(LOGIN_NEEDED)
         logins = read_logins(header)
         user = self._logins.known(logins, self._users(), address)
         if user is None:
-            with self._place():
+            with self._admit():
                 user = self._logins.verify(logins, address)
         return user
 
     def _users(self):
-        """All users, as they are now; in the server's own thread as they were at the last
-        commit, since the next one looks again who publishes."""
+        """All users as they are now. The server's own thread takes those of the last commit:
+        the next commit checks again who publishes."""
         if PASSAGE in bottle.request.environ:
             return list(itertools.starmap(User, self._store.users))
         return load_users(self._store.reader())
 
     def _client_address(self):
-        """Where the request comes from; a proxy that tells no address is the client."""
+        """Where the request comes from; the proxy, if it tells no address."""
         address = bottle.request.environ.get("REMOTE_ADDR")
         if not self._settings.trusted_proxy:
             return address
@@ -6241,7 +6270,7 @@ class Api:
 
     @staticmethod
     def _read_path():
-        """Refuse what is not UTF-8 (bottle leaves it out), ignore a trailing slash."""
+        """Refuse a path that is not UTF-8 (bottle drops such bytes); ignore a trailing slash."""
         environ = bottle.request.environ
         try:
             path = environ["bottle.raw_path"].encode("latin-1").decode()
@@ -6274,7 +6303,8 @@ class Api:
         scheme = bottle.request.environ["wsgi.url_scheme"]
         return f"{scheme}://{self._host()}{path}" + (f"?{encoded}" if encoded else "")
 
-    def _now_ms(self):
+    def now_ms(self) -> int:
+        """Epoch milliseconds."""
         return int(self._clock() * 1000)
 
     @staticmethod
@@ -6283,7 +6313,7 @@ class Api:
         return sent.partition(";")[0].strip().lower()
 
     def _check_type(self, types):
-        """Raise WrongMediaType unless the body was sent as JSON, or one of these, as it is."""
+        """Raise WrongMediaType unless the body is JSON or of these types, and not encoded."""
         sent = self._content_type()
         if sent not in types and not re.fullmatch(r"application/(json|[\w.-]+\+json)", sent):
             kind = f"as {sent[:100]}" if sent else "without a Content-Type"
@@ -6307,53 +6337,54 @@ class Api:
         return json_object(self.body(JSON_TYPE))
 
     @staticmethod
-    def _query():
+    def query() -> dict[str, str | list[str]]:
+        """The request's query, see query_fields."""
         text = bottle.request.environ.get("QUERY_STRING")
         return query_fields(text) if text else {}
 
     def _filter(self, *names):
-        with Reader(self._query()) as query:
-            return read_filter(query, self._now_ms(), *names)
+        with Reader(self.query()) as query:
+            return read_filter(query, self.now_ms(), *names)
 
     def _page_of(self, page, total, results, more=None):
         """A page of results, documents or their JSON, with links to itself and its neighbours.
 
-        more: what the next one asks for, where the total is not known."""
-        path, query = bottle.request.path, self._query() | {"limit": page.limit}
+        more: what the next page asks for, where the total is not known."""
+        path, query = bottle.request.path, self.query() | {"limit": page.limit}
         starts = page.neighbours(total or 0, len(results))
         links = {name: self.link(path, query | {"start": start}) for name, start in starts.items()}
         if more:
             links["next"] = self.link(path, query | more)
         part = {"start": page.start, "limit": page.limit, "size": len(results)}
         rest = json_bytes(part | {"totalCount": total, "_links": links})
-        shown = (item if isinstance(item, bytes) else json_bytes(item) for item in results)
-        return self._json(b'{"results":[' + b",".join(shown) + b"]," + rest[1:])
+        items = (item if isinstance(item, bytes) else json_bytes(item) for item in results)
+        return self._json(b'{"results":[' + b",".join(items) + b"]," + rest[1:])
 
-    def _told(self, *names):
-        """A reader of what the query and the body tell an operation; other fields are faults.
+    def _options(self, *names):
+        """A reader of an operation's fields, in the query or the body; others are faults.
 
-        From the query too, for a dryRun that went unnoticed there would do harm."""
+        In the query, too, because a dryRun that is passed over there would do harm."""
         fields = self._object() if bottle.request.content_length > 0 else {}
-        reader = Reader(self._query() | fields)
+        reader = Reader(self.query() | fields)
         reader.only(*names)
         return reader
 
     @staticmethod
     def _sees_urls():
-        """Whether the user sees URLs whole; in a path or a query may be a secret."""
-        return bottle.request.environ["webhookd.user"].role == ADMIN
+        """Whether the user sees whole URLs, whose path or query may be a secret."""
+        return current_user().role == ADMIN
 
-    def _seen(self, attempt):
+    def _visible(self, attempt):
+        """The attempt as the user may see it."""
         return attempt if self._sees_urls() else attempt.for_viewers()
 
     def _log_change(self, words, **values):
-        user = bottle.request.environ["webhookd.user"].name
-        log_fact(words, **values, by=user, address=self._client_address())
+        log_fact(words, **values, by=current_user().name, address=self._client_address())
 
     # ---- webhooks ----
 
     def list_webhooks(self):
-        with Reader(self._query()) as query:
+        with Reader(self.query()) as query:
             page, wanted = read_page(query), self._webhook_filter(query)
             statistics = query.field("statistics", False, boolean)
         webhooks = [
@@ -6369,7 +6400,7 @@ class Api:
         return self._store.health[webhook.id].state(webhook)
 
     def _webhook_filter(self, query):
-        return read_filter(query, self._now_ms(), "event", "state", states=HEALTH_STATES)
+        return read_filter(query, self.now_ms(), "event", "state", states=HEALTH_STATES)
 
     def create_webhook(self):
         webhook = self.register(self._object())
@@ -6379,40 +6410,40 @@ class Api:
 
     def register(self, fields: dict) -> Webhook:
         """Add the webhook that the fields ask for; raises Invalid."""
-        now = self._now_ms()
-        user = bottle.request.environ["webhookd.user"].name
-        new = Webhook(created=now, updated=now, halted_by=user)
+        now_ms = self.now_ms()
+        new = Webhook(created=now_ms, updated=now_ms, halted_by=current_user().name)
         webhook = read_webhook(fields, new, self._address_policy.check_url)
         webhook = self._store.write(Batch.add_webhook, webhook)
         self._log_change("webhook created", id=webhook.id, url=webhook.short_url)
         return webhook
 
     def get_webhook(self, id):
-        with Reader(self._query()) as query:
+        with Reader(self.query()) as query:
             statistics = query.field("statistics", False, boolean)
         return self._json(self.webhooks_as_json([self._store.webhooks.get(id)], statistics)[0])
 
     def update_webhook(self, id):
-        self._store.webhooks.get(id)  # that there is none comes before a fault in the body
+        self._store.webhooks.get(id)  # 404 comes before a fault in the body
         return self._json(self.webhooks_as_json([self.change(id, self._object())])[0])
 
     def change(self, id: int, fields: dict, unless_changed_since: int | None = None) -> Webhook:
         """Change the fields of a webhook that are given; raises NotFound, Invalid.
 
         Raises Conflict if it was changed after a moment that is given, in milliseconds."""
-        # looking its host up takes time, so the writer reads it again without that
+        # this looks the host up, which takes time; the writer reads the fields again without
         read = read_webhook(fields, self._store.webhooks.get(id), self._address_policy.check_url)
-        now, user = self._now_ms(), bottle.request.environ["webhookd.user"].name
+        now_ms, user_name = self.now_ms(), current_user().name
         activates = fields.get("active") is not None and read.active
-        starts_clean = activates or fields.get("paused") is not None and not read.paused
+        resumes = fields.get("paused") is not None and not read.paused
+        starts_clean = activates or resumes
 
         def change(old):
             if unless_changed_since not in (None, old.updated):
                 raise Conflict("somebody else has just changed this webhook")
-            new = dataclasses.replace(read_webhook(fields, old), updated=now)
+            new = dataclasses.replace(read_webhook(fields, old), updated=now_ms)
             if (new.active, new.paused) != (old.active, old.paused):
-                new = dataclasses.replace(new, halted_by=user)
-            return with_rotated_secret(old, new, now)
+                new = dataclasses.replace(new, halted_by=user_name)
+            return with_rotated_secret(old, new, now_ms)
 
         old, webhook = self._store.write(Batch.change_webhook, id, change, starts_clean)
         if lost_secret(old, webhook):
@@ -6441,7 +6472,7 @@ class Api:
         health = store.health[id].as_json(webhook, store.pending[id], store.last_attempts.get(id))
         document = webhook.as_json(sees_urls) | {"health": health}
         if statistics:
-            document["statistics"] = store.statistics(id, (), self._now_ms(), sees_urls)
+            document["statistics"] = store.statistics(id, (), self.now_ms(), sees_urls)
         return document
 
     def latest(self, id):
@@ -6453,17 +6484,18 @@ class Api:
         return self._json(invocation)
 
     def statistics(self, id):
-        wanted, now = self._filter("event"), self._now_ms()
+        wanted, now = self._filter("event"), self.now_ms()
         webhook = self._store.webhooks.get(id)
-        shown = self._store.statistics(webhook.id, wanted.events, now, self._sees_urls())
-        return self._json(shown)
+        return self._json(self._store.statistics(webhook.id, wanted.events, now, self._sees_urls()))
 
     def statistics_summary(self, id):
-        webhook, now = self._store.webhooks.get(id), self._now_ms()
+        webhook, now = self._store.webhooks.get(id), self.now_ms()
         events = self._store.attempted_events(webhook.id)
-        sees_urls, of_events = self._sees_urls(), self._store.statistics
-        shown = {event: of_events(webhook.id, (event,), now, sees_urls) for event in events}
-        return self._json(shown)
+        sees_urls = self._sees_urls()
+        document = {
+            event: self._store.statistics(webhook.id, (event,), now, sees_urls) for event in events
+        }
+        return self._json(document)
 
     def test_webhook(self):
         answer, _ = self.test(self._webhook_to_test())
@@ -6473,7 +6505,7 @@ class Api:
         """Send a ping now; what was sent and what came back, and after how many ms.
 
         Raises Unavailable."""
-        with self._slow_work.place(TESTS):
+        with self._slow_work.admit(TESTS):
             body, attempt = asyncio.run(self._ping(webhook))
         id, result = webhook.id or "none", attempt.description
         url = short_url(attempt.url)
@@ -6485,18 +6517,18 @@ class Api:
         return answer, attempt.duration
 
     def _webhook_to_test(self):
-        with self._told("webhookId", "url") as told:
-            id = told.field("webhookId", None, whole_number, 1)
+        with self._options("webhookId", "url") as options:
+            id = options.field("webhookId", None, whole_number, 1)
         if id is not None:
             return self._store.webhooks.get(id)
-        with told:
-            url = told.field("url", "", read_url, "", self._address_policy.check_url)
-            told.check("url", url != "", "url or webhookId is needed")
+        with options:
+            url = options.field("url", "", read_url, "", self._address_policy.check_url)
+            options.check("url", url != "", "url or webhookId is needed")
         return Webhook(url=url)
 
     async def _ping(self, webhook):
         client = Client(self._address_policy, self._settings.delivery_timeout)
-        now, made = self._now_ms(), asyncio.get_running_loop().create_future()
+        now, made = self.now_ms(), asyncio.get_running_loop().create_future()
         event = {"timestamp": now, "event": PING_NAME, "test": True}
         body = PING if webhook.template is None else render(webhook, json_bytes(event))
         headers = attempt_headers(webhook, PING_NAME, uuid7(now), 1, body, now)
@@ -6510,12 +6542,12 @@ class Api:
 
     def publish_events(self):
         is_large = bottle.request.content_length > LARGE_REQUEST_BYTES
-        with self._place(LARGE) if is_large else contextlib.nullcontext():
+        with self._admit(LARGE) if is_large else contextlib.nullcontext():
             return self._publish_events()
 
     def _publish_events(self):
         limit = max(MAX_REQUEST_BYTES, self._settings.max_event_size)
-        body, now = self.body(JSON_TYPE, NDJSON_TYPE, limit=limit), self._now_ms()
+        body, now = self.body(JSON_TYPE, NDJSON_TYPE, limit=limit), self.now_ms()
         are_lines = self._content_type() == NDJSON_TYPE
         largest = self._settings.max_event_size
         events = read_events(body, are_lines, now, largest, self._naming())
@@ -6524,15 +6556,15 @@ class Api:
         key = self._idempotency(body, events)
 
         def answer(published, is_repeated):
-            shown = [event.as_json() for event in published]
-            document = {"results": shown} if several else shown[0]
+            documents = [event.as_json() for event in published]
+            document = {"results": documents} if several else documents[0]
             return self._json(document, 200 if is_repeated else 202)
 
-        publisher = bottle.request.environ["webhookd.user"]
-        return self._after(self._store.publish(events, now, key, publisher), answer)
+        published = self._store.publish(events, now, key, current_user())
+        return self._answer_after(published, answer)
 
     def _naming(self):
-        with Reader(self._query()) as query:
+        with Reader(self.query()) as query:
             name = query.field("event", None, read_query_name)
         return Naming(name, self._header("X-Event-Key") or self._header("X-GitHub-Event"))
 
@@ -6542,17 +6574,16 @@ class Api:
             return None
         if not 1 <= len(key) <= 255:
             raise Invalid(Fault("Idempotency-Key", "must have 1 to 255 characters"))
-        user = bottle.request.environ["webhookd.user"].name
         fingerprint = hashlib.sha256(body)
         for event in events:
-            if event.is_foreign:
+            if event.is_foreign:  # its name is not in the body
                 fingerprint.update(b"\n" + event.name.encode())
-        return IdempotencyKey(user, key, fingerprint.digest())
+        return IdempotencyKey(current_user().name, key, fingerprint.digest())
 
     def list_events(self):
         filters = "event", "since", "until", "where"
-        with Reader(self._query()) as query:
-            page, wanted = read_page(query), read_filter(query, self._now_ms(), *filters)
+        with Reader(self.query()) as query:
+            page, wanted = read_page(query), read_filter(query, self.now_ms(), *filters)
             before = query.field("before", None, whole_number, 1)
             payload = query.field("payload", False, boolean)
         result = self.find_events(wanted, page, before)
@@ -6581,57 +6612,57 @@ class Api:
 
     def get_event(self, id):
         event, body, deliveries = self._store.event(id)
-        shown, webhooks = [], self._store.webhooks.by_id
+        documents, webhooks = [], self._store.webhooks.by_id
         for delivery in deliveries:
             if delivery.webhook_id in webhooks:
                 name = webhooks[delivery.webhook_id].name
-                shown.append(delivery.as_json() | {"webhookName": name})
+                documents.append(delivery.as_json() | {"webhookName": name})
         payload = payload_of(body, event.name, event.timestamp)
-        return self._json(with_payload(event.as_json() | {"deliveries": shown}, payload))
+        return self._json(with_payload(event.as_json() | {"deliveries": documents}, payload))
 
     def list_deliveries(self, id):
         filters = "event", "state", "outcome", "since", "until"
-        with Reader(self._query()) as query:
-            page, wanted = read_page(query), read_filter(query, self._now_ms(), *filters)
+        with Reader(self.query()) as query:
+            page, wanted = read_page(query), read_filter(query, self.now_ms(), *filters)
         webhook = self._store.webhooks.get(id)
         deliveries, total = self._store.deliveries(webhook.id, wanted, page)
         return self._page_of(page, total, [delivery.as_json() for delivery in deliveries])
 
     def get_delivery(self, uuid):
-        with contextlib.ExitStack() as place:
-            place.enter_context(self._slow_work.place(STREAMS))
+        with contextlib.ExitStack() as admission:
+            admission.enter_context(self._slow_work.admit(STREAMS))
             delivery, body, attempts = self._store.delivery(uuid.lower())
-            parts = delivery_json(delivery, body, map(self._seen, attempts))
+            parts = delivery_json(delivery, body, map(self._visible, attempts))
             begun, begun_bytes = [], 0
             for part in parts:
                 begun.append(part)
                 begun_bytes += len(part)
-                if begun_bytes > STREAMED_BYTES:
+                if begun_bytes > MAX_BUFFERED_BYTES:
                     self._json(b"")
-                    return self._streamed(itertools.chain(begun, parts), place.pop_all())
+                    return self._streamed(itertools.chain(begun, parts), admission.pop_all())
         return self._json(b"".join(begun))
 
     @staticmethod
-    def _streamed(parts, place):
-        """The parts; the place is held until the last of them is sent, or the client gone."""
-        with place:
+    def _streamed(parts, admission):
+        """The parts; the admission ends when the last of them is sent or the client is gone."""
+        with admission:
             yield from parts
 
     # ---- operations ----
 
     def redeliver(self, uuid):
-        with self._told():
-            pass  # it takes no fields
+        with self._options():
+            pass  # it has none, so that each field is a fault
         return self._json(self.redeliver_one(uuid.lower()).as_json(), 202)
 
     def redeliver_one(self, uuid: str) -> Delivery:
         """Have a delivery attempted at once, paused or not; raises NotFound."""
-        webhook_id = self._store.write(Batch.redeliver_first, uuid, self._now_ms())
+        webhook_id = self._store.write(Batch.redeliver_first, uuid, self.now_ms())
         self._log_change("delivery redelivered", id=uuid, webhook=webhook_id)
         return self._store.delivery(uuid)[0]
 
     def redeliver_many(self, id):
-        self._store.webhooks.get(id)  # that there is none comes before a fault in the body
+        self._store.webhooks.get(id)  # 404 comes before a fault in the body
         wanted, dry_run = self._selection("event", "outcome", "since", "until")
         counts = self.redeliver_all(id, wanted, dry_run)
         return self._json(dict(zip(("matched", "redelivered"), counts)), 202)
@@ -6643,24 +6674,25 @@ class Api:
         self._store.webhooks.get(id)
         if not wanted.outcomes:
             wanted = wanted._replace(states=(FAILED,))
-        found, words = self._store.redeliverable(id, wanted), "deliveries redelivered"
-        return self._make_due(id, found, Batch.redeliver, dry_run, words)
+        words, row_ids = "deliveries redelivered", self._store.redeliverable(id, wanted)
+        return self._write_in_steps(words, Batch.redeliver, id, row_ids, dry_run)
 
-    def _make_due(self, id, found, make_due, dry_run, words):
-        matched = made = 0
-        now = self._now_ms()
+    def _write_in_steps(self, words, work, webhook_id, ids_in_steps, dry_run):
+        """Do some work for ids; returns how many ids there are and how many the work was for."""
+        matched = done = 0
+        now_ms = self.now_ms()
         try:
-            for ids in found:
+            for ids in ids_in_steps:
                 matched += len(ids)
                 if ids and not dry_run:
-                    made += self._store.write(make_due, id, ids, now)
-        finally:  # if one of the steps fails, those before it are done
-            if made:
-                self._log_change(words, webhook=id, count=made)
-        return matched, made
+                    done += self._store.write(work, webhook_id, ids, now_ms)
+        finally:  # if a step fails, those before it are done
+            if done:
+                self._log_change(words, webhook=webhook_id, count=done)
+        return matched, done
 
     def replay(self, id):
-        self._store.webhooks.get(id)  # that there is none comes before a fault in the body
+        self._store.webhooks.get(id)  # 404 comes before a fault in the body
         counts = self.replay_all(id, *self._selection("event", "since", "until"))
         return self._json(dict(zip(("matched", "replayed"), counts)), 202)
 
@@ -6668,15 +6700,14 @@ class Api:
         """Deliver those events wanted that a webhook is subscribed to and never got.
 
         Returns how many matched and how many are replayed; raises NotFound."""
-        webhook, words = self._store.webhooks.get(id), "events replayed"
-        found = self._store.missed_events(webhook, wanted)
-        return self._make_due(id, found, Batch.replay, dry_run, words)
+        event_ids = self._store.missed_events(self._store.webhooks.get(id), wanted)
+        return self._write_in_steps("events replayed", Batch.replay, id, event_ids, dry_run)
 
     def _selection(self, *filters):
-        """Which deliveries or events an operation is for, and if it only counts them."""
-        with self._told("dryRun", *filters) as told:
-            dry_run = told.field("dryRun", False, boolean)
-            return read_filter(told, self._now_ms(), *filters), dry_run
+        """Which deliveries or events an operation is for, and whether it only counts them."""
+        with self._options("dryRun", *filters) as options:
+            dry_run = options.field("dryRun", False, boolean)
+            return read_filter(options, self.now_ms(), *filters), dry_run
 
     def delete_event(self, id):
         self.remove_event(id)
@@ -6692,12 +6723,11 @@ class Api:
 
     def metrics(self):
         bottle.response.content_type = METRICS_TYPE
-        parts = self._store, self._dispatcher, self._settings
-        return metrics_text(*parts, self._now_ms())
+        return metrics_text(self._store, self._dispatcher, self._settings, self.now_ms())
 
     def health(self):
-        stuck = self._store.stands_still() and "the store's writer stands still"
         store, dispatcher = self._store, self._dispatcher
+        stuck = "the store's writer stands still" if store.stands_still() else None
         problems = [store.problem, store.full, dispatcher.problem(), stuck, *store.faults()]
         problems = list(filter(None, problems))
         if problems:
@@ -7597,9 +7627,8 @@ def form_token(user: User) -> str:
 class Pages:
     """The pages: routes beside those of an API, by whose methods they do everything."""
 
-    def __init__(self, api: Api, store: Store, address_policy: AddressPolicy, clock: Clock):
-        self._api, self._store = api, store
-        self._address_policy, self._clock = address_policy, clock
+    def __init__(self, api: Api, store: Store, address_policy: AddressPolicy):
+        self._api, self._store, self._address_policy = api, store, address_policy
         self._saving = threading.Lock()  # guards the next, and one form at a time is saved
         self._sent_forms = LimitedDict(MAX_SENT_FORMS)  # digest and Webhook by `once`
         self._render_json, api.render_error = api.render_error, self._render_error
@@ -7633,24 +7662,15 @@ class Pages:
 
     # ---- what they share ----
 
-    def _now_ms(self):
-        return int(self._clock() * 1000)
-
     @staticmethod
-    def _query():
-        return query_fields(bottle.request.environ.get("QUERY_STRING", ""))
-
-    @staticmethod
-    def _user():
-        return bottle.request.environ.get("webhookd.user")
-
-    def _may_change(self):
-        return self._user() is not None and self._user().role in ADMINS
+    def _may_change():
+        user = current_user()
+        return user is not None and user.role in ADMINS
 
     def _page(self, template, status=200, **values):
         bottle.response.status = status
         bottle.response.headers.update(PAGE_HEADERS)
-        user, now = self._user(), self._now_ms()
+        user, now = current_user(), self._api.now_ms()
         shared = {"user": user, "token": user and form_token(user), "now": now}
         shared |= {"may_change": self._may_change(), "moment": functools.partial(moment, now)}
         return template.render(HELPERS, shared, values)
@@ -7677,8 +7697,8 @@ class Pages:
         """A plugin: the handler, if the form that was sent is of one of our pages."""
 
         def checked(**arguments):
-            form = bottle.request.environ["webhookd.form"] = self._form()
-            sent, token = form.get("token", ""), form_token(self._user())
+            form = bottle.request.environ[FORM] = self._form()
+            sent, token = form.get("token", ""), form_token(current_user())
             if not hmac.compare_digest(sent.encode(), token.encode()):
                 raise Forbidden("the form is out of date: go back and reload its page")
             return handler(**arguments)
@@ -7699,7 +7719,7 @@ class Pages:
 
     def _list(self, page, total, noun, plural="", more=None):
         """What a page needs to show a part of a list; more: as EventsPage has it."""
-        query, starts = self._query(), page.neighbours(total or 0)
+        query, starts = self._api.query(), page.neighbours(total or 0)
         links = {
             label: "?" + urllib.parse.urlencode(query | {"start": starts[name]}, True)
             for name, label in (("prev", "Previous"), ("next", "Next"))
@@ -7731,9 +7751,9 @@ class Pages:
         return ICON
 
     def show_webhooks(self):
-        with Reader(self._query()) as query:
+        with Reader(self._api.query()) as query:
             page, kept = read_page(query), query.field("state", (), strings, STATES)
-        webhooks, now = list(self._store.webhooks.by_id.values()), self._now_ms()
+        webhooks, now = list(self._store.webhooks.by_id.values()), self._api.now_ms()
         webhooks = self._api.webhooks_as_json(webhooks)
         webhooks.sort(key=lambda webhook: place_in_list(webhook["health"]))
         states = collections.Counter(webhook["health"]["state"] for webhook in webhooks)
@@ -7753,12 +7773,12 @@ class Pages:
         )
 
     def show_webhook(self, id):
-        with Reader(self._query()) as query:
+        with Reader(self._api.query()) as query:
             page = read_page(query, ROWS_PER_PAGE)
-            wanted = read_filter(query, self._now_ms(), *DELIVERY_FILTERS)
+            wanted = read_filter(query, self._api.now_ms(), *DELIVERY_FILTERS)
             attempted = query.field("attempted", None, whole_number, 0)
             missed_since = query.field("missed_since", None, whole_number, 0)
-        webhook, now = self._webhook(id, statistics=True), self._now_ms()
+        webhook, now = self._webhook(id, statistics=True), self._api.now_ms()
         deliveries, total = self._store.deliveries(id, wanted, page)
         missed = 0
         if missed_since is not None and self._may_change():
@@ -7796,16 +7816,16 @@ class Pages:
             DELIVERY_PAGE,
             delivery=delivery,
             webhook=webhook,
-            words=delivery_words(delivery, webhook["health"]["state"], self._now_ms()),
+            words=delivery_words(delivery, webhook["health"]["state"], self._api.now_ms()),
             attempts=[attempt_row(*item, body) for item in numbered][::-1],
             curl=attempts and curl_command(attempts[-1], body),
         )
 
     def show_events(self):
-        with Reader(self._query()) as query:
+        with Reader(self._api.query()) as query:
             page = read_page(query, ROWS_PER_PAGE)
             before = query.field("before", None, whole_number, 1)
-            wanted = read_filter(query, self._now_ms(), *EVENT_FILTERS)
+            wanted = read_filter(query, self._api.now_ms(), *EVENT_FILTERS)
         result = self._api.find_events(wanted, page, before)
         states = self._store.delivery_states([event.id for event in result.events])
         return self._page(
@@ -7833,7 +7853,7 @@ class Pages:
         return self._form_page(id, form_of(self._edited(id)), secrets.token_urlsafe(16), {})
 
     def submit_form(self, id=None):
-        form = bottle.request.environ["webhookd.form"]
+        form = bottle.request.environ[FORM]
         inactive_since = self._inactive_since(id)
         try:
             with self._saving:
@@ -7904,13 +7924,13 @@ class Pages:
         self._see(f"/webhooks/{id}", attempted=self._api.redeliver_all(id, Filter())[1])
 
     def show_replay(self, id):
-        webhook, since = self._store.webhooks.get(id), self._query().get("since")
+        webhook, since = self._store.webhooks.get(id), self._api.query().get("since")
         since_ms = matched = fault = None
         try:
-            with Reader(self._query()) as query:
-                since_ms = read_filter(query, self._now_ms(), "since").since
+            with Reader(self._api.query()) as query:
+                since_ms = read_filter(query, self._api.now_ms(), "since").since
             if since:
-                wanted = Filter(since=since_ms, until=self._now_ms())
+                wanted = Filter(since=since_ms, until=self._api.now_ms())
                 matched, _ = self._api.replay_all(id, wanted, dry_run=True)
         except Invalid as error:
             fault = "; ".join(fault.message for fault in error.faults)
@@ -7919,8 +7939,8 @@ class Pages:
         return self._page(REPLAY_PAGE, 400 if fault else 200, **values)
 
     def submit_replay(self, id):
-        with Reader(bottle.request.environ["webhookd.form"]) as form:
-            wanted = read_filter(form, self._now_ms(), "since", "until")
+        with Reader(bottle.request.environ[FORM]) as form:
+            wanted = read_filter(form, self._api.now_ms(), "since", "until")
         self._see(f"/webhooks/{id}", attempted=self._api.replay_all(id, wanted)[1])
 
     def submit_redeliver(self, uuid):
@@ -8665,7 +8685,7 @@ def serve(settings: Settings) -> None:
         dispatcher = Dispatcher(store, client, settings, clock, lambda: _beat(store))
         parts.enter_context(dispatcher)
         api = Api(store, dispatcher, address_policy, settings, clock)
-        Pages(api, store, address_policy, clock)
+        Pages(api, store, address_policy)
         if settings.admin_password:
             api.remember_admin(settings.admin_password)
         server = make_server(api.app, listener, settings)
@@ -8839,7 +8859,7 @@ def remove_user(given: argparse.Namespace) -> None:
     """Remove a user; raises CommandError."""
     with database_beside_service(given.database) as connection:
         sql = "DELETE FROM users WHERE name = ?"
-        if not connection.execute(sql, [given.name]).rowcount:
+        if not connection.change(sql, given.name):
             raise CommandError(f"there is no user {given.name}")
     log_fact("user removed", name=given.name, by=operator())
 
