@@ -7682,7 +7682,7 @@ def test_those_in_trouble_stand_first_and_then_who_was_tried_last():
         health("disabled"),
     ]
 
-    ordered = sorted(healths, key=webhookd.place_in_list)
+    ordered = sorted(healths, key=webhookd.list_order)
 
     assert [(h["state"], h["lastAttempt"]) for h in ordered] == [
         ("disabled", None),
@@ -9084,7 +9084,7 @@ class SteppedServer:
         limit = time.monotonic() + 20
         while not condition():
             assert time.monotonic() < limit, "it did not happen"
-            self.server.turn(0.01)
+            self.server.run_once(0.01)
 
     def close(self):
         for client in self._clients:
@@ -9223,7 +9223,7 @@ def test_bodies_that_are_received_at_once_hold_so_much_together(echo, monkeypatc
     monkeypatch.setattr(webhookd, "SHARED_BODIES_BYTES", 100_000)
     length = b"Content-Length: %d\r\n\r\n"
     first, _ = echo.connect(LOGGED_IN + length % 130_000, b"x" * 120_000)
-    echo.step_until(lambda: echo.server.adj.bodies._held_bytes > 80_000)
+    echo.step_until(lambda: echo.server.adj.bodies._shared_bytes > 80_000)
 
     known, channel = echo.connect(LOGGED_IN + length % 90_000)
     echo.step_until(lambda: channel._discards)
@@ -9238,7 +9238,7 @@ def test_bodies_that_are_received_at_once_hold_so_much_together(echo, monkeypatc
         assert answer.startswith(b"HTTP/1.1 503") and b"Retry-After: 1" in answer
     assert small.recv(100).startswith(b"HTTP/1.1 200")
     first.close()
-    echo.step_until(lambda: echo.server.adj.bodies._held_bytes == 0)
+    echo.step_until(lambda: echo.server.adj.bodies._shared_bytes == 0)
 
 
 def test_a_server_without_file_descriptors_rests_and_says_so_once(echo, caplog):

@@ -811,7 +811,7 @@ class DueDelivery(typing.NamedTuple):
     event: str
     body: bytes
     attempt_count: int
-    schedule_index: int  # how far it is in its schedule, which a redelivery begins anew
+    schedule_index: int  # how far it is in its retry schedule; a redelivery sets it to 0
     next_attempt: int  # milliseconds
 
 
@@ -1586,8 +1586,8 @@ def _header_name(value):
     try:
         return published_name(value)
     except Invalid as error:
-        place = "the name in X-Event-Key or X-GitHub-Event (?event=NAME gives another)"
-        raise Invalid(f"{place} {error}") from None
+        subject = "the name in X-Event-Key or X-GitHub-Event (?event=NAME gives another)"
+        raise Invalid(f"{subject} {error}") from None
 
 
 def _name_of(fields):
@@ -3036,9 +3036,9 @@ def without_row(error: sqlite3.Error) -> sqlite3.Error:
 
 
 class Database(sqlite3.Connection):
-    """A connection that tells in one call what a statement finds or changes.
+    """A connection that returns in one call what a statement finds or changes.
 
-    on_error is told of each error, so that nobody else need look for damage."""
+    on_error gets each error, so that damage is noticed wherever it shows."""
 
     on_error: collections.abc.Callable[[sqlite3.Error], None] = staticmethod(lambda error: None)
 
@@ -3289,7 +3289,7 @@ def delivery_list(wanted: Filter) -> tuple[str, Condition]:
 
 
 def or_404(row, what: str):
-    """What was found; raises NotFound if there is nothing."""
+    """The row; raises NotFound if there is none."""
     if not row:
         raise NotFound(f"there is no {what}")
     return row
@@ -3903,12 +3903,12 @@ def is_of_the_machine(error: Exception) -> bool:
 
 
 def unreadable(error: Exception) -> Unavailable:
-    """What the caller is told when the database cannot be read."""
+    """The error of a request for which the database cannot be read."""
     return Unavailable(f"the database cannot be read: {str(error) or 'out of memory'}")
 
 
 def stored_error(error: Exception, path: str) -> Exception:
-    """What the caller is told about an error of the database."""
+    """The error of a write, from the one that the database raised."""
     if isinstance(error, MemoryError):  # what sqlite3 makes of SQLITE_NOMEM
         return Unavailable("the database cannot be written: out of memory")
     if not isinstance(error, sqlite3.Error):
@@ -4821,7 +4821,7 @@ class WebhookQueue:
     def __init__(self, webhook_id: int, proven: bool = False):
         self.webhook_id = webhook_id
         self.ready: collections.deque[DueDelivery] = collections.deque()
-        # row ids of what is ready, in flight, or not told to be on disk yet
+        # row ids of what is ready, in flight, or not known to be on disk yet
         self.held: set[int] = set()
         self.newest = 0  # highest row id ever held: what is offered below it is known
         self.backlog = True  # the database may hold more that is due
@@ -4914,7 +4914,7 @@ class Scheduler:
         return None
 
     def begin(self, queue: WebhookQueue, body_bytes: int) -> tuple[int, int]:
-        """Count an attempt in; returns what `end` has to be told."""
+        """Count an attempt in; returns the arguments of `end`."""
         slots = 1 + body_bytes // SLOT_BYTES
         unproven = 0 if queue.proven else slots
         self._count(queue, 1, slots, unproven)
@@ -5111,8 +5111,9 @@ class Dispatcher:
             queue = self._queues.get(due.webhook_id)
             if queue and due.row_id in queue.held:
                 queue.note(recorded, self._settings.webhook_concurrency)
-        told = {recorded.result.due.webhook_id for recorded in commit.recorded}
-        for webhook_id in commit.changed | told | {due.webhook_id for due in commit.due}:
+        attempted = {recorded.result.due.webhook_id for recorded in commit.recorded}
+        published = {due.webhook_id for due in commit.due}
+        for webhook_id in commit.changed | attempted | published:
             self._reread(webhook_id)
 
     def _note(self, recorded):
@@ -5624,10 +5625,10 @@ def save_user(connection: Database, user: User) -> None:
 
 
 def ensure_admin(store: Store, password: str, tell: collections.abc.Callable[[str], None]) -> None:
-    """Set the admin's password; without one and any user, make a secret and tell it.
+    """Set the admin's password; if there is neither that nor any user, make a secret and tell it.
 
-    A secret that cannot be told is not stored: nobody could log in, and no next start
-    would make another one."""
+    A secret that cannot be told is not stored: nobody could log in, and no later start would
+    make another one."""
     users = {user.name: user for user in load_users(store.reader())}
     if not password and users:
         return
@@ -6108,7 +6109,7 @@ class Api:
         self._address_policy, self._clock = address_policy, clock
         self._logins = Logins(store, steady_clock)
         self._slow_work = SlowWork()
-        self.render_error = self.error_as_json  # the pages put theirs in its place
+        self.render_error = self.error_as_json  # Pages replaces it by its own
         self.app = bottle.Bottle()
         self.app.default_error_handler = self._render_bottle_error
         self.app.router.add_filter("id", lambda _: ("[0-9]{1,15}", int, str))
@@ -6743,18 +6744,19 @@ class Api:
 MAX_SHOWN_CHARACTERS = 16 << 10  # of a body beside many others
 MAX_PAYLOAD_CHARACTERS = 128 << 10  # of a body that stands alone
 STATES = ("disabled", "failing", "paused", "inactive", "healthy")  # of webhooks, as listed
-TONES = {
+TONES = {  # the style's class for a state or an outcome
     **dict.fromkeys(("healthy", SUCCEEDED, SUCCESS), "good"),
     **dict.fromkeys(("failing", "paused", FAILURE), "warn"),
     **dict.fromkeys(("disabled", FAILED, ERROR), "bad"),
-    **dict(zip((PENDING, "inactive"), ("wait", "idle"))),
+    PENDING: "wait",
+    "inactive": "idle",
 }
 
 # ---- in words ----
 
 
 def utc(ms: int, form: str = "%Y-%m-%d %H:%M:%S") -> str:
-    """A moment as people read it, to the second."""
+    """A moment for people, to the second."""
     return datetime.datetime.fromtimestamp(ms // 1000, datetime.UTC).strftime(form)
 
 
@@ -6783,7 +6785,7 @@ def success_rate(counts: dict[str, int]) -> str:
 
 
 def part_words(page: Page, total: int | None, noun: str, plural: str = "") -> str:
-    """Which part of a list it is; total None: of a search that has not looked at all."""
+    """Which part of a list it is; total None: of a search that has not looked at all rows."""
     if total is None:
         return "So far as was looked; Next looks further back."
     last, all_of_it = page.start + page.limit, counted(total, noun, plural)
@@ -6797,8 +6799,8 @@ def is_in_trouble(health: dict) -> bool:
     return health["state"] in STATES[:3] and not is_held
 
 
-def place_in_list(health: dict) -> tuple:
-    """Where a webhook stands: those in trouble first, then those with the latest attempt."""
+def list_order(health: dict) -> tuple:
+    """Sorts webhooks: those in trouble come first, then those with the latest attempt."""
     return not is_in_trouble(health), STATES.index(health["state"]), -(health["lastAttempt"] or 0)
 
 
@@ -6836,7 +6838,7 @@ def state_words(health: dict, now_ms: int) -> tuple[str, str]:
 
 
 def due_words(number: int | None) -> str:
-    """What somebody who had so many deliveries attempted is told; None: nobody."""
+    """What the page says after so many deliveries were made due; None: none were."""
     return "" if number is None else counted(number, "delivery is due.", "deliveries are due.")
 
 
@@ -6858,7 +6860,7 @@ def tag(word: str, text: str = "") -> str:
 
 
 def moment(now_ms: int, ms: int | None, otherwise: str = "", beside: bool = False) -> str:
-    """The markup of a moment, or what is said if there is none; beside: with the UTC."""
+    """The markup of a moment, or the other text if there is none; beside: with the UTC."""
     if not ms:
         return otherwise
     time = f'<time datetime="{utc(ms).replace(" ", "T")}Z" title="{utc(ms)} UTC">'
@@ -6866,7 +6868,7 @@ def moment(now_ms: int, ms: int | None, otherwise: str = "", beside: bool = Fals
 
 
 def indented(text: str) -> str:
-    """A JSON text line by line, to the digit; any other as it is."""
+    """A JSON text in indented lines, its numbers to the digit; any other text as it is."""
     try:
         value = json_value(text, _event_decoder.decode)
         lines = without_marks(json.dumps(value, indent=2, ensure_ascii=False))
@@ -6878,12 +6880,12 @@ def indented(text: str) -> str:
 
 
 def form_json(value: object) -> str:
-    """A JSON value as a form has it; nothing for nothing."""
+    """A JSON value as a form has it; an empty text for none."""
     return "" if value in (None, {}) else indented(json_bytes(value).decode())
 
 
 def body_text(body: str, limit: int) -> str:
-    """A body as pages show it: JSON indented, what is longer cut."""
+    """A body as pages show it: JSON indented, or the start of one that is too long."""
     if len(body) <= limit:
         return indented(body)
     return f"{body[:limit]}\n… {len(body):,} characters in all, the API has them"
@@ -6929,7 +6931,7 @@ curl {url}/health
 webhookd user add NAME --role publisher --database /var/lib/webhookd/webhookd.db
 """
 
-# ---- what is laid out for the templates; webhooks are as the API shows them ----
+# ---- values for the templates; webhooks are as the API shows them ----
 
 
 def list_row(webhook: dict, counts: dict[str, int], now_ms: int) -> dict:
@@ -6938,15 +6940,18 @@ def list_row(webhook: dict, counts: dict[str, int], now_ms: int) -> dict:
     reasons = [health["reason"]] if health["state"] != "healthy" else []
     if until := health["pausedUntil"]:
         reasons.append(f"tried again {relative(max(until, now_ms), now_ms)}")
-    row = (
-        webhook | health | {"host": urllib.parse.urlsplit(webhook["url"]).netloc.rpartition("@")[2]}
+    host = urllib.parse.urlsplit(webhook["url"]).netloc.rpartition("@")[2]
+    return (
+        webhook
+        | health
+        | {
+            "host": host,
+            "some": ", ".join(events[:3]) + (f" +{len(events) - 3}" if len(events) > 3 else ""),
+            "tone": TONES[health["state"]] if is_in_trouble(health) else "",
+            "reasons": list(filter(None, reasons)),
+            "rate": success_rate(counts),
+        }
     )
-    return row | {
-        "some": ", ".join(events[:3]) + (f" +{len(events) - 3}" if len(events) > 3 else ""),
-        "tone": TONES[health["state"]] if is_in_trouble(health) else "",
-        "reasons": list(filter(None, reasons)),
-        "rate": success_rate(counts),
-    }
 
 
 def delivery_row(delivery: Delivery, webhook: dict, last: int | None) -> dict:
@@ -6961,7 +6966,7 @@ def delivery_row(delivery: Delivery, webhook: dict, last: int | None) -> dict:
 
 
 def attempt_row(number: int, attempt: Attempt, body: str) -> tuple:
-    """An attempt, its status, what else is said of it, its request and its response."""
+    """An attempt: its number, itself, its status, why it failed, its request, its response."""
     code = "" if attempt.status is None else str(attempt.status)
     request = message_text(f"POST {attempt.url}", attempt.request(body))
     response = message_text(code, attempt.response()) if code else ("none",)
@@ -6970,7 +6975,8 @@ def attempt_row(number: int, attempt: Attempt, body: str) -> tuple:
 
 
 def verdict_words(test: dict, duration_ms: int) -> dict:
-    """What is said of a test, as the API shows it: the verdict, and what was sent and answered."""
+    """What the page says of a test: the verdict, and what was sent and answered. test: as the
+    API shows it."""
     request, response = test["request"], test["response"]
     status = str(response["status"]) if response else test["error"]
     works = status.startswith("2") and response is not None
@@ -6985,7 +6991,7 @@ def verdict_words(test: dict, duration_ms: int) -> dict:
 
 
 def tiles(webhook: dict) -> dict[str, str]:
-    """The figures of a webhook that is shown with its statistics."""
+    """The figures of a webhook with its statistics, by label."""
     counts = list(webhook["statistics"]["counts"].values())[:3]
     figures = (sum(counts), *counts[1:], webhook["health"]["pending"])
     labels = ("Attempts", "Failures", "Errors", "Waiting")
@@ -7013,7 +7019,7 @@ def chart(attempts_by_day: dict[int, collections.Counter], today: int) -> dict:
 
 
 def settings_in_words(webhook: dict) -> dict[str, str]:
-    """The settings of a webhook besides its URL, of the rarer ones those that are set."""
+    """The settings of a webhook except its URL; the rarer ones only if they are set."""
     limit, login = webhook["rateLimit"], webhook["credentials"]
     settings = {
         "Events": ", ".join(webhook["events"]),
@@ -7031,7 +7037,7 @@ def settings_in_words(webhook: dict) -> dict[str, str]:
 
 
 def buttons(webhook: dict) -> list[str]:
-    """What can be done with a webhook; first what its state calls for."""
+    """The labels of what can be done with a webhook; first what its state calls for."""
     health, is_active = webhook["health"], webhook["active"]
     calls = {"paused": "Resume", "inactive": "Activate", "disabled": "Activate"}
     held = ["Resume"] if webhook["paused"] or health["pausedUntil"] else []
@@ -7083,13 +7089,13 @@ BOXES = {"active": "Active", "ordered": "Ordered", "sslVerificationRequired": "V
 
 
 def form_of(webhook: Webhook) -> dict[str, str]:
-    """The form as it shows a webhook; that of a new one has a secret to be seen once."""
-    shown = webhook.as_json(whole_url=True) | {"events": "\n".join(webhook.events)}
+    """The fields of a webhook's form; that of a new one has a secret, which is seen once."""
+    form = webhook.as_json(whole_url=True) | {"events": "\n".join(webhook.events)}
     if not webhook.id:
-        shown["secret"] = f"whsec_{base64.b64encode(secrets.token_bytes(24)).decode()}"
-    shown |= shown["credentials"] or {}
-    shown["headers"] = header_lines(shown["headers"]).replace("\r", "")
-    return shown | {n: form_json(shown[n]) for n in ("filters", "template", "rateLimit")}
+        form["secret"] = f"whsec_{base64.b64encode(secrets.token_bytes(24)).decode()}"
+    form |= form["credentials"] or {}
+    form["headers"] = header_lines(form["headers"]).replace("\r", "")
+    return form | {name: form_json(form[name]) for name in ("filters", "template", "rateLimit")}
 
 
 def header_values(text: str) -> dict[str, str]:
@@ -7112,7 +7118,7 @@ def json_field(text: str) -> object:
 
 
 def form_fields(form: dict[str, str], old: Webhook) -> tuple[dict, list[Fault]]:
-    """The fields of the API that a form changes, and what in it cannot be read."""
+    """The fields of the API that a form changes, and the faults of those that cannot be read."""
     fields, faults = {box: box in form for box in BOXES}, []
     fields |= {name: form.get(name, "").strip() for name in ("name", "url")}
     names = map(str.strip, re.split(r"[\n,]", form.get("events", "")))
@@ -7137,7 +7143,7 @@ def form_fields(form: dict[str, str], old: Webhook) -> tuple[dict, list[Fault]]:
 
 
 def form_view(form: dict[str, str], faults: dict[str, list[str]]) -> dict:
-    """What the page of a form needs: its fields, and what is wrong with them."""
+    """What the page of a form needs: its fields and their faults."""
     wrong = [name for name in FIELDS if faults.get(name)]
     to_mend = f": {counted(len(wrong), 'field')} to mend" if wrong else ""
     is_unusual = form.get("ordered") or not form.get("sslVerificationRequired")
@@ -7152,7 +7158,7 @@ def form_view(form: dict[str, str], faults: dict[str, list[str]]) -> dict:
 
 
 def stale_words(fields: dict) -> str:
-    """What is said of a form that somebody else's change came before."""
+    """What the page says of a form that was opened before somebody else's change."""
     words = "somebody has changed this webhook since the form was opened; what differs from it now"
     return f"{words}: {', '.join(fields) or 'nothing'}. Save once more to have it so"
 
@@ -7160,7 +7166,7 @@ def stale_words(fields: dict) -> str:
 def all_faults(
     faults: list[Fault], fields: dict, old: Webhook, check_url: collections.abc.Callable
 ) -> list[Fault]:
-    """What cannot be read of a form, and what is wrong with the fields that can be."""
+    """The faults of a form's fields: those that cannot be read, and those that Api refuses."""
     try:
         read_webhook(fields, old, check_url)
     except Invalid as error:
@@ -7169,7 +7175,7 @@ def all_faults(
 
 
 def faults_by_field(faults: list[Fault]) -> dict[str, list[str]]:
-    """What is wrong with each field of the form; "" has what is with none."""
+    """The messages for each field of the form; those for "" are about none of them."""
     by_field = collections.defaultdict(list)
     for fault in faults:
         name, _, inner = (fault.context or "").partition(".")
@@ -7187,6 +7193,7 @@ FORM_TYPE = "application/x-www-form-urlencoded"
 ROWS_PER_PAGE = 50  # of deliveries and of events
 MAX_SENT_FORMS = 1000  # that are remembered
 MAX_SHOWN_ATTEMPTS = 20  # of a delivery, the last ones
+
 # ---- templates ----
 
 STYLE = """
@@ -7285,10 +7292,20 @@ PAGE_HEADERS = {
 }
 
 
-HELPERS = {"style": STYLE, "version": VERSION, "tones": TONES, "tag": tag, "relative": relative}
-HELPERS |= {"counted": counted, "boxes": BOXES, "filters": FILTERS, "folded": FOLDED}
-HELPERS |= {"event_filters": EVENT_FILTERS, "delivery_filters": DELIVERY_FILTERS}
-HELPERS |= {"confluence_events": CONFLUENCE_EVENTS}
+HELPERS = {  # all that a template sees beside the values of its page
+    "style": STYLE,
+    "version": VERSION,
+    "tones": TONES,
+    "tag": tag,
+    "relative": relative,
+    "counted": counted,
+    "boxes": BOXES,
+    "folded": FOLDED,
+    "filters": FILTERS,
+    "event_filters": EVENT_FILTERS,
+    "delivery_filters": DELIVERY_FILTERS,
+    "confluence_events": CONFLUENCE_EVENTS,
+}
 
 _PARTS = """\
 % def top(title, section="Webhooks"):
@@ -7381,7 +7398,7 @@ _PARTS = """\
 
 
 def page_template(main: str) -> bottle.SimpleTemplate:
-    """A page, which begins with a call of top(); it sees HELPERS and what it is given."""
+    """The template of a page, which begins with a call of top()."""
     return bottle.SimpleTemplate(_PARTS + main + "</main></body></html>\n")
 
 
@@ -7620,16 +7637,16 @@ EVENT_PAGE = page_template("""\
 
 
 def form_token(user: User) -> str:
-    """What the forms of a user carry, and no other site can know."""
+    """A secret in all forms of a user, which no other site can know."""
     return hmac.digest(user.record.encode(), b"form", "sha256").hex()
 
 
 class Pages:
-    """The pages: routes beside those of an API, by whose methods they do everything."""
+    """The pages: routes beside those of an Api, whose methods do all the work."""
 
     def __init__(self, api: Api, store: Store, address_policy: AddressPolicy):
         self._api, self._store, self._address_policy = api, store, address_policy
-        self._saving = threading.Lock()  # guards the next, and one form at a time is saved
+        self._saving = threading.Lock()  # guards the next, and saves one form at a time
         self._sent_forms = LimitedDict(MAX_SENT_FORMS)  # digest and Webhook by `once`
         self._render_json, api.render_error = api.render_error, self._render_error
         hook, delivery, event = "/webhooks/<id:id>", "/deliveries/<uuid>", "/events/<id:id>"
@@ -7694,7 +7711,7 @@ class Pages:
         bottle.response.headers["Location"] = path + (f"?{encoded}" if encoded else "")
 
     def _with_form(self, handler):
-        """A plugin: the handler, if the form that was sent is of one of our pages."""
+        """A plugin: calls the handler if the form comes from one of our pages."""
 
         def checked(**arguments):
             form = bottle.request.environ[FORM] = self._form()
@@ -7755,7 +7772,7 @@ class Pages:
             page, kept = read_page(query), query.field("state", (), strings, STATES)
         webhooks, now = list(self._store.webhooks.by_id.values()), self._api.now_ms()
         webhooks = self._api.webhooks_as_json(webhooks)
-        webhooks.sort(key=lambda webhook: place_in_list(webhook["health"]))
+        webhooks.sort(key=lambda webhook: list_order(webhook["health"]))
         states = collections.Counter(webhook["health"]["state"] for webhook in webhooks)
         title, attention = trouble_words([webhook["health"] for webhook in webhooks])
         wanted = [w for w in webhooks if not kept or w["health"]["state"] in kept]
@@ -7864,7 +7881,7 @@ class Pages:
         return self._see_webhook(webhook, inactive_since)
 
     def _save_once(self, id, form):
-        """The webhook that a form has made or changed, now or when it was sent before."""
+        """The webhook that a form makes or changes, or did when it was sent before."""
         once, digest = form.get("once", ""), hashlib.sha256(json_bytes(form)).digest()
         sent, webhook = self._sent_forms.get(once, (digest, None))
         if sent != digest:
@@ -7895,7 +7912,7 @@ class Pages:
         return webhook["health"]["since"] or webhook["updatedDate"]
 
     def _see_webhook(self, webhook, inactive_since):
-        """Show a webhook, and offer what it missed if it was not active and is now."""
+        """Show a webhook, and offer what it missed if it has just become active."""
         since = inactive_since if webhook.active else None
         self._see(f"/webhooks/{webhook.id}", missed_since=since)
 
@@ -7973,20 +7990,20 @@ REQUEST_SECONDS = 60  # for a whole request, for a client that reads nothing, fo
 UNFETCHED_SECONDS = 10  # a client whose request was refused may go on sending for so long
 MAX_HEAD_BYTES = 64 << 10
 MAX_FRAMING_BYTES = 8 << 10  # of a chunk-size line, and of a trailer
-FRAMING_SHARE = 8  # chunks of a few bytes cost more than their bytes: at most one in so many
+FRAMING_SHARE = 8  # one byte of framing to so many of a body: small chunks cost much more
 MAX_BODIES_BYTES = 128 << 20  # of the requests that are there or on their way, together
-SHARED_BODIES_BYTES = MAX_BODIES_BYTES // 4 * 3
-OWN_BODY_BYTES = (MAX_BODIES_BYTES - SHARED_BODIES_BYTES) // MAX_CONNECTIONS  # of each
+SHARED_BODIES_BYTES = MAX_BODIES_BYTES // 4 * 3  # of all connections
+OWN_BODY_BYTES = (MAX_BODIES_BYTES - SHARED_BODIES_BYTES) // MAX_CONNECTIONS  # of each one
 MAX_UNSENT_BYTES = 1 << 20  # of an answer that is made while it is sent
 PUBLICATION = ("POST", "/rest/api/events")
 MAX_PASSING_BYTES = 64 << 10  # of a publication that is read in the server's own thread
 MAX_OPEN_FILES = 1 << 16
-OTHER_FILES = 128  # the database's, those of look-ups, and to spare
+OTHER_FILES = 128  # the database's, those of look-ups, and some to spare
 ACCEPT_REST_SECONDS = 1  # after a connection could not be accepted
 
 
 class RequestRefused(waitress.utilities.Error):
-    """What is answered to a request that does not reach the application."""
+    """The answer to a request that the server refuses before the application sees it."""
 
     def __init__(self, status: int, message: str, headers: dict[str, str]):
         super().__init__(message)
@@ -7995,7 +8012,7 @@ class RequestRefused(waitress.utilities.Error):
 
 
 def render_server_error(error: waitress.utilities.Error, ident: str | None = None) -> tuple:
-    """What waitress answers to a request that does not reach the application."""
+    """How waitress answers a request that does not reach the application."""
     faults = [Fault(None, str(error.body))]
     body = json_bytes(error_document(error.code, faults) | {"reason": error.reason})
     headers = {"Content-Type": JSON_TYPE} | getattr(error, "headers", {})
@@ -8003,30 +8020,30 @@ def render_server_error(error: waitress.utilities.Error, ident: str | None = Non
 
 
 class BodyMemory:
-    """How much the bodies of all requests hold; any thread may call the methods."""
+    """How much memory the bodies of all requests hold; any thread may call the methods."""
 
     def __init__(self):
         self._lock = threading.Lock()  # guards the next
-        self._held_bytes = 0
+        self._shared_bytes = 0  # of all bodies, without what each may have for its own
 
     def has_room(self, size: int) -> bool:
         """Whether a body of a size would fit beside the others."""
-        is_own = size <= OWN_BODY_BYTES  # which the connection may have whatever others do
-        return is_own or self._held_bytes + size <= SHARED_BODIES_BYTES + OWN_BODY_BYTES
+        is_own = size <= OWN_BODY_BYTES  # which each connection may have, whatever others hold
+        return is_own or self._shared_bytes + size <= SHARED_BODIES_BYTES + OWN_BODY_BYTES
 
     def resize(self, old: int, new: int) -> bool:
         """Count a body of an old size with its new one; whether that fits."""
         with self._lock:
-            self._held_bytes += max(0, new - OWN_BODY_BYTES) - max(0, old - OWN_BODY_BYTES)
-        return new <= OWN_BODY_BYTES or self._held_bytes <= SHARED_BODIES_BYTES
+            self._shared_bytes += max(0, new - OWN_BODY_BYTES) - max(0, old - OWN_BODY_BYTES)
+        return new <= OWN_BODY_BYTES or self._shared_bytes <= SHARED_BODIES_BYTES
 
 
 class RequestParser(waitress.parser.HTTPRequestParser):
-    """Waitress's parser, which reads any body that comes before it asks the application.
+    """Waitress's parser with bounds on bodies; a refused request ends its connection.
 
-    It lets some malformed requests escape it, reads the same chunk-size line again and
-    again, and takes a second request for one that may wait (Pylons/waitress has no issue
-    of these yet). What it refuses is answered by an error, and the connection ends."""
+    Waitress reads a whole body before it asks the application. It lets some malformed requests
+    pass, reads the same chunk-size line again and again, and lets a second request wait for the
+    first (Pylons/waitress has no issue of these yet)."""
 
     _body_bytes = 0  # as counted in adj.bodies
     _unfinished_bytes = 0  # of a chunk-size line or trailer
@@ -8071,19 +8088,20 @@ class RequestParser(waitress.parser.HTTPRequestParser):
     def _judge_body(self):
         old, self._body_bytes = self._body_bytes, self.body_bytes_received
         has_room = self.adj.bodies.resize(old, self._body_bytes)
-        if self.chunked and self._is_mostly_framing():
-            self._refuse(400, "a chunk-size line or trailer is too long, or chunks too small")
-        elif not has_room:
+        if self.chunked:
+            self._judge_framing()
+        if not has_room and not self.error:
             self._refuse_for_now()
 
-    def _is_mostly_framing(self):
+    def _judge_framing(self):
         receiver, before = self.body_rcv, self._framing_bytes
         body_bytes = len(receiver)
         self._framing_bytes = self.body_bytes_received - body_bytes
         line_bytes = self._unfinished_bytes + self._framing_bytes - before
         self._unfinished_bytes = len(receiver.control_line) + len(receiver.trailer)
         most = FRAMING_SHARE * MAX_FRAMING_BYTES + body_bytes // FRAMING_SHARE
-        return line_bytes > MAX_FRAMING_BYTES or self._framing_bytes > most
+        if line_bytes > MAX_FRAMING_BYTES or self._framing_bytes > most:
+            self._refuse(400, "a chunk-size line or trailer is too long, or chunks too small")
 
     def _refuse_for_now(self):
         self._refuse(503, "too much is being received at once", {"Retry-After": "1"})
@@ -8140,22 +8158,25 @@ class Channel(waitress.channel.HTTPChannel):
         if self._lingers and not self._discards and self.connected:
             with contextlib.suppress(OSError):
                 self.socket.shutdown(socket.SHUT_WR)
-                self._discards, self._since = True, time.monotonic()
-                self.will_close = False
-                # not methods, since waitress asks all connections at each turn of its loop
-                self.readable, self.writable = (lambda: True), (lambda: False)
-                self.handle_read = self._discard
+                self._start_discarding()
                 return
         if self.request is not None:
             self.request.close()
         super().handle_close()
+
+    def _start_discarding(self):
+        self._discards, self._since = True, time.monotonic()
+        self.will_close = False
+        # no methods: waitress asks all connections in each round of its loop, so these cost
+        self.readable, self.writable = (lambda: True), (lambda: False)
+        self.handle_read = self._discard
 
     def is_overdue(self, now: float) -> bool:
         """Whether the client has taken too long for what it has to do; monotonic seconds."""
         return now - self._since > self._allowed_seconds()
 
     def cut_off(self) -> None:
-        """Close the connection; whoever makes an answer for it gets ClientDisconnected."""
+        """Close the connection; a thread that writes an answer to it gets ClientDisconnected."""
         self._lingers = False
         self.handle_close()
 
@@ -8173,8 +8194,8 @@ class Channel(waitress.channel.HTTPChannel):
         return REQUEST_SECONDS if has_time else HEAD_SECONDS
 
     def pass_through(self) -> None:
-        """Have the application see a request here and now. What waits for a commit is
-        answered after it, what is slow goes to another thread."""
+        """Call the application with a request in this thread. If it waits for a commit, the
+        answer follows after that; if it is slow, it goes to another thread."""
         passage, started = Passage(), []
         environ = Task(self, self.requests[0]).get_environment()
         environ[PASSAGE] = passage
@@ -8184,11 +8205,12 @@ class Channel(waitress.channel.HTTPChannel):
         elif passage.future is None:
             self.answer(started[0], started[1], b"".join(body))
         else:
-            late = self, passage.late_answer
-            passage.future.add_done_callback(lambda _: self.server.finish_later(*late))
+            passage.future.add_done_callback(
+                lambda _: self.server.finish_later(self, passage.late_answer)
+            )
 
     def answer_late(self, late_answer: collections.abc.Callable[[], tuple]) -> None:
-        """Send the answer that a publication has left for the time after its commit."""
+        """Send the answer that a publication has left for later."""
         self.answer(*late_answer())
 
     def answer(self, status: str, headers: list, body: bytes) -> None:
@@ -8226,8 +8248,8 @@ class Server(waitress.server.TcpWSGIServer):
         self.adj.bodies = BodyMemory()  # all that a parser knows of its server is adj
         self._thread = threading.get_ident()
         self._publications = collections.deque()  # channels; appended to by any thread
-        self._finished = collections.deque()  # channels and late answers, as well
-        self._is_woken = False  # the server's thread, for what is finished
+        self._finished = collections.deque()  # channels and late answers; the same
+        self._is_woken = False  # the server's thread, to send late answers
         self._accepts_from = self._looks_from = self._complains_from = 0.0  # monotonic
 
     def readable(self) -> bool:
@@ -8252,10 +8274,10 @@ class Server(waitress.server.TcpWSGIServer):
             self._complains_from = now + 60
             log_fact("no connection can be accepted", level=logging.WARNING, reason=error)
 
-    def turn(self, timeout: float) -> None:
-        """Wait for what comes, seconds at most, and do what follows from it."""
+    def run_once(self, timeout_seconds: float) -> None:
+        """Wait for something to come, and do what follows from it."""
         # select() would know file numbers below 1024 only
-        self.asyncore.loop(timeout, map=self._map, use_poll=True, count=1)
+        self.asyncore.loop(timeout_seconds, map=self._map, use_poll=True, count=1)
         self.pass_publications()
         self.cut_off_overdue(time.monotonic())
 
@@ -8277,29 +8299,29 @@ class Server(waitress.server.TcpWSGIServer):
         """Have the server's thread send an answer; called by any thread."""
         self._finished.append((channel, late_answer))
         if not self._is_woken:
-            self._is_woken = True  # once for all of a commit
+            self._is_woken = True  # once for all answers of a commit
             self.pull_trigger()
 
     def pass_publications(self) -> None:
         """Take the publications that came, and answer those that are on disk."""
         while self._publications:
             channel = self._publications.popleft()
-            self._go_on(channel, Channel.pass_through)
+            self._close_if_it_fails(channel, Channel.pass_through)
         self._is_woken = False
         while self._finished:
             channel, late_answer = self._finished.popleft()
-            self._go_on(channel, Channel.answer_late, late_answer)
+            self._close_if_it_fails(channel, Channel.answer_late, late_answer)
 
     @staticmethod
-    def _go_on(channel, step, *arguments):
+    def _close_if_it_fails(channel, method, *arguments):
         try:
-            step(channel, *arguments)
+            method(channel, *arguments)
         except Exception:  # the other connections must not suffer from it
             log.exception("a publication could not be answered")
             channel.handle_close()
 
     def cut_off_overdue(self, now: float) -> None:
-        """Once a second, close the connections whose clients take too long; monotonic."""
+        """Once a second, close the connections whose clients take too long; now: monotonic."""
         if now >= self._looks_from:
             self._looks_from = now + 1
             for channel in list(self.active_channels.values()):
@@ -8315,8 +8337,8 @@ def printable_address(host: str, port: int) -> str:
 def listen(address: tuple[str, int]) -> socket.socket:
     """A listening socket; raises SettingError."""
     try:
-        family, *_, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(where[:2], family=family)
+        family, *_, resolved = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(resolved[:2], family=family)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or "not a host"
         raise SettingError(
@@ -8333,7 +8355,7 @@ def raise_file_limit() -> None:
 
 
 def connection_limit(max_in_flight: int) -> int:
-    """How many clients may be connected, so that files are left for all else."""
+    """How many clients may be connected, so that enough files are left for all else."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     left = soft - OTHER_FILES - MAX_IDLE_CONNECTIONS - max_in_flight
     return MAX_CONNECTIONS if soft < 0 else max(SERVER_THREADS, min(left, MAX_CONNECTIONS))
@@ -8363,7 +8385,7 @@ def make_server(app, listener: socket.socket, settings: Settings) -> Server:
         inbuf_overflow=sys.maxsize,
         outbuf_overflow=sys.maxsize,
         outbuf_high_watermark=MAX_UNSENT_BYTES,
-        # a whole answer at once, by the thread that has the sockets
+        # so that the thread that has the sockets sends a whole answer at once
         send_bytes=SEND_BYTES,
         **proxy,
     )
@@ -8372,21 +8394,20 @@ def make_server(app, listener: socket.socket, settings: Settings) -> Server:
 def take_requests(server: Server, stopping: threading.Event) -> None:
     """Run the server until it is stopping, see `stop_server`."""
     while not stopping.is_set():  # server.run() would drop what is queued
-        server.turn(server.adj.asyncore_loop_timeout)
+        server.run_once(server.adj.asyncore_loop_timeout)
 
 
 def stop_server(server: Server, stopping: threading.Event) -> None:
-    """Have `take_requests` return; from any thread, or a handler of signals."""
+    """Have `take_requests` return; called by any thread, or by a handler of signals."""
     stopping.set()
     server.pull_trigger()
 
 
 def finish_requests(server: Server) -> None:
-    """Answer the requests in hand, which the server's loop no longer does; new ones are
-    refused."""
+    """Answer the requests in hand after the server's loop has ended; refuse new ones."""
     server.socket.close()
-    limit = time.monotonic() + STOP_SECONDS
-    while server.active_channels and time.monotonic() < limit:
+    deadline = time.monotonic() + STOP_SECONDS
+    while server.active_channels and time.monotonic() < deadline:
         server.pass_publications()
         for channel in list(server.active_channels.values()):
             channel.handle_write()
@@ -8479,7 +8500,7 @@ def standard_fault(
     return "another secret, or another body"
 
 
-def _verdict(signature, secret, find_fault, *arguments):
+def _signature_words(signature, secret, find_fault, *arguments):
     if not signature:
         return "not signed"
     if secret is None:
@@ -8488,19 +8509,19 @@ def _verdict(signature, secret, find_fault, *arguments):
     return f"does NOT verify: {why}" if why else "signature ok"
 
 
-def verdicts(headers, body: bytes, secret: str | None, now: float) -> list[str]:
+def signature_lines(headers, body: bytes, secret: str | None, now: float) -> list[str]:
     """A line for each of the two signature schemes; headers as http.server has them."""
     names = ("X-Hub-Signature", "X-Hub-Signature-256")
     hub = [value for name in names for value in headers.get_all(name, ())]
     names = ("webhook-id", "webhook-timestamp", "webhook-signature")
     standard = [headers.get(name, "") for name in names]
-    hub_verdict = _verdict(hub, secret, hub_fault, hub, body)
-    verdict = _verdict(standard[-1], secret, standard_fault, *standard, body, now)
-    return [f"X-Hub-Signature: {hub_verdict}", f"Standard Webhooks: {verdict}"]
+    of_hub = _signature_words(hub, secret, hub_fault, hub, body)
+    of_standard = _signature_words(standard[-1], secret, standard_fault, *standard, body, now)
+    return [f"X-Hub-Signature: {of_hub}", f"Standard Webhooks: {of_standard}"]
 
 
 class SinkHandler(http.server.BaseHTTPRequestHandler):
-    """Prints deliveries, and a line for what is none."""
+    """Prints deliveries, and a line for each request that is none."""
 
     protocol_version = "HTTP/1.1"  # keeps connections alive
     disable_nagle_algorithm = True
@@ -8528,7 +8549,7 @@ class SinkHandler(http.server.BaseHTTPRequestHandler):
         yield ""
         yield "  " + body.decode(errors="backslashreplace")
         yield ""
-        for line in verdicts(self.headers, body, self.server.secret, time.time()):
+        for line in signature_lines(self.headers, body, self.server.secret, time.time()):
             yield f"  {line}"
         yield ""
 
@@ -8554,7 +8575,7 @@ class SinkHandler(http.server.BaseHTTPRequestHandler):
 class Sink(http.server.ThreadingHTTPServer):
     """Receives deliveries, prints them and gives them all the same answer.
 
-    A thread for each connection; what they print comes out whole."""
+    Each connection has a thread; what one of them prints comes out whole."""
 
     server_bind = socketserver.TCPServer.server_bind  # http.server's asks the resolver
 
@@ -8585,10 +8606,10 @@ PAGES_PER_COPY_STEP = 256  # 1 MB: a publication waits for one step at most
 
 
 def spare_memory() -> None:
-    """Have glibc give memory back, and one heap for all threads (mallopt(3)).
+    """Have glibc give memory back, and use one heap for all threads (mallopt(3)).
 
-    Each thread would have one of its own, which on one core is of no use; and what a
-    password's hash takes would stay, were its 16 MB not mapped by themselves."""
+    A heap for each thread would be of no use on one core. The 16 MB of a password's hash are
+    mapped by themselves, so that they are given back at once."""
     with contextlib.suppress(AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(M_ARENA_MAX, 1)
@@ -8597,30 +8618,30 @@ def spare_memory() -> None:
 
 
 def hold_to_one_core() -> None:
-    """Keep all threads to come on the core that this one is on.
+    """Keep this thread, and all that it will start, on the core that it runs on.
 
-    Only one of them runs at a time anyway, the one that has the GIL, and handing it to
-    another core costs more than the request for which it is handed over."""
+    Only the thread that has the GIL runs anyway, and to hand the GIL to another core costs more
+    than the request for which it is handed over."""
     with contextlib.suppress(OSError, AttributeError):  # where that may not be: slower
         fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         os.sched_setaffinity(0, {int(fields[36])})  # proc(5): "processor", 39th of all
 
 
 def on_stop(handler: collections.abc.Callable) -> None:
-    """Have SIGTERM, SIGINT and SIGHUP handled so."""
+    """Have a handler called for SIGTERM, SIGINT and SIGHUP."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, handler)
 
 
 def stop_once() -> None:
-    """To be called first by a handler: another signal changes nothing any more.
+    """Let further signals change nothing; a handler calls this first.
 
-    SIG_IGN would have Python complain of the one that has come at the same moment."""
+    With SIG_IGN, Python would complain about one that came at the same moment."""
     on_stop(lambda *_: None)
 
 
 def _stop(server, stopping):
-    stop_once()  # also because Event.set() is not to be interrupted by itself
+    stop_once()  # also because Event.set() must not interrupt itself
     stop_server(server, stopping)
 
 
@@ -8628,10 +8649,9 @@ VITAL_THREADS = ("writer", "delivery loop", "maintenance")
 
 
 def end_without(died) -> None:
-    """A threading.excepthook: ends the process if it cannot do without the thread.
+    """A threading.excepthook: ends the process at once if it cannot do without the thread.
 
-    At once, for the others may wait for it; systemd starts the process again, which
-    loses nothing."""
+    Others may wait for that thread. systemd starts the process again, and nothing is lost."""
     name = died.thread and died.thread.name
     try:
         log.critical("the thread %s died", name, exc_info=died.exc_value)
@@ -8654,7 +8674,7 @@ def say(text: str) -> None:
     if sys.stdout is None:
         raise CommandError("standard output is closed")
     try:
-        # not print(), which would try once more at the end, and complain
+        # not print(): what that cannot write it tries again at exit, and complains
         with open(sys.stdout.fileno(), "wb", closefd=False) as output:
             output.write(f"{text}\n".encode())
     except OSError as error:
@@ -8667,9 +8687,9 @@ def tell_admin(secret: str) -> None:
 
 
 def serve(settings: Settings) -> None:
-    """The life of the process: returns after a signal to stop, everything settled."""
+    """The life of the process: returns after a signal to stop, with every result recorded."""
     threading.excepthook = end_without
-    # until it is ready a signal just ends it, which loses nothing
+    # until it is ready a signal ends it at once, which loses nothing
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     raise_file_limit()
     spare_memory()
@@ -8719,7 +8739,7 @@ def is_there(path: str) -> bool:
 
 
 def require_database(path: str) -> None:
-    """Raises DatabaseError if there is none: only the service makes one."""
+    """Raise DatabaseError if there is none: only the service makes one."""
     if not is_there(path):
         raise DatabaseError(
             f"{os.path.abspath(path)} does not exist: start the service first, which makes"
@@ -8728,7 +8748,7 @@ def require_database(path: str) -> None:
 
 
 def resolved(path: str) -> str:
-    """The path without links; raises CommandError if root would follow somebody's."""
+    """The path without links; raises CommandError if root would follow another user's link."""
     if not os.geteuid() and os.path.islink(path) and os.lstat(path).st_uid:
         raise CommandError(f"{path} is a link that is not root's: name where it leads")
     return os.path.realpath(path)
@@ -8742,17 +8762,17 @@ def _opened(folder, undo):
 
 @contextlib.contextmanager
 def acting_as_owner(path: str):
-    """As root: with the rights of whom the file's folder belongs to, and with nothing but
-    that folder in sight, so that no link in it leads astray. Yields the path to use.
+    """As root: act with the rights of the owner of the file's folder, and see nothing but that
+    folder, so that no link in it leads elsewhere. Yields the path to use.
 
-    A folder of systemd's DynamicUser= lies in one that only root may enter, hence the
-    change of root. The files that are open meanwhile stay open."""
+    A folder of systemd's DynamicUser= lies in one that only root may enter, hence the change of
+    root. Files that were opened inside stay usable outside."""
     folder, name = os.path.split(path)
     if os.geteuid() or not os.stat(folder).st_uid:
         yield path
         return
     with contextlib.ExitStack() as undo:
-        here, root, there = (_opened(place, undo) for place in (".", "/", folder))
+        here, root, there = (_opened(path, undo) for path in (".", "/", folder))
         owner = os.fstat(there)
         os.fchdir(there)
         undo.callback(os.fchdir, here)
@@ -8837,8 +8857,8 @@ def _role_for(given, users):
 
 
 def add_user(given: argparse.Namespace) -> None:
-    """Add a user with a password from the terminal or stdin, or with a new secret; or
-    replace what an old one has."""
+    """Add a user with a password from the terminal or stdin, or with a new secret; or give one
+    to a user that exists."""
     require_database(given.database)  # before it asks for a password
     secret = read_password() if given.password else secrets.token_urlsafe(32)
     record = password_record(secret) if given.password else secret_record(secret)
@@ -8901,8 +8921,8 @@ def sync_folder(folder: str) -> None:
 
 @contextlib.contextmanager
 def new_file(target: str):
-    """A file under another name beside the target; it becomes the target, on disk and
-    complete, or it goes. Yields its handle and its name."""
+    """A file under another name beside the target. At the end it becomes the target, complete
+    and on disk; after an error it is removed. Yields its handle and its name."""
     folder, name = os.path.split(target)
     handle, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # mode 600
     try:
@@ -8920,6 +8940,7 @@ def new_file(target: str):
 
 
 def _pace(handle):
+    """A function for each step of a copy: has it on disk, and rests as long as it took."""
     begun = time.monotonic()
 
     def rest(*counts):
@@ -8931,24 +8952,27 @@ def _pace(handle):
     return rest
 
 
-def copy_database(source: sqlite3.Connection, partial: str, handle: int) -> None:
+def mark_as_without_log(handle: int) -> None:
+    """Have SQLite look for no log beside a database (its file format, 1.3.3)."""
+    os.pwrite(handle, b"\1\1", 18)
+
+
+def copy_database(source: Database, partial: str, handle: int) -> None:
     """Copy what the source's transaction sees into an empty file.
 
-    A service beside it hardly notices: each step goes to the disk by itself, and is
-    followed by as long a rest."""
+    A service beside it hardly notices: a rest follows each step and takes as long."""
     with contextlib.closing(connect(partial)) as copy:
         copy.execute("PRAGMA journal_mode = OFF")
         copy.execute("PRAGMA synchronous = OFF")
         source.backup(copy, pages=PAGES_PER_COPY_STEP, progress=_pace(handle))
-    # as a database without a log beside it (SQLite's file format, 1.3.3)
-    os.pwrite(handle, b"\1\1", 18)
+    mark_as_without_log(handle)
 
 
 def check_whole(connection: Database, path: str) -> None:
     """Raises DatabaseError if the database is damaged."""
-    found = connection.column("PRAGMA integrity_check(1)")
-    if found != ["ok"]:
-        raise DatabaseError(f"{path} is damaged: {' '.join(found[0].split())}")
+    verdict = connection.row("PRAGMA integrity_check(1)")[0]
+    if verdict != "ok":
+        raise DatabaseError(f"{path} is damaged: {' '.join(verdict.split())}")
 
 
 def _interrupt(number, frame):
@@ -8958,7 +8982,7 @@ def _interrupt(number, frame):
 
 @contextlib.contextmanager
 def snapshot(path: str):
-    """A connection that sees the database of one moment, however long it is used."""
+    """A connection that sees the database as it is now, however long it is used."""
     with acting_as_owner(path) as inside:
         source = connect(inside)
     try:
@@ -8973,7 +8997,7 @@ def snapshot(path: str):
 
 
 def backup(given: argparse.Namespace) -> None:
-    """Write a consistent copy; what had its name stays until the copy is complete."""
+    """Write a consistent copy; a file of that name stays until the copy is complete."""
     path, target = given.database, resolved(given.file)
     on_stop(_interrupt)
     os.nice(10)
@@ -8996,7 +9020,7 @@ def backup(given: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def without_service(inside: str, path: str):
-    """While this lasts no service can use the database; yields its status."""
+    """Keep services from using the database; yields its status."""
     with contextlib.ExitStack() as undo:
         handle = os.open(inside, os.O_RDONLY)
         undo.callback(os.close, handle)
@@ -9008,8 +9032,8 @@ def without_service(inside: str, path: str):
 
 
 def _remove_log(path):
-    """Remove what is beside a database, whose new content it would spoil; before that
-    have it taken in, so that a crash leaves the old database or the new one, whole."""
+    """Remove SQLite's files beside a database, which would spoil its new content. Before that
+    move the log into it, so that a crash leaves a whole database, the old one or the new."""
     with contextlib.suppress(sqlite3.Error), contextlib.closing(connect(path)) as old:
         old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     for end in BESIDE:
@@ -9018,7 +9042,7 @@ def _remove_log(path):
 
 
 def _check_copy(partial, handle, file):
-    os.pwrite(handle, b"\1\1", 18)  # a database without a log beside it, as in a backup
+    mark_as_without_log(handle)  # as a backup is; the file may be another copy
     with contextlib.closing(connect(partial)) as copy:
         known_version(copy, file)
         check_whole(copy, file)
@@ -9028,7 +9052,7 @@ def _open_no_link(path, flags):
     return os.open(path, flags | os.O_NOFOLLOW)
 
 
-def _put_back(source, path, file):
+def _replace_database(source, path, file):
     with (
         acting_as_owner(resolved(path)) as inside,
         without_service(inside, path) as old,
@@ -9044,7 +9068,7 @@ def _put_back(source, path, file):
 
 
 def restore(given: argparse.Namespace) -> None:
-    """Put a backup in the place of the database of a stopped service, or change nothing."""
+    """Replace the database of a stopped service by a backup, or change nothing."""
     path, file = given.database, resolved(given.file)
     require_database(path)
     on_stop(_interrupt)
@@ -9054,8 +9078,8 @@ def restore(given: argparse.Namespace) -> None:
         if os.path.samefile(file, path):
             raise CommandError(f"{file} is the database itself")
         _check_unused(file)
-        with open(file, "rb", opener=_open_no_link) as source:  # with root's rights yet
-            _put_back(source, path, file)
+        with open(file, "rb", opener=_open_no_link) as source:  # still with root's rights
+            _replace_database(source, path, file)
     except sqlite3.Error as error:
         raise CommandError(f"{file} to {path}: {error}") from error
     except OSError as error:
@@ -9105,7 +9129,7 @@ def _status(text):
 
 
 def _argument(parse):
-    """A type of argparse, which tells what a ValueError says."""
+    """A type for argparse, which repeats the text of a ValueError."""
 
     def parsed(text):
         try:
@@ -9155,7 +9179,7 @@ def _add_sink_command(commands):
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The command line: every setting is a flag, serving is what it does unasked."""
+    """The command line: every setting is a flag, and without a subcommand it serves."""
     parser = OneLineParser(
         prog="webhookd",
         allow_abbrev=False,
@@ -9185,14 +9209,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def start(given: argparse.Namespace) -> None:
-    """Serve, and say which variables do not count."""
+    """Serve, and log the names of variables that are no settings."""
     settings = read_settings(vars(given), os.environ)
     for name in unknown_variables(os.environ):
         log_fact("no setting has this name", level=logging.WARNING, variable=name)
     serve(settings)
 
 
-# what ends it with a line; the last two when the machine has too little of something
+# errors that end the program with one line; the last two come when the machine lacks something
 FAILURES = SettingError, DatabaseError, CommandError, WebhookdError, sqlite3.Error, OSError
 
 
