@@ -2302,18 +2302,6 @@ def reset(connection):
     connection.close()
 
 
-@contextlib.contextmanager
-def raw_receiver(*scripts):
-    """The URL of a receiver that answers in the given bytes: of each connection, in turn,
-    those for each request; what is no bytes is called with the connection."""
-    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
-        answering = threading.Thread(target=answer_by_scripts, args=(server, scripts, stack))
-        answering.start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}/"
-        answering.join(20)
-        assert not answering.is_alive(), "not all connections were made"
-
-
 def answer_by_scripts(server, scripts, stack):
     for script in scripts:
         connection = stack.enter_context(server.accept()[0])
@@ -2324,6 +2312,18 @@ def answer_by_scripts(server, scripts, stack):
                 connection.sendall(answer)
             else:
                 answer(connection)
+
+
+@contextlib.contextmanager
+def raw_receiver(*scripts):
+    """The URL of a receiver that answers in the given bytes: of each connection, in turn,
+    those for each request; what is no bytes is called with the connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
+        answering = threading.Thread(target=answer_by_scripts, args=(server, scripts, stack))
+        answering.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/"
+        answering.join(20)
+        assert not answering.is_alive(), "not all connections were made"
 
 
 def by_length(status, body=b""):
@@ -2707,6 +2707,16 @@ def test_a_receiver_that_never_answers_is_given_up_in_time(attempt, receiver):
     assert (made.outcome, made.description) == ("ERROR", "timed out")
 
 
+def drip(server):
+    """Answer a byte now and then, until the client has had enough."""
+    connection, _ = server.accept()
+    with connection, contextlib.suppress(OSError):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n")
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.02)
+
+
 def test_the_time_limit_holds_for_a_receiver_that_drips(attempt):
     with socket.create_server(("127.0.0.1", 0)) as server:
         dripping = threading.Thread(target=drip, args=(server,))
@@ -2716,16 +2726,6 @@ def test_the_time_limit_holds_for_a_receiver_that_drips(attempt):
 
         assert (made.outcome, made.description) == ("SUCCESS", "200, its body took too long")
         dripping.join()
-
-
-def drip(server):
-    """Answer a byte now and then, until the client has had enough."""
-    connection, _ = server.accept()
-    with connection, contextlib.suppress(OSError):
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n")
-        while True:
-            connection.sendall(b"x")
-            time.sleep(0.02)
 
 
 def test_proxy_variables_are_ignored(attempt, receiver, monkeypatch):
@@ -3394,6 +3394,12 @@ def record_successes(store, deliveries, clock):
     for due in deliveries:
         store.record(an_attempt(due, now_ms=clock.ms))
     store.flush()
+
+
+def files_of(store):
+    store.flush()
+    paths = [store._path + suffix for suffix in ("", "-wal")]
+    return b"".join(pathlib.Path(path).read_bytes() for path in paths)
 
 
 def test_a_secret_that_no_longer_signs_is_gone_from_the_files(api, store, maintenance, clock):
@@ -4217,6 +4223,10 @@ def one_by_one(settings):
     return dataclasses.replace(settings, webhook_concurrency=1)
 
 
+def publish_numbers(api, *numbers):
+    api.post_json(EVENTS, [{"event": "e", "n": n} for n in numbers])
+
+
 def test_deliveries_to_one_webhook_start_in_publish_order(
     api, receiver, store, address_policy, one_by_one, clock
 ):
@@ -4319,6 +4329,15 @@ def test_a_connection_that_is_used_again_or_closed_is_counted_once(
     assert len({request.connection for request in receiver.received}) == 2
 
 
+def answer_and_close_silently(server, times):
+    """Answer as if the connection stayed open, and close it."""
+    for _ in range(times):
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+
 def test_a_connection_that_the_receiver_closed_is_replaced(api, dispatcher):
     with socket.create_server(("127.0.0.1", 0)) as server:
         answering = threading.Thread(target=answer_and_close_silently, args=(server, 3))
@@ -4330,15 +4349,6 @@ def test_a_connection_that_the_receiver_closed_is_replaced(api, dispatcher):
 
         answering.join()
     assert {(d["state"], d["attemptCount"]) for d in api.deliveries(webhook)} == {("succeeded", 1)}
-
-
-def answer_and_close_silently(server, times):
-    """Answer as if the connection stayed open, and close it."""
-    for _ in range(times):
-        connection, _ = server.accept()
-        with connection:
-            connection.recv(65536)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
 
 OK_AND_NO_BODY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
@@ -4580,10 +4590,6 @@ def wall(api, receiver, dispatcher, clock):
         return [body["n"] for body in receiver.bodies()[seen:]]
 
     return after
-
-
-def publish_numbers(api, *numbers):
-    api.post_json(EVENTS, [{"event": "e", "n": n} for n in numbers])
 
 
 def test_five_failures_in_a_row_pause_a_webhook(api, receiver, wall, clock):
@@ -5606,7 +5612,7 @@ def test_throttling_a_user_is_logged_once(logins, caplog):
         ("no address", "no address", True),
     ],
 )
-def test_addresses_of_one_client_count_together(one, other, are_one):
+def test_two_addresses_may_be_one_client(one, other, are_one):
     assert (webhookd.client_of(one) == webhookd.client_of(other)) == are_one
 
 
@@ -7584,12 +7590,6 @@ def test_event_deleted_beside_a_reader_leaves_no_trace_once_the_reader_ends(
     assert b"PRIVATE-DATA" not in files_of(store)
 
 
-def files_of(store):
-    store.flush()
-    paths = [store._path + suffix for suffix in ("", "-wal")]
-    return b"".join(pathlib.Path(path).read_bytes() for path in paths)
-
-
 # ======================================================================================
 # Words and forms
 # ======================================================================================
@@ -8914,6 +8914,13 @@ def raw_request(port, request):
     return int(head.split()[1]), json.loads(body)
 
 
+@pytest.fixture(scope="module")
+def shared_daemon(tmp_path_factory):
+    daemon = Daemon(tmp_path_factory.mktemp("shared"))
+    yield daemon.start("--trusted-proxy", "127.0.0.1")
+    daemon.end(signal.SIGTERM)
+
+
 def test_a_publisher_removed_just_now_publishes_nothing(shared_daemon):
     """The server's own thread knows users as they were at the last commit."""
     secret = run("user", "add", "app", "--role", "publisher", "--database", shared_daemon.database)
@@ -8950,13 +8957,6 @@ def test_the_servers_own_errors_have_the_same_shape(shared_daemon, request_bytes
 
     assert (found, document["statusCode"]) == (status, status)
     assert document["errors"][0].keys() == {"context", "message", "exceptionName"}
-
-
-@pytest.fixture(scope="module")
-def shared_daemon(tmp_path_factory):
-    daemon = Daemon(tmp_path_factory.mktemp("shared"))
-    yield daemon.start("--trusted-proxy", "127.0.0.1")
-    daemon.end(signal.SIGTERM)
 
 
 def test_a_chunked_body_is_read_as_any_other(shared_daemon):
