@@ -10994,6 +10994,12 @@ class Service:
         status = pathlib.Path(f"/proc/{self._process.pid}/status").read_text()
         return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
 
+    def cpu_seconds(self):
+        """User and system time of the process so far."""
+        stat = pathlib.Path(f"/proc/{self._process.pid}/stat").read_text()
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def call(self, method, path, document=None):
         """A request to the API; its answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, STALL_SECONDS)
@@ -11066,10 +11072,12 @@ def measure_publishing(count, batch_size=1, webhooks=1, rate=0, others=0, finish
         url = f"https://localhost:{port}" if tls else f"http://127.0.0.1:{port}"
         service.register(url, webhooks)
         service.register(url, others, "page_removed")
+        cpu_before = service.cpu_seconds()
         load = result_of("--load", service.port, batch_size, count // batch_size, rate)
         report = told(receiver)
         seconds = service.wait_until_recorded(expected) - load["begun"]
         return {
+            "cpu_us": (service.cpu_seconds() - cpu_before) * 1e6 / count,
             "accepted": load["rate"],
             "events": count / seconds,
             "deliveries": expected / seconds,
@@ -11185,7 +11193,7 @@ def print_machine():
 
 
 def sustained_rows(results):
-    keys = "accepted", "events", "deliveries"
+    keys = "accepted", "events", "deliveries", "cpu_us"
     for (words, _, _), result in zip(SUSTAINED, results):
         yield words, *(f"{result[key]:,.0f}" for key in keys)
 
@@ -11215,6 +11223,7 @@ def footprint_rows(single, results, idle):
     highest = max(result["highest_mb"] for result in results)
     yield "memory when idle", f"{single['idle_mb']:.0f} MB"
     yield "memory after the single events", f"{single['loaded_mb']:.0f} MB"
+    yield "memory after the batches", f"{results[2]['loaded_mb']:.0f} MB"
     yield "memory at its highest in all of the above", f"{highest:.0f} MB"
     yield "start to ready", f"{single['start_seconds']:.2f} s"
     yield "connections to the receiver of one webhook", f"{single['connections']:.0f}"
@@ -11230,7 +11239,8 @@ def run_benchmark(rounds, scale):
         for _, count, how in SUSTAINED
     ]
     head = "sustained until delivered and recorded", "accepted events/s"
-    print_table((*head, "events/s", "deliveries/s"), sustained_rows(results))
+    head = *head, "events/s", "deliveries/s", "CPU µs an event"
+    print_table(head, sustained_rows(results))
     single, latencies = results[0], []
     for share in SHARES:
         rate = share * single["events"]

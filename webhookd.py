@@ -6066,6 +6066,12 @@ class SlowWork:
             raise Unavailable("too much of this at once", headers={"Retry-After": "1"})
 
 
+@functools.cache
+def environ_key(header: str) -> str:
+    """Where a WSGI environment has a header (PEP 3333)."""
+    return "HTTP_" + header.upper().replace("-", "_")
+
+
 USER, FORM, PASSAGE = "webhookd.user", "webhookd.form", "webhookd.passage"  # in WSGI's environ
 
 
@@ -6291,7 +6297,7 @@ class Api:
     @staticmethod
     def _header(name):
         # not bottle's get_header(), which fails on what is not UTF-8
-        return bottle.request.environ.get("HTTP_" + name.upper().replace("-", "_"))
+        return bottle.request.environ.get(environ_key(name))
 
     @staticmethod
     def _host():
@@ -8118,8 +8124,8 @@ class Task(waitress.task.WSGITask):
         if ready_made is None:
             return super().execute()
         self.status, self.response_headers, body = ready_made
-        self.content_length, self.complete = len(body), True
-        self.write(body)
+        self.content_length, self.complete, self.wrote_header = len(body), True, True
+        self.channel.write_soon(self.build_response_header() + body)
 
 
 class Channel(waitress.channel.HTTPChannel):
