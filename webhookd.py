@@ -313,7 +313,7 @@ def _given(field, flags, environ):
     """The text that is given for a setting, or None; raises ValueError."""
     text = flags.get(field.name)
     if text is None:
-        text = environ.get(variable(field)) or None  # a blank one is none
+        text = environ.get(variable(field)) or None  # a blank variable counts as not set
     if text is None and field.name == "admin_password":
         text = _credential(environ, "admin-password")
     return text
@@ -333,7 +333,7 @@ def read_settings(flags: dict, environ: collections.abc.Mapping) -> Settings:
 
 
 def unknown_variables(environ: collections.abc.Mapping) -> list[str]:
-    """Names that look like a setting's and are none: misspelt ones change nothing."""
+    """The variables that look like settings and are none, perhaps because they are misspelt."""
     known = {variable(field) for field in dataclasses.fields(Settings)}
     return sorted(name for name in environ if name.startswith("WEBHOOKD_") and name not in known)
 
@@ -361,7 +361,7 @@ class Fault(typing.NamedTuple):
 
 
 class WebhookdError(Exception):
-    """What the client is told: a status, one or more faults, and perhaps headers."""
+    """An error that the client sees: a status, one or more faults, and perhaps headers."""
 
     status = 500
 
@@ -592,7 +592,7 @@ class Webhook:
 
     @functools.cached_property
     def fixed_headers(self) -> str:
-        """Lines of the headers that are the same in every attempt; its own win."""
+        """Lines of the headers that are the same in every attempt; the webhook's own win."""
         return header_lines(self._fixed_headers())
 
     @functools.cached_property
@@ -752,13 +752,13 @@ class Event(typing.NamedTuple):
 
 
 def payload_of(body: bytes, name: str, timestamp: int) -> bytes:
-    """The JSON object of an event without its time and name, where these lead it."""
+    """The JSON object of an event without its time and name, if these stand first."""
     named = b'"event":"%s"' % re.escape(name).encode()
     timed = b'"timestamp":([-+.0-9eE]+)'
-    lead = re.match(b"{(?:%s(?:,%s)?|%s)(?=[,}])" % (timed, named, named), body)
-    # another time is that of another program, and stays
-    is_its = lead and (lead[1] is None or abs(float(lead[1]) - timestamp) < 1)
-    return b"{" + body[lead.end() :].removeprefix(b",") if is_its else body
+    start = re.match(b"{(?:%s(?:,%s)?|%s)(?=[,}])" % (timed, named, named), body)
+    # a different time is a field of another program, and stays
+    is_ours = start and (start[1] is None or abs(float(start[1]) - timestamp) < 1)
+    return b"{" + body[start.end() :].removeprefix(b",") if is_ours else body
 
 
 def with_payload(document: dict, payload: bytes) -> bytes:
@@ -884,9 +884,9 @@ class Page(typing.NamedTuple):
     limit: int = DEFAULT_PAGE
 
     def neighbours(self, total: int, size: int | None = None) -> dict[str, int]:
-        """Where the part itself starts, and the next and the previous, if there are.
+        """Where this part, the next one and the previous one start, if there are such.
 
-        size: of the part, if that is not the limit."""
+        size: of this part, if that is not the limit."""
         starts, after = {"self": self.start}, self.start + (self.limit if size is None else size)
         if after < total:
             starts["next"] = after
@@ -2133,7 +2133,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\0]*)?")
 CHUNK_LINE_START = re.compile(rb"[0-9A-Fa-f]{1,15}(?:[ \t;\r]|$)")
 LENGTH = re.compile(r"(\d{1,18})(?:[ \t]*,[ \t]*\1)*", re.ASCII)
 
-# how the end of a body is found; UNCLEAR: by the end of the connection, or of our patience
+# what ends a body; UNCLEAR: the end of the connection, or of our patience
 BY_LENGTH, BY_CHUNKS, BY_CLOSE, UNCLEAR = "length", "chunks", "close", "unclear"
 
 # what can be wrong with an answer whose status is known
@@ -2226,9 +2226,9 @@ class Response:
         self._unread = bytearray()
         self._searched = 0  # unread bytes that hold no end of a line
         self._received = 0
-        self._wanted = 0  # bytes of the body or of the chunk
+        self._wanted = 0  # bytes that are missing of the body or of the chunk
         self._read_next = self._read_head
-        self.is_shared = False  # by all attempts that get these very bytes: see whole_response
+        self.is_shared = False  # by all attempts that get the same bytes: see whole_response
 
     @property
     def has_begun(self) -> bool:
@@ -2994,23 +2994,23 @@ NO_FILE = "the database's files were moved or deleted: stop, and put them back"
 NO_ROOM = "the disk is full but for a reserve"
 LONG_LOG = "SQLite's log is too long: something reads for long, perhaps a backup that hangs"
 RESERVE_SHARE, MAX_RESERVE_BYTES = 20, 32 << 20  # of the volume, for what is no publication
-MEASURED_BYTES = 1 << 20  # so much is published, and the size is looked at
+MEASURED_BYTES = 1 << 20  # after so much was published, the size is measured
 COUNTED_ROWS = 100_000  # of a list, beyond the page
 ROW_BYTES = 500  # of an event without its body, or of a delivery, with their indexes
 ROWS_PER_INSERT = 64
 ROWS_PER_STATEMENT = 500  # of results that are looked up at once
 ROWS_IN_MEMORY = 5000  # new deliveries that wait for the end of their transaction
-ROWS_PER_STEP = 500  # of what takes several steps, so that nobody waits long
+ROWS_PER_STEP = 500  # of work in steps, so that no other write waits long
 PAGES_PER_STEP = 100
 ATTEMPTS_PER_STEP = 2
-BYTES_PER_STEP = 1 << 20  # of payloads that go: each page goes to the log first
+BYTES_PER_STEP = 1 << 20  # of payloads that are deleted: each page goes to the log first
 STANDSTILL_SECONDS = 15  # without progress in a commit, or a tick of the loop: it hangs
 WINDOW = 1000  # due deliveries of one webhook that are held in memory
 WINDOW_BYTES = 32 << 20  # of their bodies, for all webhooks together
 SEARCHED_EVENTS = 50_000  # that one request for those with a payload looks at
 SEARCHED_BYTES = 16 << 20  # of their payloads
 SEARCH_STEP = 2000  # events
-NEEDLE_BYTES = 100  # instr() takes as much longer as what it looks for is longer
+NEEDLE_BYTES = 100  # that instr() looks for: its time grows with their number
 SHOWN_PAYLOAD_BYTES = 8 << 20  # in one answer
 
 # ---- the file ----
@@ -3743,11 +3743,11 @@ class Batch:
         asked for is over. Raises NotFound."""
         self.webhooks.get(webhook_id)  # raises NotFound
         chosen = f"WHERE webhook_id = ? AND id IN {LISTED}"
-        listed = (webhook_id, json.dumps(row_ids))
+        listed = json.dumps(row_ids)
         sql = f"SELECT count(*) FROM deliveries {chosen} AND state = 'pending'"
-        [waiting] = self.connection.row(sql, *listed)
+        [waiting] = self.connection.row(sql, webhook_id, listed)
         sql = "UPDATE deliveries SET state = 'pending', schedule_index = 0, next_attempt = ? "
-        count = self.connection.change(sql + chosen, now_ms, *listed)
+        count = self.connection.change(sql + chosen, now_ms, webhook_id, listed)
         self.pending_change[webhook_id] += count - waiting
         health = self._health_of(webhook_id)
         if count and health.waits_until():
@@ -4901,8 +4901,8 @@ class Scheduler:
         """The queue whose turn it is, which waits no longer; None: no slot is free."""
         if self._taken >= self._most:
             return None
-        is_full = self._unproven >= self._most_unproven
-        lines = self._lines[:2] if is_full else self._lines  # the first two are the proven
+        unproven_have_room = self._unproven < self._most_unproven
+        lines = self._lines if unproven_have_room else self._lines[:2]  # only the proven
         self._turn += 1
         if self._turn % REVERSED_TURNS == 0:  # so that every queue gets a turn some day
             lines = reversed(lines)
@@ -4963,7 +4963,7 @@ class Dispatcher:
         self._scheduler = Scheduler(settings.max_in_flight)
         self._unreadable: dict[int, str] = {}  # by webhook, why its deliveries cannot be read
         self._commits: collections.deque[Commit] = collections.deque()  # not followed yet
-        self._half_followed: list[Commit] = []  # one at most: see _follow_commits
+        self._half_followed: Commit | None = None  # see _follow_commits
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked = time.monotonic()
         self.duration_counts = [0] * (len(DURATION_BUCKETS_MS) + 1)  # of attempts
@@ -5075,13 +5075,13 @@ class Dispatcher:
 
     def _follow_commits(self):
         """Obey each commit; one that an error left half followed is caught up with first."""
-        while self._half_followed:
-            self._catch_up(self._half_followed[-1])
-            self._half_followed.pop()
+        if self._half_followed:
+            self._catch_up(self._half_followed)
+            self._half_followed = None
         while self._commits:
-            self._half_followed.append(self._commits.popleft())
-            self._obey(self._half_followed[-1])
-            self._half_followed.pop()
+            self._half_followed = self._commits.popleft()
+            self._obey(self._half_followed)
+            self._half_followed = None
 
     def _now_ms(self):
         return int(self._clock() * 1000)
@@ -7996,7 +7996,7 @@ REQUEST_SECONDS = 60  # for a whole request, for a client that reads nothing, fo
 UNFETCHED_SECONDS = 10  # a client whose request was refused may go on sending for so long
 MAX_HEAD_BYTES = 64 << 10
 MAX_FRAMING_BYTES = 8 << 10  # of a chunk-size line, and of a trailer
-FRAMING_SHARE = 8  # one byte of framing to so many of a body: small chunks cost much more
+FRAMING_SHARE = 8  # bytes of a body to one of framing: small chunks cost more than their bytes
 MAX_BODIES_BYTES = 128 << 20  # of the requests that are there or on their way, together
 SHARED_BODIES_BYTES = MAX_BODIES_BYTES // 4 * 3  # of all connections
 OWN_BODY_BYTES = (MAX_BODIES_BYTES - SHARED_BODIES_BYTES) // MAX_CONNECTIONS  # of each one
