@@ -1332,8 +1332,8 @@ def _iso_ms(text):
 
 
 def moment_ms(value: object, now_ms: int) -> int:
-    """Epoch milliseconds of epoch milliseconds, of an ISO 8601 time (UTC unless it says
-    otherwise), or of a duration such as 2h, which is so long ago; raises Invalid."""
+    """A moment in epoch milliseconds; raises Invalid. It is given in these, as an ISO 8601 time
+    (UTC unless it says otherwise), or as a duration, such as 2h, that is meant as ago."""
     text = str(value) if isinstance(value, (int, float, str)) else ""  # "True" is refused below
     if re.fullmatch(r"-?\d{1,15}(?:\.\d+)?", text, re.ASCII):
         return _epoch_ms(text)
@@ -2639,7 +2639,7 @@ class Exchange:
 
     def abandon(self) -> None:
         """Close everything; nobody is called back."""
-        self._done = lambda answer: None  # instead of who waits for the answer
+        self._done = lambda answer: None  # else expire() would tell who waits
         self.expire()
 
     def _limit_patience(self):
@@ -2836,7 +2836,7 @@ def _facts_of(response, webhook):
 
 
 def _known_facts_of(response, webhook):
-    """The same; those of a shared response are worked out once."""
+    """As _facts_of, but those of a shared response are worked out only once."""
     if not response.is_shared:
         return _facts_of(response, webhook)
     known = webhook.known_answers
@@ -3022,7 +3022,7 @@ class DatabaseError(Exception):
 
 def is_damage(error: Exception) -> bool:
     """Whether an error tells of a damaged database."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without what is more exact
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one of an extended code
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -3100,7 +3100,7 @@ def connect(path: str) -> Database:
 def open_database(path: str) -> Database:
     """A connection for writing; the file is made if it is not there."""
     connection = connect(path)
-    if not connection.row("PRAGMA page_count")[0]:  # later it would only be a write
+    if not connection.row("PRAGMA page_count")[0]:  # of an old file it would change nothing
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute(f"PRAGMA journal_size_limit = {MAX_IDLE_LOG_BYTES}")
@@ -3163,7 +3163,8 @@ def measure(connection: Database, path: str) -> Space:
         return Space(used, log_bytes)
     reserve = min(volume.f_blocks * volume.f_frsize // RESERVE_SHARE, MAX_RESERVE_BYTES)
     free = volume.f_bavail * volume.f_frsize - max(0, USUAL_LOG_BYTES - log_bytes)
-    left = free - reserve + file.st_size - used  # what is new in the log takes room once more
+    # free pages of the file are room; pages that are only in the log yet need room in the file
+    left = free - reserve + file.st_size - used
     held = (volume.f_blocks - volume.f_bfree) * volume.f_frsize
     is_own = 2 * (file.st_size + log_bytes) >= held
     return Space(used, log_bytes, left, is_own and left < 2 * max(reserve, MEASURED_BYTES))
@@ -3543,7 +3544,7 @@ class Batch:
             return
         after, now_ms = verdict.health, result.ended_ms
         if after is before and verdict.state == SUCCEEDED and not after.announced:
-            return  # as nearly always
+            return  # the usual case
         if after != before:
             self._set_health(webhook.id, after, now_ms)
         if after.disabled and not before.disabled:
@@ -3934,7 +3935,7 @@ class Write:
         try:
             self._result = self._run(batch)
         except (sqlite3.Error, MemoryError):
-            raise  # the others would not fare better
+            raise  # the other writes would fail, too
         except Exception as error:
             self._error = error
 
@@ -4160,7 +4161,7 @@ class Store:
                 self._connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     def _adopt(self, batch):
-        """Know what a batch has committed."""
+        """Take over in memory what a batch has committed."""
         self.webhooks, self.users = batch.webhooks, batch.users
         self.health.update(batch.changed_health)
         self.pending.update(batch.pending_change)
@@ -4570,7 +4571,7 @@ class Store:
             yield [id for id, name in named if self._is_for(webhook, id, name)]
 
     def _is_for(self, webhook, event_id, name):
-        """Whether an event passes the filters, and does not tell of the webhook itself."""
+        """Whether an event passes the filters, and is no own event about this webhook."""
         if not webhook.filters and name not in OWN_EVENTS:
             return True
         # one by one, because they may be large
@@ -4693,7 +4694,7 @@ class Store:
         return self.reader().row(f"{sql} AND {later}", webhook_id, now_ms)[0]
 
     def planned_after(self, moment_ms: int) -> list[int]:
-        """The webhooks that have something planned, or wait themselves, after a moment."""
+        """The webhooks that have deliveries planned after a moment, or wait until after it."""
         sql = "SELECT id, (SELECT max(next_attempt) FROM deliveries WHERE state = 'pending'"
         rows = self.reader().rows(f"{sql} AND webhook_id = webhooks.id) FROM webhooks")
         latest = {id: max(ms or 0, self.health[id].waits_until()) for id, ms in rows}
@@ -5018,7 +5019,7 @@ class Dispatcher:
 
     def _enter_loop(self):
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        self._ended = asyncio.Event()  # some attempt has
+        self._ended = asyncio.Event()  # set at the end of each attempt
 
     async def _run(self, started):
         self._enter_loop()
@@ -6607,7 +6608,7 @@ class Api:
         return EventsPage(*self._store.events(wanted, page))
 
     def _events_with_payload(self, page, result):
-        """The page with as many payloads as one answer may have: the next begins behind them."""
+        """The page with as many payloads as fit into one answer; the next page begins there."""
         bodies = self._store.bodies([event.id for event in result.events])
         events, more = [event for event in result.events if event.id in bodies], result.more
         if result.total is None and 0 < len(events) < len(result.events):
@@ -6676,7 +6677,7 @@ class Api:
         return self._json(dict(zip(("matched", "redelivered"), counts)), 202)
 
     def redeliver_all(self, id: int, wanted: Filter, dry_run: bool = False) -> tuple[int, int]:
-        """Have those wanted, or else all that failed, attempted at once.
+        """Have the deliveries wanted attempted at once; without an outcome, those that failed.
 
         Returns how many matched and how many are redelivered; raises NotFound."""
         self._store.webhooks.get(id)
@@ -6705,7 +6706,7 @@ class Api:
         return self._json(dict(zip(("matched", "replayed"), counts)), 202)
 
     def replay_all(self, id: int, wanted: Filter, dry_run: bool = False) -> tuple[int, int]:
-        """Deliver those events wanted that a webhook is subscribed to and never got.
+        """Deliver those of the events wanted that a webhook is subscribed to and never got.
 
         Returns how many matched and how many are replayed; raises NotFound."""
         event_ids = self._store.missed_events(self._store.webhooks.get(id), wanted)
@@ -6729,10 +6730,6 @@ class Api:
 
     # ---- how it is ----
 
-    def metrics(self):
-        bottle.response.content_type = METRICS_TYPE
-        return metrics_text(self._store, self._dispatcher, self._settings, self.now_ms())
-
     def health(self):
         store, dispatcher = self._store, self._dispatcher
         stuck = "the store's writer stands still" if store.stands_still() else None
@@ -6741,6 +6738,10 @@ class Api:
         if problems:
             return self._json({"status": "failing", "problems": problems}, 503)
         return self._json({"status": "ok"})
+
+    def metrics(self):
+        bottle.response.content_type = METRICS_TYPE
+        return metrics_text(self._store, self._dispatcher, self._settings, self.now_ms())
 
 
 # ======================================================================================
@@ -8141,7 +8142,7 @@ class Channel(waitress.channel.HTTPChannel):
     ready_made: tuple | None = None  # status line, headers and body of the next answer
 
     def __init__(self, *arguments, **options):
-        self._since = time.monotonic()  # of the next, or of the last bytes that went
+        self._since = time.monotonic()  # from here on the client's time counts
         self._had_request = False
         self._lingers = False  # the client may be sending what is not read any more
         self._discards = False
