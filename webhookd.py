@@ -9238,6 +9238,7 @@ def shed_syntax_tree(code: types.CodeType) -> None:
         handle = os.memfd_create("webhookd", 0)
         with open(handle, "wb", closefd=False) as file:
             file.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+        os.stat(f"{COMPILED}{handle}")  # raises where there is no /proc
         # the name is for ps(1) only
         python = [sys.executable, "-P", "-X", "webhookd", f"{COMPILED}{handle}"]
         os.execv(sys.executable, python + sys.argv[1:])
