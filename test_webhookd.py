@@ -230,7 +230,7 @@ Parts = collections.namedtuple("Parts", "store dispatcher policy settings clock 
 
 @pytest.fixture
 def parts(store, dispatcher, address_policy, settings, clock):
-    """What the API is made of, and a user of each role."""
+    """The parts of an Api, and a user of each role."""
     for role in webhookd.ROLES:
         user = webhookd.User(role, role, webhookd.secret_record(SECRETS[role]))
         store.write(lambda batch, user=user: webhookd.save_user(batch.connection, user))
@@ -2094,7 +2094,7 @@ def test_folded_headers_are_joined_and_malformed_ones_skipped():
 
 
 class Searched(bytearray):
-    """Counts the bytes in which something was searched."""
+    """Bytes that count how many of them are searched."""
 
     count = 0
     head_end = webhookd.HEAD_END
@@ -2613,7 +2613,7 @@ def test_where_one_address_of_a_name_refuses_the_next_is_tried(attempt, receiver
 
 @pytest.fixture
 def hanging():
-    """A place on 127.0.0.2 that takes no connection and refuses none."""
+    """An address and port that neither accepts nor refuses a connection."""
     server = socket.create_server(("127.0.0.2", 0), backlog=0)
     with server, socket.create_connection(server.getsockname()):  # its queue is full
         yield server.getsockname()[1]
@@ -3262,7 +3262,7 @@ def many_deliveries(store, number):
 
 
 def steps_of(store, read):
-    """How many steps SQLite takes to read something, in hundreds; and what is read."""
+    """How many hundreds of steps SQLite takes to read something, and what it reads."""
     steps, reader = itertools.count(), store.reader()
     reader.set_progress_handler(lambda: next(steps) and None, 100)
     found = read()
@@ -3574,7 +3574,7 @@ def test_first_names_are_counted_and_all_others_together(store, monkeypatch):
 
 
 class Volume:
-    """What the operating system says of the room there is; the rest as it is."""
+    """Replaces what the operating system says of the room on a volume."""
 
     def __init__(self, monkeypatch, total_bytes):
         self.total, self.others, self.flags = total_bytes, 0, 0
@@ -4068,7 +4068,7 @@ def test_a_long_value_is_found_to_its_last_character(store, path):
 
 
 def walk(store, *conditions, limit=1000):
-    """The ids of all that is found, and in how many pages."""
+    """The ids of all results of a search, and the number of its pages."""
     ids, pages, more = [], 0, {"start": 0}
     while more:
         page = webhookd.Page(more["start"], limit)
@@ -4219,7 +4219,7 @@ def test_a_delivery_is_attempted_and_recorded(api, receiver, dispatcher):
 
 @pytest.fixture
 def one_by_one(settings):
-    """So few attempts at once that the order of arrival is the order of starting."""
+    """Allows one attempt at once, so that attempts arrive in the order of their start."""
     return dataclasses.replace(settings, webhook_concurrency=1)
 
 
@@ -5524,7 +5524,7 @@ def test_the_admin_is_an_admin_whatever_it_was_before(store):
 
 @pytest.fixture
 def logins(store, clock):
-    """Of jörg, whose password is pässword, and of others that have their names as theirs."""
+    """Logins of jörg, whose password is pässword, and of users whose passwords are their names."""
     passwords = {"jörg": "pässword", "ann": "ann", "bob": "bob"}
     for name, password in passwords.items():
         user = webhookd.User(name, "viewer", webhookd.password_record(password))
@@ -5807,7 +5807,7 @@ def test_metrics_show_what_the_process_needs(api, store):
     assert samples["webhookd_database_size_limit_bytes"] == 2 << 30
 
 
-def test_a_duration_falls_into_the_bucket_that_still_holds_it():
+def test_buckets_of_a_histogram_add_up():
     samples = dict(webhookd.histogram((5, 10), [1, 2, 3], 1500))
 
     assert samples == {
@@ -6140,12 +6140,12 @@ def test_a_trailing_slash_and_head_are_the_same_resource(api):
 
 @pytest.fixture
 def busy_api(parts, monkeypatch):
-    """All places for slow work are taken, and nobody waits."""
+    """An Api with as much slow work as it admits, in which no request waits for that."""
     monkeypatch.setattr(webhookd, "MAX_WAITING", 0)
     api = api_with_pages(parts)
-    with contextlib.ExitStack() as places:
+    with contextlib.ExitStack() as admissions:
         for _ in range(webhookd.SERVER_THREADS // 2):
-            places.enter_context(api._slow_work._counted(webhookd.ORDINARY))
+            admissions.enter_context(api._slow_work._counted(webhookd.ORDINARY))
         yield App(api.app).log_in("admin")
 
 
@@ -6176,26 +6176,26 @@ def test_publications_and_health_always_find_a_thread(busy_api):
 
 def test_few_slow_requests_wait_to_be_admitted():
     work = webhookd.SlowWork()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as places:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as admissions:
         for _ in range(webhookd.ORDINARY.limit):
-            places.enter_context(work._counted(webhookd.ORDINARY))
+            admissions.enter_context(work._counted(webhookd.ORDINARY))
 
-        def use_a_place():
+        def work_slowly():
             with work.admit():
                 return "it came"
 
-        waiting = pool.submit(use_a_place)
+        waiting = pool.submit(work_slowly)
         wait_until(lambda: work._waiting._value < webhookd.MAX_WAITING or waiting.done())
-        places.close()
+        admissions.close()
 
     assert waiting.result() == "it came"
 
 
 def test_thread_is_admitted_to_slow_work_once():
     work = webhookd.SlowWork()
-    with contextlib.ExitStack() as places:
+    with contextlib.ExitStack() as admissions:
         for _ in range(webhookd.ORDINARY.limit + 1):
-            places.enter_context(work.admit())
+            admissions.enter_context(work.admit())
 
     assert work._free[webhookd.ORDINARY]._value == webhookd.ORDINARY.limit
 
