@@ -230,7 +230,7 @@ Parts = collections.namedtuple("Parts", "store dispatcher policy settings clock 
 
 @pytest.fixture
 def parts(store, dispatcher, address_policy, settings, clock):
-    """What the API is made of, and a user of each role."""
+    """The parts of an Api, and a user of each role."""
     for role in webhookd.ROLES:
         user = webhookd.User(role, role, webhookd.secret_record(SECRETS[role]))
         store.write(lambda batch, user=user: webhookd.save_user(batch.connection, user))
@@ -240,7 +240,7 @@ def parts(store, dispatcher, address_policy, settings, clock):
 def api_with_pages(parts):
     """An Api of these parts, and the pages beside it."""
     api = webhookd.Api(*parts)
-    webhookd.Pages(api, parts.store, parts.policy, parts.clock)
+    webhookd.Pages(api, parts.store, parts.policy)
     return api
 
 
@@ -339,7 +339,7 @@ def wait_until(condition, seconds=20):
 
 
 def ends(call):
-    """Whether a call ends, instead of waiting for ever."""
+    """Whether a call ends, instead of waiting without end."""
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(20)
@@ -581,7 +581,7 @@ def test_the_default_schedule_makes_ten_attempts_over_about_three_days():
     assert 3 < sum(schedule) / 86400 < 3.5
 
 
-def test_a_blank_variable_is_as_good_as_none():
+def test_blank_variable_counts_as_not_set():
     assert webhookd.read_settings({}, {"WEBHOOKD_LISTEN": ""}).listen[1] == 8090
 
 
@@ -715,7 +715,7 @@ TOKEN = "0123456789abcdef"
         {"previous_secret": TOKEN},
     ],
 )
-def test_no_secret_comes_back_from_a_receiver_in_whatever_half_or_scheme_it_is(fields):
+def test_every_secret_of_a_header_or_url_is_masked_in_answers(fields):
     webhook = webhookd.Webhook(**{"url": "https://host/"} | fields)
 
     assert webhook.without_secrets(f"got: {TOKEN}") == f"got: {webhookd.MASK}"
@@ -730,7 +730,7 @@ def test_no_secret_comes_back_from_a_receiver_in_whatever_half_or_scheme_it_is(f
         ("https://host/hook", "at /hook", "at /hook"),
     ],
 )
-def test_what_can_be_a_token_in_a_path_is_left_out_of_what_receivers_say(url, text, shown):
+def test_tokens_of_a_path_are_cut_out_of_answers(url, text, shown):
     assert webhookd.without_path(text, url) == shown
 
 
@@ -748,7 +748,7 @@ def test_names_and_wildcards_take_events(names, event, expected):
     assert webhookd.Webhook(events=names).subscribed(event) is expected
 
 
-def test_a_webhook_that_is_not_active_is_not_paused_until_some_moment():
+def test_inactive_webhook_shows_no_end_of_a_pause():
     health = webhookd.Health(failures=5, paused_until=1000)
 
     def paused_until(**fields):
@@ -839,7 +839,7 @@ def test_an_event_is_delivered_as_it_was_sent(sent, delivered):
         ('[{"event":"e"},{"event":""},7]', r"\[1\]\.event: must be.*\[2\]: an event must be"),
     ],
 )
-def test_what_is_not_an_event_is_refused(text, fault):
+def test_body_that_is_no_event_is_refused(text, fault):
     with pytest.raises(webhookd.Invalid, match=fault):
         read_event(text, max_bytes=1 << 20)
 
@@ -863,7 +863,7 @@ def test_an_event_is_nested_100_deep_and_no_deeper(shape, lines):
             read_event(shape % nested(depth), lines=lines, max_bytes=1 << 20)
 
 
-def test_brackets_in_strings_are_no_depth():
+def test_brackets_in_strings_do_not_count_as_depth():
     read_event(json.dumps({"event": "e", "x": "[{" * 200, "y": [[]] * 100}))
 
 
@@ -892,13 +892,13 @@ QUERY, HEADER = webhookd.Naming(query="q"), webhookd.Naming(header="h")
         (webhookd.Naming("q", "a b"), '{"a":1}', "q", '{"timestamp":7,"event":"q","a":1}'),
     ],
 )
-def test_what_another_program_sends_is_left_as_it_is(naming, sent, name, delivered):
+def test_event_of_another_program_keeps_its_body(naming, sent, name, delivered):
     event = read_event(sent, naming=naming)
 
     assert (event.name, event.timestamp, event.body.decode()) == (name, 7, delivered)
 
 
-def test_all_of_an_array_and_of_lines_are_named():
+def test_name_from_outside_names_every_event_of_an_array_or_of_lines():
     events = read_event('[{"a":1},{"event":5}]', naming=HEADER)
     lines = read_event('{"a":1}\n{"event":"own"}', naming=QUERY, lines=True)
 
@@ -907,7 +907,7 @@ def test_all_of_an_array_and_of_lines_are_named():
 
 
 @pytest.mark.parametrize("name", ["Push Hook", "x*", "e" * 65, "webhook_disabled"])
-def test_a_name_in_a_header_that_is_none_is_refused_where_it_is_needed(name):
+def test_bad_name_in_a_header_is_refused_where_it_is_needed(name):
     naming = webhookd.Naming(header=name)
 
     with pytest.raises(webhookd.Invalid, match=r"\[1\]\.event: the name in X-Event-Key"):
@@ -916,7 +916,7 @@ def test_a_name_in_a_header_that_is_none_is_refused_where_it_is_needed(name):
 
 
 @pytest.mark.parametrize("sent", ['{"x":"%s"}', '{"x":"%s","event":1}', '{"event":"e","x":"%s"}'])
-def test_what_is_added_to_an_event_does_not_count_in_its_size(sent):
+def test_added_fields_do_not_count_in_the_size_of_an_event(sent):
     fits = sent % ("x" * (1000 - len(sent % "")))
 
     read_event(fits, naming=HEADER)
@@ -924,7 +924,7 @@ def test_what_is_added_to_an_event_does_not_count_in_its_size(sent):
         read_event(fits.replace("xx", "xxx", 1), naming=HEADER)
 
 
-def test_what_is_not_json_is_told_from_what_is_too_large():
+def test_bad_json_and_too_large_an_event_are_different_errors():
     large = '"%s"' % ("x" * 2000)
     with pytest.raises(webhookd.TooLarge, match=r"\[1\]: an event may have"):
         read_event('[{"event":"e"}, {"x": %s}]' % large)
@@ -932,12 +932,12 @@ def test_what_is_not_json_is_told_from_what_is_too_large():
         read_event('[{"event":"e" 7}, %s]' % large)
 
 
-def test_what_is_not_utf_8_is_refused():
+def test_body_that_is_not_utf_8_is_refused():
     with pytest.raises(webhookd.Invalid, match="not UTF-8"):
         webhookd.read_events(b'{"event":"\xff"}', False, 7, 1000)
 
 
-def test_lines_are_events_and_blank_ones_are_passed_over():
+def test_lines_are_events_and_blank_ones_are_skipped():
     events = read_event('{"event":"a"}\n\n{"event":"b"}\r\n', lines=True)
 
     assert [event.name for event in events] == ["a", "b"]
@@ -949,7 +949,7 @@ def test_the_end_of_a_line_is_no_part_of_its_event():
     assert len(read_event(f"{line}\r\n{line}\r\n", lines=True, max_bytes=13)) == 2
 
 
-def test_a_bad_line_is_named_by_its_place():
+def test_bad_line_is_named_by_its_index():
     with pytest.raises(webhookd.Invalid, match=r"\[1\]: the body is not valid JSON"):
         read_event('{"event":"a"}\n{', lines=True)
 
@@ -982,7 +982,7 @@ def read_webhook(old=webhookd.Webhook(), **fields):
     return webhookd.read_webhook(webhookd.json_object(body), old)
 
 
-def test_what_is_left_out_has_defaults():
+def test_fields_left_out_have_defaults():
     webhook = read_webhook()
 
     assert (webhook.name, webhook.active, webhook.verify_tls) == ("http://x", True, True)
@@ -1006,7 +1006,7 @@ def test_events_are_counted_without_duplicates():
         ("http://" + "x." * 150 + "x/", ("http://" + "x." * 150)[:255]),
     ],
 )
-def test_a_name_left_out_is_scheme_and_host_and_nothing_secret(url, name):
+def test_name_left_out_becomes_scheme_and_host(url, name):
     assert read_webhook(url=url).name == name
 
 
@@ -1130,7 +1130,7 @@ def test_a_host_that_programs_spell_differently_is_refused_with_advice(host, adv
     ["127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "1.example", "x1", "x.test.", "0xg"]
     + ["bücher.test", "1.2.3.x"],
 )
-def test_other_hosts_are_taken(host):
+def test_hosts_that_all_programs_spell_alike_are_accepted(host):
     assert read_webhook(url=f"http://{host}/").url == f"http://{host}/"
 
 
@@ -1143,7 +1143,7 @@ def test_other_hosts_are_taken(host):
         "whsec",
     ],
 )
-def test_a_secret_is_what_every_library_takes(secret):
+def test_secret_must_be_one_that_every_library_accepts(secret):
     assert read_webhook(configuration={"secret": secret}).secret == secret
 
 
@@ -1177,7 +1177,7 @@ def test_a_mask_elsewhere_in_a_url_stands_for_nothing():
     assert read_webhook(FULL, url="http://y/u:********@").url == "http://y/u:********@"
 
 
-def test_what_looks_like_an_escape_is_none():
+def test_text_that_looks_like_an_escape_stays_as_it_is():
     assert read_webhook(name="C:\\udo").name == "C:\\udo"
 
 
@@ -1207,7 +1207,7 @@ def test_fields_left_out_or_null_keep_their_values():
     assert read_webhook(FULL, name=None, url=None, events=None, active=None) == FULL
 
 
-def test_null_takes_credentials_headers_filters_and_the_template_away():
+def test_null_removes_credentials_headers_filters_and_template():
     webhook = read_webhook(FULL, credentials=None, headers=None, filters=None, template=None)
 
     assert (webhook.credentials, webhook.headers, webhook.filters) == (None, {}, {})
@@ -1234,7 +1234,7 @@ def test_a_template_is_any_json_value(template):
     assert webhook.template == webhook.as_json(whole_url=True)["template"] == template
 
 
-def test_what_is_shown_can_be_sent_back_and_changes_nothing():
+def test_webhook_sent_back_as_it_was_shown_changes_nothing():
     assert read_webhook(FULL, **FULL.as_json(whole_url=True)) == FULL
 
 
@@ -1285,7 +1285,7 @@ def test_configuration_is_merged_and_null_removes_a_key():
     assert read_webhook(FULL, configuration={"secret": "********"}).secret == "s"
 
 
-def test_nothing_that_is_shown_holds_a_secret():
+def test_webhook_is_shown_without_secrets():
     webhook = dataclasses.replace(
         FULL,
         url="http://u:url-secret@x/",
@@ -1354,7 +1354,7 @@ def test_times_are_epoch_milliseconds_iso_8601_or_so_long_ago(value, ms):
     "value",
     [1, "1700000000", 99_999_999_999, -5, "-1700000000000", "1700000000.25", 1700000000.5, -0.5],
 )
-def test_a_number_that_seems_to_be_seconds_is_refused(value):
+def test_time_in_seconds_is_refused(value):
     with pytest.raises(webhookd.Invalid, match="seems to be in seconds"):
         webhookd.moment_ms(value, 1_700_000_000_000)
 
@@ -1362,7 +1362,7 @@ def test_a_number_that_seems_to_be_seconds_is_refused(value):
 @pytest.mark.parametrize(
     "value", [True, "soon", "", "-2h", "2 h", "2w", [], "1.", "1e12", 1e300, "9" * 400]
 )
-def test_what_is_no_time_is_refused(value):
+def test_bad_time_is_refused(value):
     with pytest.raises(webhookd.Invalid, match="must be epoch milliseconds, an ISO 8601 time"):
         webhookd.moment_ms(value, 1_700_000_000_000)
 
@@ -1530,7 +1530,7 @@ def test_any_2xx_is_a_success_and_nothing_else(status, outcome):
     [(1, 1.0, 5), (2, 1.1, 330), (2, 0.9, 270), (3, 1.0, None)],
 )
 def test_waits_follow_the_schedule(attempts, jitter, wait):
-    found = webhookd.next_wait(attempts, (5, 300), jitter)
+    found = webhookd.next_wait_seconds(attempts, (5, 300), jitter)
 
     assert found == (wait and pytest.approx(wait))
 
@@ -1600,7 +1600,7 @@ def test_a_probe_ahead_of_its_time_waits_as_long_as_it_is_asked_to():
 
 @pytest.mark.parametrize("jitter", [0.9, 1.0, 1.1])
 @pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_lets_the_webhook_rest_and_counts_for_nothing_else(status, jitter):
+def test_retry_after_makes_the_webhook_rest_and_is_no_failure(status, jitter):
     before = webhookd.Health(failures=4, failing_since=1)
 
     verdict = verdict_of_failure(due_delivery(), before, jitter, status=status, retry_after="3600")
@@ -1611,13 +1611,13 @@ def test_retry_after_lets_the_webhook_rest_and_counts_for_nothing_else(status, j
     assert verdict.next_attempt >= 1_000_000 + 3_600_000
 
 
-def test_retry_after_on_another_status_is_a_failure_as_any():
+def test_retry_after_with_another_status_is_a_failure():
     verdict = verdict_of_failure(due_delivery(), webhookd.Health(4), retry_after="3600")
 
     assert (verdict.health.failures, verdict.health.resting_until) == (5, None)
 
 
-def test_a_retry_after_that_is_none_counts_as_a_failure():
+def test_unreadable_retry_after_counts_as_a_failure():
     verdict = verdict_of_failure(due_delivery(), webhookd.Health(4), status=429, retry_after="soon")
 
     assert verdict.health.failures == 5
@@ -1634,7 +1634,7 @@ def test_a_success_beside_a_retry_after_does_not_end_the_rest():
     assert (rest_after(1_999_999), rest_after(2_000_000)) == (2_000_000, None)
 
 
-def test_a_pause_varies_as_every_wait():
+def test_pause_varies_like_every_wait():
     until = [
         verdict_of_failure(due_delivery(), webhookd.Health(4), jitter).health.paused_until
         for jitter in (0.9, 1.1)
@@ -1650,7 +1650,7 @@ def test_every_wait_varies_by_a_tenth():
     assert 1.08 < max(jitters) <= 1.1
 
 
-def test_what_was_in_flight_when_its_webhook_was_disabled_is_not_given_up():
+def test_attempt_in_flight_is_not_given_up_when_its_webhook_is_disabled():
     disabled = webhookd.Health(9, 1, reason="gone", disabled=True)
 
     assert verdict_of_failure(due_delivery(), disabled).state == "pending"
@@ -1669,7 +1669,7 @@ def test_a_webhook_that_fails_for_too_long_is_disabled_when_it_gives_a_delivery_
     assert after(since, last) == (True, "failed")
 
 
-def test_what_was_in_flight_does_not_enable_a_disabled_webhook():
+def test_success_in_flight_does_not_enable_a_disabled_webhook():
     disabled = webhookd.Health(9, 1, reason="gone", disabled=True)
     success = failed_attempt(outcome="SUCCESS", status=200)
     result = webhookd.Result(due_delivery(), success, 1_000_000)
@@ -1788,7 +1788,7 @@ def test_a_refusal_advises_no_more_than_is_needed(address, network):
         *("2001:0:a01:203::f7f7:fbfb", "2001:0:808:808::f5ff:fffe"),  # server, client
     ],
 )
-def test_allowing_what_ipv4_is_inside_of_does_not_allow_it(address):
+def test_allowing_an_ipv6_network_does_not_allow_ipv4_addresses_inside_it(address):
     wide = "::/8,64:ff9b::/96,2002::/16,2001::/32"
     wide = webhookd.AddressPolicy(webhookd.networks(wide))
 
@@ -1843,7 +1843,7 @@ def test_a_name_that_does_not_resolve_passes_the_check_of_its_url():
     webhookd.AddressPolicy(()).check_url("http://name.invalid/")
 
 
-def test_a_name_is_looked_up_anew_for_each_connection():
+def test_name_is_looked_up_for_each_connection():
     address_policy = webhookd.AddressPolicy(())
     first = address_policy.lookup("localhost")
     first.result()
@@ -1851,7 +1851,7 @@ def test_a_name_is_looked_up_anew_for_each_connection():
     assert address_policy.lookup("localhost") is not first
 
 
-def test_a_name_that_the_resolver_chokes_on_is_an_unknown_host():
+def test_name_that_the_resolver_cannot_read_is_an_unknown_host():
     with pytest.raises(webhookd.UnknownHost):
         webhookd.AddressPolicy(()).lookup("x" * 64).result(20)
 
@@ -1935,7 +1935,7 @@ def test_a_name_is_refused_if_one_of_its_addresses_is(address_policy, addresses)
     ],
 )
 def test_the_parts_of_a_url(url, expected):
-    assert webhookd.endpoint(url) == expected
+    assert webhookd.endpoint_of(url) == expected
 
 
 def parse(*pieces, closed=False):
@@ -2006,7 +2006,7 @@ def test_a_response_is_read_whole_or_byte_by_byte(raw, closed, body, reusable):
         OK + b"A: " + b"x" * 70_000,
     ],
 )
-def test_what_is_not_one_response_is_refused(raw):
+def test_bytes_that_are_no_response_are_refused(raw):
     with pytest.raises(webhookd.ProtocolError):
         parse(raw)
 
@@ -2074,7 +2074,7 @@ MALFORMED = "its head is malformed"
         ),
     ],
 )
-def test_what_is_wrong_behind_the_status_is_a_fault_and_costs_the_connection(raw, body, fault):
+def test_fault_behind_the_status_ends_the_connection_only(raw, body, fault):
     whole, slow = webhookd.Response(), webhookd.Response()
     assert whole.feed(raw) or whole.end() is None
     assert any(slow.feed(raw[i : i + 1]) for i in range(len(raw))) or slow.end() is None
@@ -2094,7 +2094,7 @@ def test_folded_headers_are_joined_and_malformed_ones_skipped():
 
 
 class Searched(bytearray):
-    """Counts the bytes in which something was searched."""
+    """Bytes that count how many of them are searched."""
 
     count = 0
     head_end = webhookd.HEAD_END
@@ -2119,7 +2119,7 @@ class Searched(bytearray):
         CHUNKED + b"0\r\n" + b"A: b\r\n" * 1500,
     ],
 )
-def test_what_came_is_searched_once_however_it_is_cut(raw, monkeypatch):
+def test_bytes_are_searched_once_however_they_are_cut(raw, monkeypatch):
     monkeypatch.setattr(webhookd, "HEAD_END", Searched)
     response = webhookd.Response()
     response._unread = searched = Searched()
@@ -2154,7 +2154,7 @@ def test_a_response_is_read_to_64_kib():
         (b"\x1b[1mok", None, "\x1b[1mok"),
     ],
 )
-def test_of_a_body_16_kib_of_text_are_kept(body, content_type, kept):
+def test_body_is_kept_to_16_kib_of_text(body, content_type, kept):
     assert webhookd.kept_text(body, content_type) == kept
 
 
@@ -2251,7 +2251,7 @@ def test_secrets_that_a_receiver_sends_back_are_masked(attempt, receiver):
     assert not any(text in str(made) for text in ("own-value", "pass-word", "the-secret"))
 
 
-def test_what_is_too_short_for_a_secret_does_not_spoil_the_answer(attempt, receiver):
+def test_short_texts_are_not_masked_as_secrets(attempt, receiver):
     receiver.answers(200, {}, b"a short answer")
 
     made = attempt(receiver.url, secret="a", headers={"X-Own": "ans"})
@@ -2302,18 +2302,6 @@ def reset(connection):
     connection.close()
 
 
-@contextlib.contextmanager
-def raw_receiver(*scripts):
-    """The URL of a receiver that answers in the given bytes: of each connection, in turn,
-    those for each request; what is no bytes is called with the connection."""
-    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
-        answering = threading.Thread(target=answer_by_scripts, args=(server, scripts, stack))
-        answering.start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}/"
-        answering.join(20)
-        assert not answering.is_alive(), "not all connections were made"
-
-
 def answer_by_scripts(server, scripts, stack):
     for script in scripts:
         connection = stack.enter_context(server.accept()[0])
@@ -2324,6 +2312,18 @@ def answer_by_scripts(server, scripts, stack):
                 connection.sendall(answer)
             else:
                 answer(connection)
+
+
+@contextlib.contextmanager
+def raw_receiver(*scripts):
+    """The URL of a receiver that answers in the given bytes: of each connection, in turn,
+    those for each request; what is no bytes is called with the connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
+        answering = threading.Thread(target=answer_by_scripts, args=(server, scripts, stack))
+        answering.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/"
+        answering.join(20)
+        assert not answering.is_alive(), "not all connections were made"
 
 
 def by_length(status, body=b""):
@@ -2347,7 +2347,7 @@ def by_length(status, body=b""):
     ],
 )
 @pytest.mark.parametrize("end", [socket.socket.close, reset])
-def test_the_head_decides_whatever_becomes_of_the_body(attempt, end, answer, description, body):
+def test_head_decides_even_if_the_body_is_broken(attempt, end, answer, description, body):
     with raw_receiver([answer, end]) as url:
         made = attempt(url)
 
@@ -2374,7 +2374,7 @@ def test_a_body_whose_length_is_not_clear_is_not_waited_for(attempt, monkeypatch
     assert made.description == "200, the length of its body is not clear"
 
 
-def test_of_headers_whole_lines_of_8_kib_are_kept(attempt, receiver):
+def test_headers_are_kept_to_8_kib_in_whole_lines(attempt, receiver):
     receiver.raw = b"HTTP/1.1 200 OK\r\n" + b"A: %s\r\n" % (b"x" * 995) * 12 + b"\r\n"
 
     kept = attempt(receiver.url).response_headers
@@ -2444,7 +2444,7 @@ def test_a_408_on_a_new_connection_is_an_answer(attempt):
         assert attempt(url).description == "408"
 
 
-def test_a_blank_line_behind_an_answer_is_none(address_policy):
+def test_blank_line_behind_an_answer_is_no_answer(address_policy):
     with raw_receiver([by_length(200), b"\r\n" + by_length(201)]) as url:
         _, second = attempt_in_turn(address_policy, url)
 
@@ -2613,7 +2613,7 @@ def test_where_one_address_of_a_name_refuses_the_next_is_tried(attempt, receiver
 
 @pytest.fixture
 def hanging():
-    """A place on 127.0.0.2 that takes no connection and refuses none."""
+    """An address and port that neither accepts nor refuses a connection."""
     server = socket.create_server(("127.0.0.2", 0), backlog=0)
     with server, socket.create_connection(server.getsockname()):  # its queue is full
         yield server.getsockname()[1]
@@ -2644,9 +2644,7 @@ def test_the_next_address_is_not_waited_for_when_one_fails(
     assert made.outcome == "SUCCESS"
 
 
-def test_the_first_address_that_stands_is_the_only_one_that_is_used(
-    attempt, address_policy, receiver
-):
+def test_only_the_first_address_that_connects_is_used(attempt, address_policy, receiver):
     being_looked_up(address_policy, "two.example", "127.0.0.1", "127.0.0.2")
     with socket.create_server(("127.0.0.2", receiver.server_port)) as other:
         attempt(receiver.url.replace("127.0.0.1", "two.example"))
@@ -2655,8 +2653,8 @@ def test_the_first_address_that_stands_is_the_only_one_that_is_used(
     assert len(receiver.received) == 1
 
 
-def test_both_families_are_tried_by_turns():
-    assert webhookd.by_turns(["::1", "::2", "::3", "127.0.0.1"]) == [
+def test_both_families_are_tried_in_alternation():
+    assert webhookd.alternating(["::1", "::2", "::3", "127.0.0.1"]) == [
         "::1",
         "127.0.0.1",
         "::2",
@@ -2709,6 +2707,16 @@ def test_a_receiver_that_never_answers_is_given_up_in_time(attempt, receiver):
     assert (made.outcome, made.description) == ("ERROR", "timed out")
 
 
+def drip(server):
+    """Answer a byte now and then, until the client has had enough."""
+    connection, _ = server.accept()
+    with connection, contextlib.suppress(OSError):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n")
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.02)
+
+
 def test_the_time_limit_holds_for_a_receiver_that_drips(attempt):
     with socket.create_server(("127.0.0.1", 0)) as server:
         dripping = threading.Thread(target=drip, args=(server,))
@@ -2718,16 +2726,6 @@ def test_the_time_limit_holds_for_a_receiver_that_drips(attempt):
 
         assert (made.outcome, made.description) == ("SUCCESS", "200, its body took too long")
         dripping.join()
-
-
-def drip(server):
-    """Answer a byte now and then, until the client has had enough."""
-    connection, _ = server.accept()
-    with connection, contextlib.suppress(OSError):
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n")
-        while True:
-            connection.sendall(b"x")
-            time.sleep(0.02)
 
 
 def test_proxy_variables_are_ignored(attempt, receiver, monkeypatch):
@@ -2767,23 +2765,25 @@ def fresh_tls_contexts():
     webhookd.tls_context.cache_clear()
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(attempt, tls_receiver):
+def test_certificate_of_an_unknown_authority_is_refused(attempt, tls_receiver):
     made = attempt(tls_receiver.url)
 
     assert (made.outcome, made.description) == ("ERROR", "TLS: self-signed certificate")
 
 
-def test_it_is_accepted_when_verification_is_switched_off(attempt, tls_receiver):
+def test_any_certificate_is_accepted_without_verification(attempt, tls_receiver):
     assert attempt(tls_receiver.url, verify_tls=False).outcome == "SUCCESS"
 
 
-def test_ssl_cert_file_names_whom_to_trust(attempt, tls_receiver, certificate, monkeypatch):
+def test_ssl_cert_file_names_the_authorities_to_trust(
+    attempt, tls_receiver, certificate, monkeypatch
+):
     trusting(certificate, monkeypatch)
 
     assert attempt(tls_receiver.url).outcome == "SUCCESS"
 
 
-def test_the_name_is_verified_too(attempt, tls_receiver, certificate, monkeypatch):
+def test_certificate_of_another_name_is_refused(attempt, tls_receiver, certificate, monkeypatch):
     trusting(certificate, monkeypatch)
 
     made = attempt(tls_receiver.url.replace("localhost", "127.0.0.1"))
@@ -2924,7 +2924,7 @@ def test_many_events_and_deliveries_are_more_than_one_statement_takes(store):
     assert numbers == list(range(1, 3 * webhookd.ROWS_PER_STATEMENT + 2))
 
 
-def test_what_is_due_is_read_up_to_a_number_and_to_a_size(store):
+def test_due_deliveries_are_read_up_to_a_count_and_a_size(store):
     webhook = add_webhook(store)
     publish(store, *[new_event(body=b"x" * 600_000)] * 3)
 
@@ -2946,7 +2946,7 @@ def test_a_delivery_is_due_at_its_time(store):
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-def test_a_wait_that_a_recovery_ends_costs_nothing_of_the_schedule(store, failures):
+def test_recovery_releases_waits_without_using_the_schedule_up(store, failures):
     webhook = add_webhook(store)
     publish(store, new_event(), new_event())
     waiting, probe = due_deliveries(store, webhook)
@@ -2961,7 +2961,7 @@ def test_a_wait_that_a_recovery_ends_costs_nothing_of_the_schedule(store, failur
     assert (due.row_id, due.schedule_index) == (waiting.row_id, failures - 1)
 
 
-def test_an_attempt_to_a_webhook_deleted_meanwhile_leaves_nothing_behind(store):
+def test_attempt_leaves_nothing_behind_if_its_webhook_was_deleted(store):
     webhook = add_webhook(store)
     publish(store)
     [due] = due_deliveries(store, webhook)
@@ -2970,7 +2970,7 @@ def test_an_attempt_to_a_webhook_deleted_meanwhile_leaves_nothing_behind(store):
     record(store, due)
 
     tables = ("deliveries", "attempts", "statistics")
-    assert [store._row(f"SELECT count(*) FROM {table}")[0] for table in tables] == [0, 0, 0]
+    assert [store.reader().row(f"SELECT count(*) FROM {table}")[0] for table in tables] == [0, 0, 0]
 
 
 def test_one_write_that_fails_does_not_take_the_others_with_it(store):
@@ -2996,7 +2996,7 @@ def test_an_error_of_the_database_is_the_fault_of_no_request(store):
     assert "no such table" in store.problem
 
 
-def test_who_reads_cannot_write(store):
+def test_reader_cannot_write(store):
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         store.reader().execute("DELETE FROM users")
 
@@ -3089,7 +3089,7 @@ def test_a_store_that_is_closed_takes_nothing_and_stands_still(tmp_path):
     assert store.stands_still()
 
 
-def test_an_error_of_the_disk_that_is_full_says_that_it_is_full(store, monkeypatch):
+def test_disk_error_says_that_the_disk_is_full(store, monkeypatch):
     error = sqlite3.OperationalError("disk I/O error")
     usage = shutil.disk_usage("/")
     told = []
@@ -3101,7 +3101,7 @@ def test_an_error_of_the_disk_that_is_full_says_that_it_is_full(store, monkeypat
     assert told == [webhookd.Unavailable, webhookd.StorageFull]
 
 
-def test_a_full_disk_is_told_from_other_errors(store):
+def test_full_disk_and_other_errors_are_different_errors(store):
     pages = "PRAGMA max_page_count = {}"
     store.write(lambda batch: batch.connection.execute(pages.format(1)))
     with pytest.raises(webhookd.StorageFull):
@@ -3203,7 +3203,7 @@ def test_a_migration_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     assert connection.execute("SELECT name FROM sqlite_schema").fetchall() == []
 
 
-def test_what_is_not_a_database_is_refused(tmp_path):
+def test_file_that_is_no_database_is_refused(tmp_path):
     (tmp_path / "text.db").write_text("not a database, but long enough to look at " * 20)
 
     with pytest.raises(webhookd.SettingError), open_store(str(tmp_path / "text.db")):
@@ -3223,7 +3223,7 @@ def test_a_database_of_another_program_is_refused_and_left_alone(tmp_path):
     assert tables == [("theirs",)]
 
 
-def test_the_latest_attempt_that_is_left_is_the_latest(store):
+def test_pruning_leaves_an_older_attempt_as_the_latest(store):
     webhook = add_webhook(store, "a", "b")
     publish(store, new_event("a"), now_ms=1000)
     publish(store, new_event("b"), now_ms=2000)
@@ -3262,7 +3262,7 @@ def many_deliveries(store, number):
 
 
 def steps_of(store, read):
-    """How many steps SQLite takes to read something, in hundreds; and what is read."""
+    """How many hundreds of steps SQLite takes to read something, and what it reads."""
     steps, reader = itertools.count(), store.reader()
     reader.set_progress_handler(lambda: next(steps) and None, 100)
     found = read()
@@ -3387,13 +3387,19 @@ def maintenance(store, dispatcher, settings, clock):
 
 
 def count(store, table):
-    return store._row(f"SELECT count(*) FROM {table}")[0]
+    return store.reader().row(f"SELECT count(*) FROM {table}")[0]
 
 
 def record_successes(store, deliveries, clock):
     for due in deliveries:
         store.record(an_attempt(due, now_ms=clock.ms))
     store.flush()
+
+
+def files_of(store):
+    store.flush()
+    paths = [store._path + suffix for suffix in ("", "-wal")]
+    return b"".join(pathlib.Path(path).read_bytes() for path in paths)
 
 
 def test_a_secret_that_no_longer_signs_is_gone_from_the_files(api, store, maintenance, clock):
@@ -3496,7 +3502,7 @@ def test_events_without_deliveries_and_old_keys_go_too(store, maintenance, clock
     assert [count(store, t) for t in ("events", "payloads", "answers")] == [0, 0, 0]
 
 
-def test_past_its_size_the_database_lets_the_oldest_go_and_then_takes_nothing_more(
+def test_database_over_its_size_deletes_the_oldest_and_then_refuses_publications(
     store, dispatcher, settings, clock
 ):
     small = dataclasses.replace(settings, max_database_size=1 << 20)
@@ -3522,7 +3528,9 @@ def small_maintenance(store, settings, clock, size_bytes):
     return webhookd.Maintenance(store, small, webhookd.Clock(clock, clock))
 
 
-def test_past_its_size_old_answers_to_keys_go_before_deliveries(store, dispatcher, settings, clock):
+def test_database_over_its_size_deletes_old_keys_before_deliveries(
+    store, dispatcher, settings, clock
+):
     webhook = add_webhook(store)
     publish(store, now_ms=clock.ms)
     record_successes(store, due_deliveries(store, webhook, clock.ms), clock)
@@ -3550,7 +3558,7 @@ def test_only_pending_deliveries_make_the_database_full(store, dispatcher, setti
     assert store.full == webhookd.FULL
 
 
-def test_of_many_names_the_first_are_counted_and_the_others_together(store, monkeypatch):
+def test_first_names_are_counted_and_all_others_together(store, monkeypatch):
     monkeypatch.setattr(webhookd, "MAX_COUNTED_NAMES", 2)
     webhook = add_webhook(store, "*")
     publish(store, *[new_event(name) for name in "abcd"], new_event("a"))
@@ -3566,7 +3574,7 @@ def test_of_many_names_the_first_are_counted_and_the_others_together(store, monk
 
 
 class Volume:
-    """What the operating system says of the room there is; the rest as it is."""
+    """Replaces what the operating system says of the room on a volume."""
 
     def __init__(self, monkeypatch, total_bytes):
         self.total, self.others, self.flags = total_bytes, 0, 0
@@ -3578,9 +3586,7 @@ class Volume:
         return os.statvfs_result((1, 1, self.total, free, free, 0, 0, 0, self.flags, 255))
 
 
-def test_a_nearly_full_disk_takes_no_publication_but_all_else(
-    store, maintenance, clock, monkeypatch
-):
+def test_nearly_full_disk_refuses_publications_only(store, maintenance, clock, monkeypatch):
     volume = Volume(monkeypatch, 100 << 20)
     webhook = add_webhook(store)
     publish(store, new_event(body=b"x" * 1_000_000), now_ms=clock.ms)
@@ -3605,14 +3611,14 @@ def test_a_publication_for_which_there_is_no_room_is_refused_at_once(
     maintenance.run_once()
 
     with pytest.raises(webhookd.StorageFull, match="reserve"):
-        for _ in range(10):  # nobody measures meanwhile
+        for _ in range(10):  # nobody measures between them
             publish(store, new_event(body=b"x" * 1_000_000))
 
     assert publish(store)  # there is room for a small one
 
 
 @pytest.mark.parametrize("others, kept", [(0, False), (90, True)])
-def test_a_disk_that_the_database_has_filled_is_made_room_on(
+def test_database_that_has_filled_its_disk_makes_room(
     store, maintenance, clock, monkeypatch, others, kept
 ):
     webhook = add_webhook(store)
@@ -3627,9 +3633,7 @@ def test_a_disk_that_the_database_has_filled_is_made_room_on(
     assert (store.full is not None) is kept
 
 
-def test_a_disk_that_has_become_read_only_and_a_file_that_is_gone_are_told(
-    store, maintenance, monkeypatch
-):
+def test_read_only_disk_and_missing_file_refuse_publications(store, maintenance, monkeypatch):
     volume = Volume(monkeypatch, 1 << 30)
     volume.flags = os.ST_RDONLY
     maintenance.run_once()
@@ -3649,7 +3653,7 @@ def hanging_reader(store):
         yield
 
 
-def test_a_log_that_a_reader_holds_grows_to_a_bound_and_is_told(
+def test_log_held_by_a_reader_grows_to_a_bound_and_is_logged(
     store, dispatcher, settings, clock, caplog
 ):
     maintenance = small_maintenance(store, settings, clock, 20 << 20)
@@ -3667,7 +3671,7 @@ def test_a_log_that_a_reader_holds_grows_to_a_bound_and_is_told(
     assert (store.full, store.space.log) == (None, 0)
 
 
-def test_what_fails_in_maintenance_is_logged_once_and_stops_no_other_part(
+def test_failing_part_of_maintenance_is_logged_once_and_stops_no_other(
     store, maintenance, caplog, monkeypatch
 ):
     monkeypatch.setattr(webhookd, "PRUNING_SECONDS", 0)
@@ -3684,7 +3688,7 @@ def test_what_fails_in_maintenance_is_logged_once_and_stops_no_other_part(
     assert store.damage
 
 
-def test_what_a_webhook_has_that_maintenance_does_not_know_yet_stays(store):
+def test_sweeping_leaves_the_deliveries_of_a_webhook_that_exists(store):
     webhook = add_webhook(store)
     publish(store)
 
@@ -3693,7 +3697,7 @@ def test_what_a_webhook_has_that_maintenance_does_not_know_yet_stays(store):
     assert (deleted, count(store, "deliveries")) == (0, 1)
 
 
-def test_what_a_wrong_clock_made_does_not_keep_the_rest(store, maintenance, clock):
+def test_rows_made_by_a_wrong_clock_do_not_stop_pruning(store, maintenance, clock):
     publish(store, now_ms=clock.ms + 10**9)
     publish(store, *[new_event()] * 1000, now_ms=clock.ms)
 
@@ -3702,9 +3706,7 @@ def test_what_a_wrong_clock_made_does_not_keep_the_rest(store, maintenance, cloc
     assert count(store, "events") == 1
 
 
-def test_past_its_size_the_database_lets_no_more_go_than_it_has_to(
-    store, dispatcher, settings, clock
-):
+def test_database_over_its_size_deletes_no_more_than_it_must(store, dispatcher, settings, clock):
     webhook = add_webhook(store)
     for _ in range(2):
         publish(store, *[new_event(body=b"x" * 2000)] * 750, now_ms=clock.ms)
@@ -3732,7 +3734,7 @@ def test_free_space_is_given_back_to_the_file_system(store, maintenance, clock):
     assert os.stat(store._path + "-wal").st_size == 0
 
 
-def test_pruning_leaves_what_was_redelivered_or_replayed_meanwhile(store):
+def test_pruning_leaves_deliveries_redelivered_or_replayed_during_it(store):
     webhook = add_webhook(store)
     [event] = publish(store)
     [due] = due_deliveries(store, webhook)
@@ -3744,7 +3746,7 @@ def test_pruning_leaves_what_was_redelivered_or_replayed_meanwhile(store):
     assert due_deliveries(store, webhook) == [due]
 
 
-def test_pruning_reads_no_further_than_the_first_that_is_young(store):
+def test_pruning_stops_reading_at_the_first_young_row(store):
     publish(store, *[new_event()] * (3 * webhookd.ROWS_PER_STEP))
 
     steps = list(store.prune(1000))
@@ -3755,7 +3757,7 @@ def test_pruning_reads_no_further_than_the_first_that_is_young(store):
 def test_a_step_of_pruning_writes_about_a_mebibyte_since_room_may_be_scarce(store):
     publish(store, *[new_event(body=b"x" * 100_000)] * 30)
 
-    steps = list(store.prune(webhookd.FOREVER_MS))
+    steps = list(store.prune(webhookd.END_OF_TIME_MS))
 
     assert len(steps) == 1 + 3 + 1  # no deliveries, the events, and that there are no more
     assert count(store, "events") == 0
@@ -3777,7 +3779,7 @@ def test_a_deleted_webhook_with_many_deliveries_is_gone_at_once_and_swept_later(
     assert count(store, "deliveries") == 0
 
 
-def test_what_a_deleted_webhook_has_left_is_swept_after_a_restart_too(tmp_path):
+def test_leftovers_of_a_deleted_webhook_are_swept_after_a_restart(tmp_path):
     path = str(tmp_path / "left.db")
     with open_store(path) as store:
         webhooks = [add_webhook(store) for _ in range(4)]
@@ -3808,7 +3810,7 @@ def test_publications_that_fill_the_database_wake_maintenance(
 
 
 @pytest.mark.parametrize("seconds", [3600, -3600])
-def test_a_clock_that_jumps_takes_the_schedule_with_it(store, maintenance, clock, seconds):
+def test_clock_jump_moves_the_schedule(store, maintenance, clock, seconds):
     webhook = add_webhook(store)
     publish(store, now_ms=clock.ms)
     planned = clock.ms + 60_000
@@ -3826,7 +3828,7 @@ def test_a_clock_that_jumps_takes_the_schedule_with_it(store, maintenance, clock
     assert health.paused_until == health.resting_until == planned + seconds * 1000
 
 
-def test_a_clock_that_runs_takes_nothing_with_it(store, maintenance, clock):
+def test_running_clock_moves_no_schedule(store, maintenance, clock):
     webhook = add_webhook(store)
     publish(store, now_ms=clock.ms)
 
@@ -3943,7 +3945,7 @@ def test_pruning_beside_a_redelivery_leaves_it(store):
     assert [d.row_id for d in due_deliveries(store, webhook)] == [due.row_id]
 
 
-def test_who_is_told_of_a_disabled_webhook_may_be_deleted_in_the_same_commit(store):
+def test_receiver_of_own_events_may_be_deleted_in_the_same_commit(store):
     webhook, told = add_webhook(store), add_webhook(store, "webhook_disabled")
     publish(store)
     [due] = due_deliveries(store, webhook)
@@ -3954,7 +3956,7 @@ def test_who_is_told_of_a_disabled_webhook_may_be_deleted_in_the_same_commit(sto
         lambda: store.write(webhookd.Batch.delete_webhook, told.id),
     )
 
-    assert store._rows("SELECT event_id FROM deliveries") == [(1,)]
+    assert store.reader().rows("SELECT event_id FROM deliveries") == [(1,)]
 
 
 @pytest.mark.parametrize("again", ["replay", "redeliver"])
@@ -3995,7 +3997,7 @@ def test_a_replay_and_the_deletion_of_its_event_leave_nothing(store):
     assert store.pending[webhook.id] == 0
 
 
-def test_what_was_due_before_a_clock_jumped_back_stays_due(store, maintenance, clock):
+def test_due_deliveries_stay_due_when_the_clock_jumps_back(store, maintenance, clock):
     webhook = add_webhook(store)
     publish(store, now_ms=clock.ms)
 
@@ -4005,7 +4007,7 @@ def test_what_was_due_before_a_clock_jumped_back_stays_due(store, maintenance, c
     assert len(due_deliveries(store, webhook, clock.ms)) == 1
 
 
-def test_a_clock_that_jumps_disables_nobody(store, maintenance, clock):
+def test_clock_jump_disables_no_webhook(store, maintenance, clock):
     webhook = add_webhook(store)
     set_health(store, webhook, failures=1, failing_since=clock.ms, reason="500")
 
@@ -4066,7 +4068,7 @@ def test_a_long_value_is_found_to_its_last_character(store, path):
 
 
 def walk(store, *conditions, limit=1000):
-    """The ids of all that is found, and in how many pages."""
+    """The ids of all results of a search, and the number of its pages."""
     ids, pages, more = [], 0, {"start": 0}
     while more:
         page = webhookd.Page(more["start"], limit)
@@ -4077,9 +4079,7 @@ def walk(store, *conditions, limit=1000):
 
 
 @pytest.mark.parametrize("limit, pages", [(1000, 6), (2, 7)])
-def test_who_follows_a_search_sees_all_although_each_looks_at_a_part(
-    store, monkeypatch, limit, pages
-):
+def test_following_a_search_finds_all_events(store, monkeypatch, limit, pages):
     monkeypatch.setattr(webhookd, "SEARCHED_EVENTS", 4)
     monkeypatch.setattr(webhookd, "SEARCH_STEP", 2)
     publish_bodies(store, *(json.dumps({"event": "e", "n": id // 10}) for id in range(1, 21)))
@@ -4087,7 +4087,7 @@ def test_who_follows_a_search_sees_all_although_each_looks_at_a_part(
     assert walk(store, "n:1", limit=limit) == (list(range(19, 9, -1)), pages)
 
 
-def test_a_search_looks_at_a_part_by_bytes_too(store, monkeypatch):
+def test_search_is_bounded_in_bytes(store, monkeypatch):
     monkeypatch.setattr(webhookd, "SEARCHED_BYTES", 4000)
     publish_bodies(store, *['{"event":"e","n":1,"x":"%s"}' % ("x" * 1000)] * 9)
 
@@ -4107,7 +4107,7 @@ def test_the_start_of_a_search_may_lie_behind_what_it_looks_at(store, monkeypatc
     assert searched(store, "n:1", page=page, before=6)[0] == [3, 2]
 
 
-def test_events_too_deep_from_before_stop_neither_search_nor_replay(store):
+def test_stored_events_that_are_too_deep_stop_neither_search_nor_replay(store):
     webhook = add_webhook(store, filters={"n": 1})
     deep = b'{"timestamp":1,"event":"e","n":1,"x":%s}' % (b"[" * 900 + b"]" * 900)
     store.write(
@@ -4119,7 +4119,7 @@ def test_events_too_deep_from_before_stop_neither_search_nor_replay(store):
     assert list(store.missed_events(webhook, webhookd.Filter())) == [[2]]
 
 
-def test_an_answer_shows_as_many_payloads_as_it_may_and_one_at_least(store, monkeypatch):
+def test_answer_has_as_many_payloads_as_fit_and_at_least_one(store, monkeypatch):
     publish_bodies(store, *['{"event":"e","x":"%s"}' % ("x" * 1000)] * 3)
 
     def shown():
@@ -4219,8 +4219,12 @@ def test_a_delivery_is_attempted_and_recorded(api, receiver, dispatcher):
 
 @pytest.fixture
 def one_by_one(settings):
-    """So few attempts at once that the order of arrival is the order of starting."""
+    """Allows one attempt at once, so that attempts arrive in the order of their start."""
     return dataclasses.replace(settings, webhook_concurrency=1)
+
+
+def publish_numbers(api, *numbers):
+    api.post_json(EVENTS, [{"event": "e", "n": n} for n in numbers])
 
 
 def test_deliveries_to_one_webhook_start_in_publish_order(
@@ -4325,6 +4329,15 @@ def test_a_connection_that_is_used_again_or_closed_is_counted_once(
     assert len({request.connection for request in receiver.received}) == 2
 
 
+def answer_and_close_silently(server, times):
+    """Answer as if the connection stayed open, and close it."""
+    for _ in range(times):
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+
 def test_a_connection_that_the_receiver_closed_is_replaced(api, dispatcher):
     with socket.create_server(("127.0.0.1", 0)) as server:
         answering = threading.Thread(target=answer_and_close_silently, args=(server, 3))
@@ -4336,15 +4349,6 @@ def test_a_connection_that_the_receiver_closed_is_replaced(api, dispatcher):
 
         answering.join()
     assert {(d["state"], d["attemptCount"]) for d in api.deliveries(webhook)} == {("succeeded", 1)}
-
-
-def answer_and_close_silently(server, times):
-    """Answer as if the connection stayed open, and close it."""
-    for _ in range(times):
-        connection, _ = server.accept()
-        with connection:
-            connection.recv(65536)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
 
 OK_AND_NO_BODY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
@@ -4367,7 +4371,7 @@ def test_a_connection_that_speaks_unasked_is_closed(api, dispatcher):
                 assert connection.recv(1) == b""
 
 
-def test_whose_handshakes_cost_the_loop_much_waits_the_longer(
+def test_receiver_with_costly_handshakes_waits_longer(
     api, dispatcher, tls_receiver, clock, monkeypatch
 ):
     monkeypatch.setattr(webhookd, "FAIR_HANDSHAKE_SECONDS", 0)
@@ -4383,7 +4387,7 @@ def test_whose_handshakes_cost_the_loop_much_waits_the_longer(
     assert len(tls_receiver.received) == 2
 
 
-def test_who_verifies_does_not_share_a_connection_with_who_does_not(api, dispatcher, tls_receiver):
+def test_verified_and_unverified_connections_are_not_shared(api, dispatcher, tls_receiver):
     careless = api.create(tls_receiver.url, "first", sslVerificationRequired=False)
     careful = api.create(tls_receiver.url, "second")
     with dispatcher:
@@ -4396,7 +4400,7 @@ def test_who_verifies_does_not_share_a_connection_with_who_does_not(api, dispatc
     assert api.deliveries(careful)[0]["outcome"] == "ERROR"
 
 
-def test_an_inactive_webhook_gets_nothing_new_and_what_it_has_waits(api, receiver, dispatcher):
+def test_inactive_webhook_gets_nothing_new_and_its_deliveries_wait(api, receiver, dispatcher):
     webhook = api.create(receiver.url)
     api.publish(n=1)
     path = f"{WEBHOOKS}/{webhook['id']}"
@@ -4411,7 +4415,7 @@ def test_an_inactive_webhook_gets_nothing_new_and_what_it_has_waits(api, receive
     assert [body["n"] for body in receiver.bodies()] == [1]
 
 
-def test_an_attempt_goes_by_the_webhook_as_it_is_then(api, receiver, dispatcher, clock):
+def test_attempt_uses_the_webhook_as_it_is_at_its_start(api, receiver, dispatcher, clock):
     receiver.answers(500, times=1)
     webhook = api.create(receiver.url)
     api.publish()
@@ -4434,7 +4438,7 @@ def test_a_deleted_webhook_is_not_attempted(api, receiver, dispatcher):
     assert receiver.received == []
 
 
-def test_what_waits_in_the_database_is_found_at_start(
+def test_pending_deliveries_are_attempted_after_a_start(
     api, store, address_policy, settings, clock, receiver, monkeypatch
 ):
     monkeypatch.setattr(webhookd, "WINDOW", 100)
@@ -4588,10 +4592,6 @@ def wall(api, receiver, dispatcher, clock):
     return after
 
 
-def publish_numbers(api, *numbers):
-    api.post_json(EVENTS, [{"event": "e", "n": n} for n in numbers])
-
-
 def test_five_failures_in_a_row_pause_a_webhook(api, receiver, wall, clock):
     receiver.answers(500)
     webhook = api.create(receiver.url)
@@ -4666,7 +4666,7 @@ def test_a_pause_outlives_a_restart(api, receiver, wall, store, address_policy, 
     assert webhookd.load_health(store.reader())[webhook["id"]].failures == 6
 
 
-def test_nothing_waiting_is_dropped_by_a_pause(api, receiver, wall):
+def test_pause_drops_no_delivery(api, receiver, wall):
     receiver.answers(500, times=30)
     api.create(receiver.url)
     publish_numbers(api, *range(20))
@@ -4691,7 +4691,7 @@ def test_activating_a_paused_webhook_starts_clean(api, receiver, wall):
     assert api.get_webhook(webhook)["health"]["state"] == "healthy"
 
 
-def test_what_changes_nothing_of_it_leaves_the_failures(api, receiver, wall):
+def test_change_of_other_fields_leaves_the_failures(api, receiver, wall):
     receiver.answers(500)
     webhook = api.create(receiver.url)
     publish_numbers(api, 1)
@@ -4739,7 +4739,7 @@ def test_an_ordered_webhook_activated_beside_a_publication_keeps_its_order(
 def test_a_retry_in_flight_while_its_webhook_recovers_is_made_again(
     api, store, dispatcher, receiver, wall, clock
 ):
-    """The recovery planned it anew, so that it is due whatever the attempt brings."""
+    """The recovery has released it, so that it is due whatever the attempt brings."""
     api.create(receiver.url)
     [webhook] = store.webhooks.by_id.values()
     publish_numbers(api, 0, 1)
@@ -4852,7 +4852,7 @@ def test_retry_after_holds_the_probe_up_and_outlives_a_restart(
 @pytest.mark.parametrize(
     "fields", [{"paused": False}, {"active": True}, {"url": "elsewhere"}, "redeliver"]
 )
-def test_the_word_of_a_person_goes_before_retry_after(api, receiver, wall, fields):
+def test_redelivery_by_a_person_overrides_retry_after(api, receiver, wall, fields):
     receiver.answers(429, {"Retry-After": "3600"}, times=1)
     webhook = api.create(receiver.url)
     publish_numbers(api, 0)
@@ -4876,7 +4876,7 @@ def next_attempts(api, webhook):
     return {delivery["nextAttempt"], event["deliveries"][0]["nextAttempt"], shown["nextAttempt"]}
 
 
-def test_what_waits_for_the_breaker_is_next_attempted_when_its_pause_ends(api, receiver, wall):
+def test_next_attempt_of_a_paused_webhook_is_the_end_of_the_pause(api, receiver, wall):
     receiver.answers(500, times=5)
     webhook = api.create(receiver.url)
     publish_numbers(api, *range(6))
@@ -4886,7 +4886,7 @@ def test_what_waits_for_the_breaker_is_next_attempted_when_its_pause_ends(api, r
     assert next_attempts(api, webhook) == {api.get_webhook(webhook)["health"]["pausedUntil"]}
 
 
-def test_what_waits_for_a_retry_after_is_next_attempted_when_it_ends(api, receiver, wall, clock):
+def test_next_attempt_of_a_resting_webhook_is_the_end_of_the_rest(api, receiver, wall, clock):
     receiver.answers(429, {"Retry-After": "3600"}, times=1)
     webhook = api.create(receiver.url)
     publish_numbers(api, 0)
@@ -4910,7 +4910,7 @@ def test_a_plan_that_lies_behind_the_pause_stays(api, receiver, wall):
 
 
 @pytest.mark.parametrize("fields", [{"paused": True}, {"active": False}])
-def test_nobody_knows_when_what_a_person_holds_up_is_attempted(api, receiver, clock, fields):
+def test_webhook_paused_by_hand_has_no_next_attempt(api, receiver, clock, fields):
     webhook = api.create(receiver.url)
     publish_numbers(api, 0)
     assert next_attempts(api, webhook) == {clock.ms}
@@ -4990,7 +4990,7 @@ def own_events(receiver):
     return [(body["event"], body["webhook"]["id"]) for body in bodies]
 
 
-def test_what_the_breaker_does_and_a_recovery_are_told(api, receiver, dispatcher, clock):
+def test_pause_and_recovery_are_own_events(api, receiver, dispatcher, clock):
     receiver.answers(500, times=5)
     api.create(receiver.url, "e")
     publish_numbers(api, *range(5))
@@ -5004,7 +5004,7 @@ def test_what_the_breaker_does_and_a_recovery_are_told(api, receiver, dispatcher
     assert own_events(receiver) == [("webhook_recovered", 1)]
 
 
-def test_a_pause_of_the_breaker_is_told_once(api, receiver, dispatcher, clock):
+def test_pause_is_announced_once(api, receiver, dispatcher, clock):
     api.create(receiver.url + "/told", "webhook_*", "delivery_failed")
     dead = api.create("http://127.0.0.1:1/", "e")
     publish_numbers(api, *range(5))
@@ -5015,7 +5015,7 @@ def test_a_pause_of_the_breaker_is_told_once(api, receiver, dispatcher, clock):
     assert own_events(receiver) == [("webhook_paused", dead["id"])]
 
 
-def test_a_delivery_that_is_given_up_is_told_with_its_event(api, receiver, dispatcher, clock):
+def test_delivery_given_up_is_an_own_event_that_names_its_event(api, receiver, dispatcher, clock):
     api.create(receiver.url + "/told", "delivery_failed")
     dead = api.create("http://127.0.0.1:1/secret?key=1", "e", name="dead")
     event = api.publish("e")
@@ -5036,7 +5036,7 @@ def test_a_delivery_that_is_given_up_is_told_with_its_event(api, receiver, dispa
     }
 
 
-def test_a_delivery_that_is_given_up_at_once_is_told_in_good_english(api, receiver, dispatcher):
+def test_delivery_given_up_at_once_names_one_attempt(api, receiver, dispatcher):
     api.create(receiver.url + "/told", "delivery_failed")
     receiver.answers(410, times=1)
     api.create(receiver.url, "e")
@@ -5047,7 +5047,7 @@ def test_a_delivery_that_is_given_up_at_once_is_told_in_good_english(api, receiv
     assert receiver.bodies()[-1]["reason"] == "given up after 1 attempt: 410"
 
 
-def test_own_events_cause_no_further_ones_and_never_go_to_whom_they_are_about(
+def test_own_events_cause_no_own_events_and_never_go_to_their_subject(
     api, receiver, dispatcher, clock
 ):
     api.create("http://127.0.0.1:1/", "*")
@@ -5062,9 +5062,7 @@ def test_own_events_cause_no_further_ones_and_never_go_to_whom_they_are_about(
     assert all(event["deliveries"] == 1 for event in events if event["event"] != "e")
 
 
-def test_what_a_person_does_is_told_to_nobody_but_a_recovery_after_it_is(
-    api, receiver, dispatcher, clock
-):
+def test_changes_by_a_person_are_no_own_events_but_a_recovery_is(api, receiver, dispatcher, clock):
     receiver.answers(410, times=1)
     webhook = api.create(receiver.url, "e")
     api.publish("e")
@@ -5129,7 +5127,7 @@ def test_the_log_at_a_stop_holds_nothing_back(
 # ---- the scheduler ----
 
 
-def test_those_that_come_last_have_a_turn_now_and_then():
+def test_queues_that_come_last_get_a_turn_now_and_then():
     scheduler = webhookd.Scheduler(8)
     queues = [webhookd.WebhookQueue(number, proven=number > 0) for number in range(10)]
     for queue in queues:
@@ -5171,7 +5169,7 @@ def test_only_activating_a_disabled_webhook_enables_it(api, receiver, wall, fiel
     assert (enabled["health"]["state"], enabled["health"]["reason"]) == ("healthy", None)
 
 
-def test_410_disables_a_webhook_and_tells_who_wants_to_know(
+def test_410_disables_a_webhook_and_publishes_an_own_event(
     api, receiver, dispatcher, clock, caplog
 ):
     receiver.answers(410, times=1)
@@ -5259,7 +5257,7 @@ def test_a_rate_limit_is_reached(api, receiver, store, address_policy, settings)
         wait_until(lambda: len(receiver.received) == 200)
 
 
-def test_a_change_does_not_begin_the_rate_limit_anew(api, receiver, wall):
+def test_change_of_a_webhook_does_not_reset_its_rate_limit(api, receiver, wall):
     api.create(receiver.url, rateLimit=0.5)
     publish_numbers(api, 0, 1, 2)
     assert wall(0) == [0]
@@ -5321,7 +5319,7 @@ def test_after_a_change_the_old_secret_signs_for_a_day_too(api, receiver, wall):
     assert "old" not in api.get_webhook(webhook)["configuration"].values()
 
 
-def test_a_change_of_something_else_leaves_the_signatures_alone(api, receiver, wall):
+def test_change_of_other_fields_leaves_the_signatures(api, receiver, wall):
     api.create(receiver.url, configuration={"secret": "old"})
 
     def signers_after(**fields):
@@ -5388,7 +5386,7 @@ def test_memory_that_is_short_for_a_moment_leaves_no_delivery_unattempted(
     assert dispatcher.in_flight() == 0
 
 
-def test_a_watchdog_that_is_told_of_progress_only(store, address_policy, settings, clock):
+def test_watchdog_hears_of_progress_only(store, address_policy, settings, clock):
     beats = []
     client = webhookd.Client(address_policy, 5.0)
     with webhookd.Dispatcher(store, client, settings, clock, heartbeat=lambda: beats.append(1)):
@@ -5402,7 +5400,7 @@ def test_a_watchdog_that_is_told_of_progress_only(store, address_policy, setting
 # ---- what happens at the same moment ----
 
 
-def meanwhile(receiver, dispatcher, act):
+def during_attempt(receiver, dispatcher, act):
     """Run the dispatcher; act() while its first attempt is in flight."""
     receiver.hold.clear()
     seen = len(receiver.received)
@@ -5418,12 +5416,12 @@ def meanwhile(receiver, dispatcher, act):
     thread.join()
 
 
-def test_410_disables_even_if_its_event_was_deleted_meanwhile(api, receiver, dispatcher):
+def test_410_disables_even_if_its_event_was_deleted_during_the_attempt(api, receiver, dispatcher):
     webhook = api.create(receiver.url)
     api.publish()
     receiver.answers(410)
 
-    meanwhile(receiver, dispatcher, lambda: api.delete(f"{EVENTS}/1"))
+    during_attempt(receiver, dispatcher, lambda: api.delete(f"{EVENTS}/1"))
 
     assert api.get_webhook(webhook)["health"]["state"] == "disabled"
     assert api.get_webhook(webhook)["active"] is False
@@ -5440,7 +5438,7 @@ def test_a_redelivery_during_the_last_attempt_gets_its_fresh_schedule(
     path = f"/rest/api/deliveries/{delivery['id']}/redeliver"
 
     dispatcher._clock.advance(101)
-    meanwhile(receiver, dispatcher, lambda: api.post(path))
+    during_attempt(receiver, dispatcher, lambda: api.post(path))
 
     assert len(receiver.received) == 4
     assert [len(wall(seconds)) for seconds in (11, 101, 10**6)] == [1, 1, 0]
@@ -5460,7 +5458,7 @@ def test_activating_during_an_attempt_is_not_undone_by_it(api, receiver, dispatc
         clock.advance(1)
         api.put_json(f"{WEBHOOKS}/1", {"active": True})
 
-    meanwhile(receiver, dispatcher, activate)
+    during_attempt(receiver, dispatcher, activate)
 
     assert api.get(f"{WEBHOOKS}/1").json["health"]["consecutiveFailures"] == 0
 
@@ -5526,7 +5524,7 @@ def test_the_admin_is_an_admin_whatever_it_was_before(store):
 
 @pytest.fixture
 def logins(store, clock):
-    """Of jörg, whose password is pässword, and of others that have their names as theirs."""
+    """Logins of jörg, whose password is pässword, and of users whose passwords are their names."""
     passwords = {"jörg": "pässword", "ann": "ann", "bob": "bob"}
     for name, password in passwords.items():
         user = webhookd.User(name, "viewer", webhookd.password_record(password))
@@ -5591,7 +5589,7 @@ def test_all_names_that_are_no_users_count_as_one(logins):
     assert log_in(logins, "ann", "ann") == "ann"
 
 
-def test_that_a_user_is_throttled_is_one_warning(logins, caplog):
+def test_throttling_a_user_is_logged_once(logins, caplog):
     for n in range(13):
         log_in(logins, "ann", f"wrong{n}")
 
@@ -5614,12 +5612,12 @@ def test_that_a_user_is_throttled_is_one_warning(logins, caplog):
         ("no address", "no address", True),
     ],
 )
-def test_what_counts_as_one_client(one, other, are_one):
+def test_two_addresses_may_be_one_client(one, other, are_one):
     assert (webhookd.client_of(one) == webhookd.client_of(other)) == are_one
 
 
-def test_the_oldest_login_is_forgotten_first(logins, monkeypatch):
-    monkeypatch.setattr(webhookd, "MAX_VERIFIED", 2)
+def test_the_oldest_login_is_forgotten_first(logins):
+    logins._verified = webhookd.LimitedDict(2)
     for name in ("ann", "bob"):
         log_in(logins, name, name)
 
@@ -5781,7 +5779,7 @@ def test_metrics_show_what_waits_and_for_how_long(api, dispatcher, clock, closed
     assert samples['webhookd_webhook_consecutive_failures{webhook="1"}'] == 2
 
 
-def test_metrics_show_who_is_paused_or_disabled(api, receiver, dispatcher):
+def test_metrics_show_paused_and_disabled_webhooks(api, receiver, dispatcher):
     receiver.answers(500)
     api.create(receiver.url)
     for _ in range(5):
@@ -5809,7 +5807,7 @@ def test_metrics_show_what_the_process_needs(api, store):
     assert samples["webhookd_database_size_limit_bytes"] == 2 << 30
 
 
-def test_a_duration_falls_into_the_bucket_that_still_holds_it():
+def test_buckets_of_a_histogram_add_up():
     samples = dict(webhookd.histogram((5, 10), [1, 2, 3], 1500))
 
     assert samples == {
@@ -5821,7 +5819,7 @@ def test_a_duration_falls_into_the_bucket_that_still_holds_it():
     }
 
 
-def test_nothing_waits_since_a_moment_that_is_to_come(api, clock, closed_url):
+def test_age_of_a_delivery_made_in_the_future_is_0(api, clock, closed_url):
     api.create(closed_url)
     api.publish()
 
@@ -5848,14 +5846,14 @@ def test_a_duration_of_exactly_a_buckets_bound_is_in_that_bucket(
     assert samples[f'{name}{{le="{(took - 1) / 1000}"}}'] == 0
 
 
-def test_names_are_escaped(api):
+def test_names_of_webhooks_are_escaped_in_metrics(api):
     api.create("http://127.0.0.1:1/", name='\\ " \n é')
 
     assert r'{webhook="1",name="\\ \" \n é"} 1' in api.get("/metrics").text
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
-def test_promtool_has_nothing_to_say_about_the_metrics(api, receiver, dispatcher):
+def test_promtool_accepts_the_metrics(api, receiver, dispatcher):
     api.create(receiver.url, name='a "name"\n with \\')
     api.publish()
     dispatcher.run_until_idle()
@@ -5876,7 +5874,7 @@ def test_readme_names_every_metric_and_no_other(api):
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
-def test_promtool_takes_the_alert_rules_of_readme(tmp_path, api):
+def test_promtool_accepts_the_alert_rules_of_readme(tmp_path, api):
     rules = re.search(r"```yaml\n(groups:.*?)```", README, re.DOTALL)[1]
     (tmp_path / "rules.yml").write_text(rules)
 
@@ -5890,7 +5888,7 @@ def test_promtool_takes_the_alert_rules_of_readme(tmp_path, api):
     assert set(re.findall(r"(webhookd_\w+)[\[{ ]", rules)) <= families
 
 
-def test_the_oldest_that_waits_is_found_by_an_index(store):
+def test_oldest_pending_delivery_is_read_by_an_index(store):
     plans = []
     store.reader().set_trace_callback(plans.append)
     store.oldest_pending()
@@ -5924,7 +5922,7 @@ def test_without_a_login_the_answer_says_how_to_log_in(api):
     "header",
     ["Basic", "Basic !!!", "Basic YQ==", "Basic /////w==", "Bearer", "Bearer x", "Digest x", "ä"],
 )
-def test_a_login_that_makes_no_sense_is_a_wrong_one(api, header):
+def test_malformed_login_is_a_wrong_one(api, header):
     api.authorization = None
 
     assert api.get(WEBHOOKS, headers={"Authorization": header}).status_int == 401
@@ -5946,7 +5944,7 @@ def test_a_password_is_no_bearer_token(api, store):
     assert api.get(WEBHOOKS).status_int == 401
 
 
-def test_a_user_removed_or_changed_is_out_at_once(api, store):
+def test_removed_or_changed_user_is_refused_at_once(api, store):
     api.log_in("viewer")
     assert api.get(WEBHOOKS).status_int == 200
 
@@ -5996,7 +5994,7 @@ def test_every_route_asks_for_a_login_but_health(wsgi):
     assert len(wsgi.routes) == len(listed) + len(pages) + 2
 
 
-def test_a_throttled_user_is_told_when_to_come_back(api, clock):
+def test_throttled_user_gets_retry_after(api, clock):
     api.authorization = ("Basic", ("admin", "wrong"))
     for _ in range(10):
         assert api.get(WEBHOOKS).status_int == 401
@@ -6100,7 +6098,7 @@ def test_other_sites_may_read_what_a_login_allows(api, method):
         ("BREW", WEBHOOKS, 405),
     ],
 )
-def test_what_is_not_there_is_an_error_in_json(api, method, path, status):
+def test_missing_resource_is_an_error_in_json(api, method, path, status):
     answer = api.request(path, method=method)
 
     assert (answer.status_int, answer.content_type) == (status, "application/json")
@@ -6142,12 +6140,12 @@ def test_a_trailing_slash_and_head_are_the_same_resource(api):
 
 @pytest.fixture
 def busy_api(parts, monkeypatch):
-    """All places for slow work are taken, and nobody waits."""
+    """An Api with as much slow work as it admits, in which no request waits for that."""
     monkeypatch.setattr(webhookd, "MAX_WAITING", 0)
     api = api_with_pages(parts)
-    with contextlib.ExitStack() as places:
+    with contextlib.ExitStack() as admissions:
         for _ in range(webhookd.SERVER_THREADS // 2):
-            places.enter_context(api._slow_work._place(webhookd.ORDINARY))
+            admissions.enter_context(api._slow_work._counted(webhookd.ORDINARY))
         yield App(api.app).log_in("admin")
 
 
@@ -6176,28 +6174,28 @@ def test_publications_and_health_always_find_a_thread(busy_api):
     assert busy_api.delete(f"{EVENTS}/1").status_int == 204
 
 
-def test_a_few_slow_requests_wait_for_a_place():
+def test_few_slow_requests_wait_to_be_admitted():
     work = webhookd.SlowWork()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as places:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as admissions:
         for _ in range(webhookd.ORDINARY.limit):
-            places.enter_context(work._place(webhookd.ORDINARY))
+            admissions.enter_context(work._counted(webhookd.ORDINARY))
 
-        def use_a_place():
-            with work.place():
+        def work_slowly():
+            with work.admit():
                 return "it came"
 
-        waiting = pool.submit(use_a_place)
+        waiting = pool.submit(work_slowly)
         wait_until(lambda: work._waiting._value < webhookd.MAX_WAITING or waiting.done())
-        places.close()
+        admissions.close()
 
     assert waiting.result() == "it came"
 
 
-def test_a_thread_that_has_a_place_needs_no_second_one():
+def test_thread_is_admitted_to_slow_work_once():
     work = webhookd.SlowWork()
-    with contextlib.ExitStack() as places:
+    with contextlib.ExitStack() as admissions:
         for _ in range(webhookd.ORDINARY.limit + 1):
-            places.enter_context(work.place())
+            admissions.enter_context(work.admit())
 
     assert work._free[webhookd.ORDINARY]._value == webhookd.ORDINARY.limit
 
@@ -6247,7 +6245,7 @@ def test_the_body_of_a_webhook_has_at_most_a_mebibyte(api):
 @pytest.mark.parametrize(
     "method, path", [("PUT", "/9"), ("POST", "/9/redeliver"), ("POST", "/9/replay")]
 )
-def test_that_there_is_no_webhook_comes_before_a_fault_in_the_body(api, method, path):
+def test_missing_webhook_comes_before_a_fault_in_the_body(api, method, path):
     answer = api.request(WEBHOOKS + path, method=method, body=b"{", content_type="application/json")
 
     assert answer.status_int == 404
@@ -6355,7 +6353,7 @@ def test_confluences_own_example_registers_a_webhook(api, clock):
     assert api.get(f"{WEBHOOKS}/1").json == answer.json
 
 
-def test_a_put_changes_what_it_names(api, clock):
+def test_put_changes_the_fields_that_it_names(api, clock):
     webhook = api.create("http://127.0.0.1:1/", configuration={"secret": "s"})
     clock.advance(5)
 
@@ -6469,9 +6467,7 @@ def test_webhooks_are_listed_by_their_health(api, receiver, dispatcher, closed_u
         (f"{WEBHOOKS}/1/statistics", "?outcome=SUCCESS", "outcome"),
     ],
 )
-def test_a_filter_that_a_list_does_not_have_is_refused_rather_than_passed_over(
-    api, path, query, field
-):
+def test_list_refuses_a_filter_that_it_does_not_have(api, path, query, field):
     api.create("http://127.0.0.1:1/")
 
     answer = api.get(path + query)
@@ -6479,7 +6475,7 @@ def test_a_filter_that_a_list_does_not_have_is_refused_rather_than_passed_over(
     assert (answer.status_int, contexts(answer)) == (400, [field])
 
 
-def test_a_field_that_nobody_knows_is_passed_over_in_lists(api):
+def test_list_ignores_unknown_fields(api):
     assert api.get(f"{EVENTS}?colour=red").status_int == 200
 
 
@@ -6758,7 +6754,7 @@ def test_tests_leave_room_for_other_requests(api, receiver):
         ("?webhookId=9", 404, None),
     ],
 )
-def test_a_test_of_nothing_is_refused(api, query, status, field):
+def test_test_without_url_or_webhook_is_refused(api, query, status, field):
     answer = api.post(f"{WEBHOOKS}/test{query}")
 
     assert (answer.status_int, contexts(answer)) == (status, [field])
@@ -6839,7 +6835,7 @@ def test_many_events_are_named_by_one_query(api):
         *(("", {"X_Event_Key": name}, "event") for name in webhookd.OWN_EVENTS),
     ],
 )
-def test_a_name_from_outside_that_is_none_is_refused(api, query, headers, context):
+def test_bad_name_from_outside_is_refused(api, query, headers, context):
     answer = publish_as(api, query, **headers)
 
     assert (answer.status_int, contexts(answer)) == (400, [context])
@@ -6867,7 +6863,7 @@ def test_an_event_of_another_program_is_delivered_and_filtered_as_it_came(
     assert request.headers["X-Event-Key"] == "alert"
 
 
-def test_the_name_from_outside_belongs_to_what_a_key_compares(api):
+def test_idempotency_key_compares_the_name_from_outside(api):
     def status(query="", body=b'{"a":1}', **headers):
         return publish_as(api, query, body, Idempotency_Key="k", **headers).status_int
 
@@ -6875,7 +6871,7 @@ def test_the_name_from_outside_belongs_to_what_a_key_compares(api):
     assert [status(X_Event_Key="a"), status(X_GitHub_Event="b")] == [200, 422]
 
 
-def test_a_header_that_names_nothing_is_no_part_of_what_a_key_compares(api):
+def test_idempotency_key_ignores_a_header_that_names_no_event(api):
     def status(**headers):
         return publish_as(api, "", b'{"event":"e"}', Idempotency_Key="k", **headers).status_int
 
@@ -6899,7 +6895,7 @@ def test_a_header_that_names_nothing_is_no_part_of_what_a_key_compares(api):
         ),
     ],
 )
-def test_a_415_says_what_came_and_what_to_send(api, kind, headers, message):
+def test_415_names_the_type_that_came_and_the_one_to_send(api, kind, headers, message):
     answer = publish_as(api, "", b'{"event":"e"}', kind, **headers)
 
     assert answer.status_int == 415
@@ -6918,7 +6914,7 @@ def test_a_body_nested_too_deeply_is_refused_everywhere(api):
     assert (answer.status_int, contexts(answer)) == (400, [None])
 
 
-def test_one_bad_event_and_none_is_taken(api):
+def test_one_bad_event_refuses_all_of_its_request(api):
     answer = api.post_json(EVENTS, [{"event": "a"}, {"event": "b"}, {}, {"event": "a b"}])
 
     assert (answer.status_int, contexts(answer)) == (400, ["[2].event", "[3].event"])
@@ -7070,7 +7066,7 @@ def test_an_event_is_shown_with_its_payload_and_its_deliveries(api, clock):
     }
 
 
-def test_deliveries_are_listed_by_what_became_of_them(api, receiver, dispatcher, clock):
+def test_deliveries_are_listed_by_state_and_outcome(api, receiver, dispatcher, clock):
     webhook = api.create(receiver.url, "a", "b")
     for event, status in (("a", 200), ("b", 404), ("a", 200)):
         receiver.answers(status, times=1)
@@ -7159,7 +7155,7 @@ def test_a_delivery_that_is_deleted_while_it_is_sent_does_not_look_complete(
         collections.deque(parts, 0)
 
 
-def test_an_answer_that_nobody_fetches_gives_its_place_back(wsgi, long_delivery):
+def test_answer_that_nobody_fetches_ends_its_admission(wsgi, long_delivery):
     environ = webtest.TestRequest.blank(long_delivery).environ
     environ["HTTP_AUTHORIZATION"] = f"Bearer {SECRETS['viewer']}"
 
@@ -7194,7 +7190,7 @@ def test_health_counts_failures_and_what_waits(api, receiver, dispatcher, clock)
     assert health() == ("inactive", 0, 0)
 
 
-def test_a_damaged_page_is_no_bug_but_told_by_the_answer_and_by_health(api, store):
+def test_damaged_page_is_reported_by_the_answer_and_by_health(api, store):
     api.create("http://127.0.0.1:1/")
     break_table(store, "deliveries_by_webhook")
 
@@ -7207,7 +7203,7 @@ def test_a_damaged_page_is_no_bug_but_told_by_the_answer_and_by_health(api, stor
     ]
 
 
-def test_memory_that_is_short_is_told(api, store, monkeypatch):
+def test_lack_of_memory_is_a_503_that_says_so(api, store, monkeypatch):
     fail_once(monkeypatch, store, "events")
 
     answer = api.get(EVENTS)
@@ -7217,7 +7213,7 @@ def test_memory_that_is_short_is_told(api, store, monkeypatch):
     assert api.get(EVENTS).status_int == 200
 
 
-def test_health_names_what_stands_still(api, store, dispatcher, monkeypatch):
+def test_health_names_the_thread_that_stands_still(api, store, dispatcher, monkeypatch):
     assert api.get("/health").json == {"status": "ok"}
 
     store.problem, store.full = "the disk is full", webhookd.FULL
@@ -7357,7 +7353,9 @@ def test_redelivering_many_ends_the_pause(api, receiver, wall):
     assert sorted(wall(0)) == [0, 1, 2, 3, 4, 5]
 
 
-def test_what_a_replay_made_before_it_failed_is_attempted(api, store, receiver, wall, monkeypatch):
+def test_deliveries_made_before_a_replay_failed_are_attempted(
+    api, store, receiver, wall, monkeypatch
+):
     api.post_json(EVENTS, [{"event": "e", "n": n} for n in range(501)])
     api.create(receiver.url)
     replay, steps = webhookd.Batch.replay, iter([None, webhookd.StorageFull("the disk is full")])
@@ -7413,7 +7411,7 @@ def fail_three_and_succeed_once(api, receiver, wall):
         ({"since": "2023-11-14T00:00:00Z", "until": 1_700_000_000_000}, 3),
     ],
 )
-def test_many_are_redelivered_by_what_became_of_them(api, receiver, wall, selection, matched):
+def test_deliveries_are_redelivered_by_state_and_outcome(api, receiver, wall, selection, matched):
     webhook = fail_three_and_succeed_once(api, receiver, wall)
     path = f"{WEBHOOKS}/{webhook['id']}/redeliver"
 
@@ -7456,7 +7454,7 @@ def test_a_selection_at_fault_is_named(api, operation, selection, field):
 @pytest.mark.parametrize(
     "path", [f"{WEBHOOKS}/1/redeliver", f"{WEBHOOKS}/1/replay", f"{WEBHOOKS}/test"]
 )
-def test_an_operation_refuses_what_it_does_not_know_in_its_query_too(api, receiver, path):
+def test_operation_refuses_unknown_fields_in_its_query_too(api, receiver, path):
     api.create(receiver.url)
 
     answer = api.post(f"{path}?dry_run=true")
@@ -7464,7 +7462,7 @@ def test_an_operation_refuses_what_it_does_not_know_in_its_query_too(api, receiv
     assert (answer.status_int, "dry_run" in contexts(answer)) == (400, True)
 
 
-def test_a_replay_does_not_go_by_outcome(api):
+def test_replay_refuses_the_filter_by_outcome(api):
     api.create("http://127.0.0.1:1/")
 
     answer = api.post_json(f"{WEBHOOKS}/1/replay", {"outcome": "FAILURE"})
@@ -7486,7 +7484,7 @@ def test_redelivering_one_refuses_every_field(api, receiver, dispatcher):
     assert api.post_json(path, {}).status_int == 202
 
 
-def test_a_replay_brings_what_a_webhook_never_got(api, receiver, wall, clock):
+def test_replay_delivers_events_that_the_webhook_never_got(api, receiver, wall, clock):
     for n in range(3):
         api.publish("a", n=n, kind="x")
     api.publish("b", n=3, kind="x")
@@ -7506,7 +7504,7 @@ def test_a_replay_brings_what_a_webhook_never_got(api, receiver, wall, clock):
 
 
 @pytest.mark.parametrize("filters", [None, {"event": ["webhook_disabled", "delivery_failed"]}])
-def test_a_replay_brings_no_webhook_what_is_told_of_itself(api, receiver, wall, filters):
+def test_replay_brings_no_webhook_own_events_about_itself(api, receiver, wall, filters):
     receiver.answers(410, times=1)
     webhook = api.create(receiver.url, "*")
     api.publish("e", n=1)
@@ -7531,7 +7529,7 @@ def test_an_event_that_is_deleted_before_its_attempt_is_not_sent(api, receiver, 
     assert len(receiver.received) == 1
 
 
-def test_an_event_deleted_leaves_no_trace_in_the_files(api, receiver, wall, store):
+def test_deleted_event_leaves_no_trace_in_the_files(api, receiver, wall, store):
     receiver.answers(500)
     receiver.answers(500, {}, b"I got PRIVATE-DATA, thank you", times=1)
     webhook = api.create(receiver.url)
@@ -7551,7 +7549,7 @@ def test_an_event_deleted_leaves_no_trace_in_the_files(api, receiver, wall, stor
     assert wall(11) == [2]
 
 
-def test_what_a_reader_keeps_in_the_files_goes_later(api, store, maintenance):
+def test_deleted_text_held_by_a_reader_goes_later(api, store, maintenance):
     api.publish(secret="PRIVATE-DATA" * 50)
     with contextlib.closing(sqlite3.connect(store._path)) as reader:
         reader.execute("BEGIN")
@@ -7565,7 +7563,7 @@ def test_what_a_reader_keeps_in_the_files_goes_later(api, store, maintenance):
     assert b"PRIVATE-DATA" not in files_of(store)
 
 
-def test_the_latest_attempt_left_is_the_latest_when_an_event_is_deleted(api, receiver, wall):
+def test_deleting_an_event_leaves_an_older_attempt_as_the_latest(api, receiver, wall):
     api.create(receiver.url)
     for n in range(3):
         api.publish(n=n)
@@ -7577,7 +7575,7 @@ def test_the_latest_attempt_left_is_the_latest_when_an_event_is_deleted(api, rec
     assert "lastSuccess" in api.get(f"{WEBHOOKS}/1/statistics").json
 
 
-def test_an_event_deleted_beside_a_reader_leaves_no_trace_once_that_has_ended(
+def test_event_deleted_beside_a_reader_leaves_no_trace_once_the_reader_ends(
     api, store, settings, clock
 ):
     api.publish(secret="PRIVATE-DATA")
@@ -7590,12 +7588,6 @@ def test_an_event_deleted_beside_a_reader_leaves_no_trace_once_that_has_ended(
     maintenance.run_once()
 
     assert b"PRIVATE-DATA" not in files_of(store)
-
-
-def files_of(store):
-    store.flush()
-    paths = [store._path + suffix for suffix in ("", "-wal")]
-    return b"".join(pathlib.Path(path).read_bytes() for path in paths)
 
 
 # ======================================================================================
@@ -7623,7 +7615,7 @@ def test_a_share_of_successes_is_never_rounded_up_to_all():
         (NOON + 26 * 60_000, "in 26 min"),
     ],
 )
-def test_a_moment_is_told_as_how_long_ago_or_ahead(ms, words):
+def test_moment_is_shown_as_how_long_ago_or_ahead(ms, words):
     assert webhookd.relative(ms, NOON) == words
 
 
@@ -7667,11 +7659,11 @@ def health(state, **values):
         ),
     ],
 )
-def test_a_state_is_put_into_words(shown, name, text):
+def test_state_of_a_webhook_is_explained_in_words(shown, name, text):
     assert webhookd.state_words(shown, NOON) == (name, text)
 
 
-def test_those_in_trouble_stand_first_and_then_who_was_tried_last():
+def test_webhooks_in_trouble_stand_first_then_the_latest_attempted():
     healths = [
         health("healthy", lastAttempt=5),
         health("healthy", lastAttempt=7),
@@ -7682,7 +7674,7 @@ def test_those_in_trouble_stand_first_and_then_who_was_tried_last():
         health("disabled"),
     ]
 
-    ordered = sorted(healths, key=webhookd.place_in_list)
+    ordered = sorted(healths, key=webhookd.list_order)
 
     assert [(h["state"], h["lastAttempt"]) for h in ordered] == [
         ("disabled", None),
@@ -7710,7 +7702,7 @@ def test_those_in_trouble_stand_first_and_then_who_was_tried_last():
         ("[" * 90 + "1," * 999 + "1" + "]" * 90, "[" * 90 + "1," * 999 + "1" + "]" * 90),
     ],
 )
-def test_json_is_indented_to_the_digit_and_anything_else_stays(text, shown):
+def test_json_is_indented_to_the_digit_and_other_texts_stay(text, shown):
     assert webhookd.indented(text) == shown
 
 
@@ -7824,7 +7816,7 @@ def test_a_form_that_nobody_touched_changes_nothing():
         ({"sslVerificationRequired": ""}, "sslVerificationRequired", False),
     ],
 )
-def test_what_is_typed_into_a_form_becomes_a_field_of_the_api(typed, field, value):
+def test_fields_of_a_form_become_fields_of_the_api(typed, field, value):
     fields, faults = read_form(**typed)
 
     assert (fields[field], faults) == (value, {})
@@ -7841,14 +7833,14 @@ def test_what_is_typed_into_a_form_becomes_a_field_of_the_api(typed, field, valu
         ("rateLimit", "many", "what stands here is not valid JSON"),
     ],
 )
-def test_what_cannot_be_read_of_a_form_is_a_fault_of_its_field(field, text, message):
+def test_unreadable_field_of_a_form_is_a_fault_of_that_field(field, text, message):
     _, faults = read_form(**{field: text})
 
     assert list(faults) == [field]
     assert message in faults[field][0]
 
 
-def test_a_fault_inside_a_field_names_the_place():
+def test_fault_inside_a_field_names_the_inner_field():
     faults = [
         webhookd.Fault("configuration.secret", "1"),
         webhookd.Fault("credentials.username", "2"),
@@ -7933,7 +7925,7 @@ def test_the_list_shows_how_each_webhook_fares(browser, receiver, dispatcher):
     assert press(page, "New webhook").html.h1.get_text() == "New webhook"
 
 
-def test_the_list_keeps_one_state(browser, receiver, dispatcher):
+def test_list_shows_the_webhooks_of_one_state(browser, receiver, dispatcher):
     receiver.answers(500, times=1)
     attempted(browser, receiver, dispatcher, name="first")
     browser.create("http://127.0.0.1:1/", name="second")
@@ -8012,9 +8004,7 @@ def rows(page):
     return [" ".join(tr.get_text(" ").split()) for tr in page.html.table.tbody.find_all("tr")]
 
 
-def test_the_deliveries_of_a_webhook_come_by_what_they_are_and_in_parts(
-    browser, receiver, wall, clock
-):
+def test_deliveries_of_a_webhook_are_filtered_and_come_in_parts(browser, receiver, wall, clock):
     receiver.answers(400, times=3)
     browser.create(receiver.url, "e", "f")
     publish_numbers(browser, *range(60))
@@ -8056,7 +8046,7 @@ def test_a_delivery_that_waits_shows_its_next_attempt(browser, receiver, wall):
     assert "in 10 s" in rows(page)[0]
 
 
-def test_events_are_listed_with_what_became_of_them(browser, receiver, wall, clock):
+def test_events_are_listed_with_the_states_of_their_deliveries(browser, receiver, wall, clock):
     receiver.answers(410, times=1)
     browser.create(receiver.url, "a")
     browser.create(receiver.url, "a", "b")
@@ -8077,7 +8067,7 @@ def test_events_are_listed_with_what_became_of_them(browser, receiver, wall, clo
     assert "3 events" in words(page)
 
 
-def test_events_are_kept_by_their_payload(browser):
+def test_events_are_filtered_by_their_payload(browser):
     for n in range(3):
         browser.publish("e", user={"id": n})
 
@@ -8140,7 +8130,7 @@ def test_a_delivery_is_shown_with_every_request_and_response(browser, receiver, 
     assert page.click("e #1").request.path == "/events/1"
 
 
-def test_of_many_attempts_the_last_are_shown(browser, receiver, dispatcher):
+def test_last_of_many_attempts_are_shown(browser, receiver, dispatcher):
     _, delivery = attempted(browser, receiver, dispatcher)
     path = f"/deliveries/{delivery['id']}"
     for _ in range(24):
@@ -8252,13 +8242,13 @@ def test_faults_stand_beside_their_fields_and_the_input_stays(browser):
 
 
 @pytest.mark.parametrize("field", ["url", "events"])
-def test_what_is_needed_is_asked_for(browser, field):
+def test_form_asks_for_required_fields(browser, field):
     page = browser.get("/webhooks/new").form.submit()
 
     assert page.html.find(id=f"{field}-fault").get_text() == "is needed"
 
 
-def test_editing_changes_only_what_was_edited(browser, receiver, dispatcher, store):
+def test_form_changes_only_the_edited_fields(browser, receiver, dispatcher, store):
     receiver.answers(500)
     url = receiver.url.replace("http://", "http://u:pass@")
     browser.create(url, configuration={"secret": "s", "k": "v"}, rateLimit=5)
@@ -8360,7 +8350,7 @@ def test_a_form_may_be_sent_again_after_a_fault(browser, receiver):
     assert browser.get(WEBHOOKS).json["totalCount"] == 1
 
 
-def test_a_form_that_somebody_elses_change_came_before_says_so(browser, clock):
+def test_form_says_if_somebody_else_changed_the_webhook_first(browser, clock):
     webhook = browser.create("http://127.0.0.1:1/", name="n")
     page = browser.get("/webhooks/1/edit")
     clock.advance(1)
@@ -8413,7 +8403,7 @@ def test_a_webhook_is_deactivated_and_activated(browser):
 
 
 @pytest.mark.parametrize("by", ["button", "form"])
-def test_what_was_published_while_it_was_inactive_is_offered(browser, receiver, wall, clock, by):
+def test_activating_an_inactive_webhook_offers_what_it_missed(browser, receiver, wall, clock, by):
     browser.create(receiver.url)
     publish_numbers(browser, 1)
     press(browser.get("/webhooks/1"), "Deactivate")
@@ -8431,7 +8421,7 @@ def test_what_was_published_while_it_was_inactive_is_offered(browser, receiver, 
     assert sorted(wall(0)) == [1, 2, 3]
 
 
-def test_what_was_published_while_it_was_disabled_is_offered(browser, receiver, wall, clock):
+def test_activating_a_disabled_webhook_offers_what_it_missed(browser, receiver, wall, clock):
     browser.create("http://127.0.0.1:1/", "other")
     browser.create(receiver.url, name="n")
     publish_numbers(browser, 0)
@@ -8492,7 +8482,7 @@ def test_a_test_shows_what_was_sent_and_what_came_back(browser, receiver, closed
     assert "It works: 204 The receiver took the test after" in words(page)
 
 
-def test_what_failed_is_redelivered_all_or_one(browser, receiver, wall):
+def test_failed_deliveries_are_redelivered_all_or_one(browser, receiver, wall):
     fail_three_and_succeed_once(browser, receiver, wall)
 
     page = press(browser.get("/webhooks/1"), "Redeliver failed")
@@ -8528,7 +8518,7 @@ def test_deleting_an_event_asks_first(browser, receiver, dispatcher):
     assert browser.get(f"{EVENTS}/1").status_int == 404
 
 
-def test_deleting_asks_first(browser):
+def test_deleting_a_webhook_asks_first(browser):
     browser.create("http://127.0.0.1:1/", name="n")
 
     asked = press(browser.get("/webhooks/1"), "Delete")
@@ -8539,7 +8529,7 @@ def test_deleting_asks_first(browser):
     assert "No webhooks yet." in words(page)
 
 
-def test_deleting_says_what_goes(browser, receiver, wall):
+def test_deleting_a_webhook_says_what_goes_with_it(browser, receiver, wall):
     receiver.answers(500, times=1)
     browser.create(receiver.url)
     publish_numbers(browser, 1, 2)
@@ -8550,7 +8540,7 @@ def test_deleting_says_what_goes(browser, receiver, wall):
     assert "2 deliveries go with it, 1 of them still waiting." in words(asked)
 
 
-def test_what_a_webhook_paused_after_failures_holds_back_is_resumed(browser, receiver, wall):
+def test_webhook_paused_after_failures_is_resumed(browser, receiver, wall):
     receiver.answers(500, times=5)
     webhook = browser.create(receiver.url)
     publish_numbers(browser, *range(8))
@@ -8673,7 +8663,7 @@ def test_a_form_that_another_site_sends_is_refused(browser):
         (b"a" * (2 << 20), "application/x-www-form-urlencoded", 413),
     ],
 )
-def test_what_is_no_form_is_refused(browser, body, kind, status):
+def test_request_that_is_no_form_is_refused(browser, body, kind, status):
     answer = browser.request("/webhooks/new", method="POST", body=body, content_type=kind)
 
     assert (answer.status_int, answer.content_type) == (status, "text/html")
@@ -8731,7 +8721,7 @@ def test_errors_of_pages_are_pages(browser, method, path, status):
     assert (answer.status_int, answer.content_type) == (status, "text/html")
 
 
-def test_a_button_for_what_is_gone_leads_to_a_page_that_says_so(browser, receiver, dispatcher):
+def test_button_for_a_deleted_thing_leads_to_a_page_that_says_so(browser, receiver, dispatcher):
     webhook, delivery = attempted(browser, receiver, dispatcher)
     pages = [
         browser.get(path)
@@ -8785,7 +8775,7 @@ ATTRIBUTES = {  # that our own markup has
 }
 
 
-def test_nothing_that_was_sent_is_markup(browser, receiver, dispatcher):
+def test_texts_of_clients_are_no_markup(browser, receiver, dispatcher):
     headers = {"X-Hostile": HOSTILE[:-1], "Content-Type": "text/html"}
     receiver.answers(302, headers | {"Location": HOSTILE[:-1]}, HOSTILE.encode())
     hostile = {"name": HOSTILE, "configuration": {"<b>": HOSTILE}}
@@ -8812,13 +8802,13 @@ def test_the_name_of_a_user_is_no_markup(browser, store):
     assert "<b> (viewer)" in browser.get("/").html.header.get_text()
 
 
-def test_what_was_asked_for_in_vain_is_no_markup(browser):
+def test_path_that_was_not_found_is_no_markup(browser):
     page = browser.get("/deliveries/%3Cb%3E")
 
     assert "there is no delivery <b>" in words(page)
 
 
-def test_why_a_test_got_no_answer_is_no_markup(browser):
+def test_error_of_a_test_is_no_markup(browser):
     browser.create("http://<b>.invalid/")
 
     page = press(browser.get("/webhooks/1"), "Test")
@@ -8924,6 +8914,13 @@ def raw_request(port, request):
     return int(head.split()[1]), json.loads(body)
 
 
+@pytest.fixture(scope="module")
+def shared_daemon(tmp_path_factory):
+    daemon = Daemon(tmp_path_factory.mktemp("shared"))
+    yield daemon.start("--trusted-proxy", "127.0.0.1")
+    daemon.end(signal.SIGTERM)
+
+
 def test_a_publisher_removed_just_now_publishes_nothing(shared_daemon):
     """The server's own thread knows users as they were at the last commit."""
     secret = run("user", "add", "app", "--role", "publisher", "--database", shared_daemon.database)
@@ -8960,13 +8957,6 @@ def test_the_servers_own_errors_have_the_same_shape(shared_daemon, request_bytes
 
     assert (found, document["statusCode"]) == (status, status)
     assert document["errors"][0].keys() == {"context", "message", "exceptionName"}
-
-
-@pytest.fixture(scope="module")
-def shared_daemon(tmp_path_factory):
-    daemon = Daemon(tmp_path_factory.mktemp("shared"))
-    yield daemon.start("--trusted-proxy", "127.0.0.1")
-    daemon.end(signal.SIGTERM)
 
 
 def test_a_chunked_body_is_read_as_any_other(shared_daemon):
@@ -9029,17 +9019,17 @@ LONG = b"x" * (9 << 10)
     ],
     ids=lambda value: value if isinstance(value, int) else "sent",
 )
-def test_what_a_stranger_may_not_do_ends_the_connection(shared_daemon, request_bytes, status):
+def test_refused_request_of_a_stranger_ends_the_connection(shared_daemon, request_bytes, status):
     assert raw_request(shared_daemon.port, request_bytes)[0] == status
 
 
-def test_what_follows_a_request_as_an_empty_line_is_no_second_one(shared_daemon):
+def test_empty_line_behind_a_request_is_no_second_request(shared_daemon):
     request = HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n\r\n")
 
     assert raw_request(shared_daemon.port, request)[0] == 200
 
 
-def test_whoever_has_a_login_is_invited_to_send_the_body(shared_daemon):
+def test_client_with_a_login_gets_100_continue(shared_daemon):
     with socket.create_connection(("127.0.0.1", shared_daemon.port), timeout=30) as connection:
         connection.sendall(LOGGED_IN + EXPECT + b"Content-Length: 14\r\n\r\n")
         invitation = connection.recv(100)
@@ -9084,7 +9074,7 @@ class SteppedServer:
         limit = time.monotonic() + 20
         while not condition():
             assert time.monotonic() < limit, "it did not happen"
-            self.server.turn(0.01)
+            self.server.run_once(0.01)
 
     def close(self):
         for client in self._clients:
@@ -9223,7 +9213,7 @@ def test_bodies_that_are_received_at_once_hold_so_much_together(echo, monkeypatc
     monkeypatch.setattr(webhookd, "SHARED_BODIES_BYTES", 100_000)
     length = b"Content-Length: %d\r\n\r\n"
     first, _ = echo.connect(LOGGED_IN + length % 130_000, b"x" * 120_000)
-    echo.step_until(lambda: echo.server.adj.bodies._held_bytes > 80_000)
+    echo.step_until(lambda: echo.server.adj.bodies._shared_bytes > 80_000)
 
     known, channel = echo.connect(LOGGED_IN + length % 90_000)
     echo.step_until(lambda: channel._discards)
@@ -9238,7 +9228,7 @@ def test_bodies_that_are_received_at_once_hold_so_much_together(echo, monkeypatc
         assert answer.startswith(b"HTTP/1.1 503") and b"Retry-After: 1" in answer
     assert small.recv(100).startswith(b"HTTP/1.1 200")
     first.close()
-    echo.step_until(lambda: echo.server.adj.bodies._held_bytes == 0)
+    echo.step_until(lambda: echo.server.adj.bodies._shared_bytes == 0)
 
 
 def test_a_server_without_file_descriptors_rests_and_says_so_once(echo, caplog):
@@ -9299,7 +9289,7 @@ def test_systemd_is_notified_where_it_asks(tmp_path, monkeypatch, abstract):
         assert listener.recv(100) == b"READY=1"
 
 
-def test_a_systemd_that_cannot_be_told_stops_nothing(tmp_path, monkeypatch):
+def test_systemd_that_cannot_be_reached_stops_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody-listens"))
 
     webhookd.notify("READY=1")
@@ -9439,7 +9429,7 @@ def test_a_sink_prints_a_delivery_and_that_it_is_genuine(api, dispatcher, sink, 
     assert "Standard Webhooks: signature ok\n" in printed
 
 
-def test_a_sink_tells_what_is_not_genuine(api, dispatcher, sink, now):
+def test_sink_says_if_a_signature_does_not_verify(api, dispatcher, sink, now):
     sink = sink("--secret", "other")
 
     deliver(api, dispatcher, sink.url, configuration={"secret": "s"})
@@ -9449,7 +9439,7 @@ def test_a_sink_tells_what_is_not_genuine(api, dispatcher, sink, now):
     assert "Standard Webhooks: does NOT verify" in printed
 
 
-def test_a_sink_tells_what_is_not_signed(api, dispatcher, sink, now):
+def test_sink_says_if_a_delivery_is_not_signed(api, dispatcher, sink, now):
     sink = sink("--secret", "s")
 
     deliver(api, dispatcher, sink.url)
@@ -9475,7 +9465,7 @@ def test_a_sink_with_the_old_secret_takes_the_new_ones_standard_signature(
 
 
 @pytest.mark.parametrize("status", [204, 302, 304, 410, 429, 503])
-def test_a_sink_answers_what_it_is_told(api, dispatcher, sink, now, status):
+def test_sink_answers_the_status_that_is_set(api, dispatcher, sink, now, status):
     sink = sink("--answer", str(status))
 
     assert deliver(api, dispatcher, sink.url)["statusCode"] == status
@@ -9555,7 +9545,7 @@ def test_nothing_that_arrives_reaches_the_terminal_as_a_command(sink):
     assert r"  X-Colour: \x1b[31m" in printed
 
 
-def test_a_sink_prints_what_its_terminal_has_no_letters_for(api, dispatcher, sink, now):
+def test_sink_prints_letters_that_its_terminal_does_not_have(api, dispatcher, sink, now):
     sink = sink(PYTHONIOENCODING="ascii")
 
     deliver(api, dispatcher, sink.url)
@@ -9563,7 +9553,7 @@ def test_a_sink_prints_what_its_terminal_has_no_letters_for(api, dispatcher, sin
     assert r'"text":"Gr\xfc\xdfe"}' in printed_by(sink)
 
 
-def test_a_sink_asks_no_resolver_what_it_is_called(monkeypatch):
+def test_sink_asks_no_resolver_for_its_name(monkeypatch):
     asked = []
     monkeypatch.setattr(socket, "getfqdn", asked.append)
 
@@ -9629,13 +9619,13 @@ def test_a_variable_that_is_no_setting_is_a_warning_without_its_value(daemon):
     assert "geheim" not in "".join(daemon.log)
 
 
-def test_half_a_flag_is_none():
+def test_shortened_flag_is_refused():
     result = run("--retry", "5s", "user", "list")
 
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
 
 
-def test_what_stops_the_start_is_an_error_in_the_journal_too(tmp_path):
+def test_error_that_stops_the_start_has_its_priority_in_the_journal(tmp_path):
     with open(tmp_path / "journal", "w+") as journal:
         status = os.fstat(journal.fileno())
         environ = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
@@ -9654,7 +9644,7 @@ def test_a_database_that_cannot_be_opened_is_named_by_its_setting(path):
     assert "WEBHOOKD_DATABASE" in result.stderr
 
 
-def test_an_unknown_subcommand_is_told_which_there_are():
+def test_unknown_subcommand_is_refused_with_the_known_ones():
     result = run("status")
 
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
@@ -10034,7 +10024,7 @@ def test_while_attempts_end_no_requests_are_taken(daemon, receiver):
     assert daemon.process.wait(30) == 0
 
 
-def test_what_is_stored_while_it_stops_has_been_acknowledged(daemon):
+def test_events_stored_during_a_stop_are_acknowledged(daemon):
     daemon.start()
     acknowledged = []
 
@@ -10131,7 +10121,7 @@ def test_a_user_that_is_replaced_logs_in_with_the_new_only(daemon, old, new):
         (["a:b", "--role", "admin"], 2, "is not a name"),
     ],
 )
-def test_who_cannot_be_added_or_replaced_is_told_why_in_one_line(on_it, flags, status, words):
+def test_user_that_cannot_be_added_or_replaced_is_one_line_of_error(on_it, flags, status, words):
     run("user", "add", "old", "--role", "viewer", *on_it)
 
     result = run("user", "add", *flags, *on_it)
@@ -10178,7 +10168,7 @@ def test_users_that_come_and_go_are_logged(on_it):
     assert added.stdout.strip() not in added.stderr
 
 
-def test_a_subcommand_is_told_of_the_database_as_the_service_is(tmp_path):
+def test_subcommand_finds_the_database_as_the_service_does(tmp_path):
     path = make_database(tmp_path / "test.db")
     variable = os.environ | {"WEBHOOKD_DATABASE": path}
 
@@ -10195,7 +10185,7 @@ def test_an_empty_password_is_refused(on_it):
     assert "the password is empty" in result.stderr
 
 
-def test_a_subcommand_does_not_mind_what_only_the_service_needs(on_it):
+def test_subcommand_ignores_bad_settings_of_the_service(on_it):
     wrong = os.environ | {"WEBHOOKD_RETENTION": "for ever"}
 
     added = run("user", "add", "app", "--role", "viewer", *on_it, env=wrong)
@@ -10203,7 +10193,7 @@ def test_a_subcommand_does_not_mind_what_only_the_service_needs(on_it):
     assert added.returncode == 0, added.stderr
 
 
-def test_systemd_is_told_of_start_progress_and_stop(daemon, tmp_path):
+def test_systemd_is_notified_of_start_progress_and_stop(daemon, tmp_path):
     name = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(name)
@@ -10430,7 +10420,7 @@ def test_a_full_disk_leaves_the_backup_before(daemon, back_up):
         ({"file": "left.db"}, "left.db-journal exists"),
     ],
 )
-def test_a_backup_that_cannot_be_says_why_in_one_line(daemon, back_up, options, words):
+def test_failing_backup_is_one_line_of_error(daemon, back_up, options, words):
     fill(daemon.database, 1)
     beside = {"used.db-wal", "left.db-journal"}
     for name in beside:
@@ -10463,7 +10453,7 @@ def with_user(path, name):
     return path
 
 
-def test_what_was_backed_up_is_there_again_after_a_restore(daemon, back_up):
+def test_restore_brings_back_what_was_backed_up(daemon, back_up):
     daemon.start()
     daemon.call("POST", EVENTS, {"event": "before"})
     back_up()

@@ -34,9 +34,13 @@ writes, and the dispatcher hears of it from the commit.
        ▲  └─ gave up / 410 ──► failed   was not recorded is pending again, and that is the whole of
        └────────── redeliver ─────┘     crash recovery
 
-Threads: waitress's (the API), the store's writer, the delivery loop (asyncio), maintenance,
-and one for each name that is being looked up. The sections, in the order in which the
-file builds on itself (`grep '^# ==='` finds them):
+Threads: the main one has the clients' sockets and answers small publications itself, waitress's
+answer all other requests; the store's writer; the delivery loop (asyncio); maintenance; and one
+for each name that is being looked up. Code calls only what stands above it. What must reach
+upward is handed down: `Store.on_commit` takes the listeners that the writer tells of each commit,
+and a publication's future calls the server back.
+
+The sections, in the order in which the file builds on itself (`grep '^# ==='` finds them):
 
     constants and logging   settings   errors   model   reading input   signatures
     policy   outbound HTTP   store   templates   dispatcher   maintenance   users   metrics
@@ -134,7 +138,14 @@ STATISTICS_DAYS = 30
 log = logging.getLogger("webhookd")
 
 
-def _printable(values):
+def printable(text: str) -> str:
+    """The text with escapes for what could disturb a terminal or forge a line of the log."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _pairs(values):
     for key, value in values.items():
         text = str(value)
         if not text or not text.isprintable() or set(text) & set(' "='):
@@ -144,7 +155,20 @@ def _printable(values):
 
 def log_fact(words: str, *, level: int = logging.INFO, **values: object) -> None:
     """Log one fact on one line: a few words, then key=value."""
-    log.log(level, "%s", " ".join([words, *_printable(values)]))
+    log.log(level, "%s", " ".join([words, *_pairs(values)]))
+
+
+class LimitedDict(dict):
+    """A dict with a limit: a new key beyond it takes the place of the oldest one."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self._limit = limit
+
+    def __setitem__(self, key, value):
+        if key not in self and len(self) >= self._limit:
+            del self[next(iter(self))]
+        super().__setitem__(key, value)
 
 
 # ======================================================================================
@@ -294,7 +318,7 @@ def _given(field, flags, environ):
     """The text that is given for a setting, or None; raises ValueError."""
     text = flags.get(field.name)
     if text is None:
-        text = environ.get(variable(field)) or None  # a blank one is none
+        text = environ.get(variable(field)) or None  # a blank variable counts as not set
     if text is None and field.name == "admin_password":
         text = _credential(environ, "admin-password")
     return text
@@ -314,7 +338,7 @@ def read_settings(flags: dict, environ: collections.abc.Mapping) -> Settings:
 
 
 def unknown_variables(environ: collections.abc.Mapping) -> list[str]:
-    """Names that look like a setting's and are none: misspelt ones change nothing."""
+    """The variables that look like settings and are none, perhaps because they are misspelt."""
     known = {variable(field) for field in dataclasses.fields(Settings)}
     return sorted(name for name in environ if name.startswith("WEBHOOKD_") and name not in known)
 
@@ -333,16 +357,16 @@ class Fault(typing.NamedTuple):
     def __str__(self):
         return f"{self.context}: {self.message}" if self.context else self.message
 
-    def within(self, place: str | None) -> "Fault":
-        """The fault as one of a larger whole, where its object has that place."""
-        if place is None or self.context is None:
-            return Fault(self.context if place is None else place, self.message)
+    def within(self, outer: str | None) -> "Fault":
+        """The fault as seen from outside: `url` within `[3]` is `[3].url`."""
+        if outer is None or self.context is None:
+            return Fault(self.context if outer is None else outer, self.message)
         dot = "" if self.context.startswith("[") else "."
-        return Fault(f"{place}{dot}{self.context}", self.message)
+        return Fault(f"{outer}{dot}{self.context}", self.message)
 
 
 class WebhookdError(Exception):
-    """What the client is told: a status, one or more faults, and perhaps headers."""
+    """An error that the client sees: a status, one or more faults, and perhaps headers."""
 
     status = 500
 
@@ -416,16 +440,24 @@ def error_document(status: int, faults: list[Fault]) -> dict:
 # ======================================================================================
 
 OUTCOMES = SUCCESS, FAILURE, ERROR = "SUCCESS", "FAILURE", "ERROR"  # of an attempt
-GONE = "gone"  # of one that was deleted during an attempt
 DELIVERY_STATES = PENDING, SUCCEEDED, FAILED = "pending", "succeeded", "failed"
+GONE = "gone"  # in a verdict: the delivery was deleted during the attempt
 HEALTH_STATES = ("healthy", "failing", "paused", "disabled", "inactive")
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
+def utf8(json_text: str) -> bytes:
+    """The UTF-8 of a JSON text.
+
+    UTF-8 has no half surrogate pairs. They come as escapes, and become the same again: what
+    Python writes in their place, as `\\ud83d`, is JSON's escape, too."""
+    return json_text.encode("utf-8", "backslashreplace")
+
+
 def json_bytes(value: object) -> bytes:
-    """Compact JSON in UTF-8; a lone surrogate stays the escape that it was."""
-    return _encode(value).encode("utf-8", "backslashreplace")
+    """Compact JSON in UTF-8."""
+    return utf8(_encode(value))
 
 
 def masked_url(url: str) -> str:
@@ -565,7 +597,7 @@ class Webhook:
 
     @functools.cached_property
     def fixed_headers(self) -> str:
-        """Lines of the headers that are the same in every attempt; its own win."""
+        """Lines of the headers that are the same in every attempt; the webhook's own win."""
         return header_lines(self._fixed_headers())
 
     @functools.cached_property
@@ -592,8 +624,8 @@ class Webhook:
 
     @functools.cached_property
     def known_answers(self) -> dict:
-        """What attempts have kept of responses that come again and again, by Response."""
-        return {}
+        """What attempts keep of responses that come again and again, by Response."""
+        return LimitedDict(MAX_KNOWN_ANSWERS)
 
     def without_secrets(self, text: str) -> str:
         """The text with every secret of the webhook masked."""
@@ -725,13 +757,13 @@ class Event(typing.NamedTuple):
 
 
 def payload_of(body: bytes, name: str, timestamp: int) -> bytes:
-    """The JSON object of an event without its time and name, where these lead it."""
+    """The JSON object of an event without its time and name, if these stand first."""
     named = b'"event":"%s"' % re.escape(name).encode()
     timed = b'"timestamp":([-+.0-9eE]+)'
-    lead = re.match(b"{(?:%s(?:,%s)?|%s)(?=[,}])" % (timed, named, named), body)
-    # another time is that of another program, and stays
-    is_its = lead and (lead[1] is None or abs(float(lead[1]) - timestamp) < 1)
-    return b"{" + body[lead.end() :].removeprefix(b",") if is_its else body
+    start = re.match(b"{(?:%s(?:,%s)?|%s)(?=[,}])" % (timed, named, named), body)
+    # a different time is a field of another program, and stays
+    is_ours = start and (start[1] is None or abs(float(start[1]) - timestamp) < 1)
+    return b"{" + body[start.end() :].removeprefix(b",") if is_ours else body
 
 
 def with_payload(document: dict, payload: bytes) -> bytes:
@@ -784,7 +816,7 @@ class DueDelivery(typing.NamedTuple):
     event: str
     body: bytes
     attempt_count: int
-    schedule_index: int  # how far it is in its schedule, which a redelivery begins anew
+    schedule_index: int  # how far it is in its retry schedule; a redelivery sets it to 0
     next_attempt: int  # milliseconds
 
 
@@ -857,9 +889,9 @@ class Page(typing.NamedTuple):
     limit: int = DEFAULT_PAGE
 
     def neighbours(self, total: int, size: int | None = None) -> dict[str, int]:
-        """Where the part itself starts, and the next and the previous, if there are.
+        """Where this part, the next one and the previous one start, if there are such.
 
-        size: of the part, if that is not the limit."""
+        size: of this part, if that is not the limit."""
         starts, after = {"self": self.start}, self.start + (self.limit if size is None else size)
         if after < total:
             starts["next"] = after
@@ -887,7 +919,10 @@ NUMBER_MARK = f"#{secrets.token_hex(16)}#"  # nobody can send what nobody knows
 
 
 class JsonNumber(str):
-    """A JSON number as it was written, so that it is delivered to the digit."""
+    """A JSON number as it was written, so that it is delivered to the digit.
+
+    1.10 is read as the string `#…#1.10`, encoded as one, and without_marks() takes mark and
+    quotes off again: the standard library's encoder has no other way to write 1.10."""
 
     @property
     def value(self) -> float:
@@ -968,10 +1003,14 @@ def json_value(text: str, decode: collections.abc.Callable = _decode):
     return value
 
 
+def without_marks(text: str) -> str:
+    """The JSON of what has JsonNumbers, with the numbers as they were written."""
+    return _marked_number.sub(r"\1", text) if NUMBER_MARK in text else text
+
+
 def json_text(value: object) -> str:
     """Compact JSON of a value of an event, its numbers as they were written."""
-    text = _encode(value)
-    return _marked_number.sub(r"\1", text) if NUMBER_MARK in text else text
+    return without_marks(_encode(value))
 
 
 def json_object(body: bytes) -> dict:
@@ -986,7 +1025,7 @@ def json_object(body: bytes) -> dict:
 
 
 class Reader:
-    """Reads the parts of a whole; `with` raises at its end all that is wrong."""
+    """Reads the parts of a whole and collects their faults; the end of `with` raises them."""
 
     def __init__(self, fields: dict | None = None):
         self._fields, self._faults = fields or {}, []
@@ -998,19 +1037,19 @@ class Reader:
         if self._faults and kind is None:
             raise Invalid(*self._faults)
 
-    def check(self, place: str | None, condition: object, message: str) -> None:
-        """A fault unless the condition holds."""
+    def check(self, context: str | None, condition: object, message: str) -> None:
+        """Collect a fault unless the condition holds."""
         if not condition:
-            self._faults.append(Fault(place, message))
+            self._faults.append(Fault(context, message))
 
-    def read(self, place: str | None, parse: collections.abc.Callable, *arguments):
+    def read(self, context: str | None, parse: collections.abc.Callable, *arguments):
         """What parse makes of the arguments; None and a fault if it raises Invalid."""
         try:
             return parse(*arguments)
         except Invalid as error:
-            self._faults += [fault.within(place) for fault in error.faults]
+            self._faults += [fault.within(context) for fault in error.faults]
         except TooLarge as error:
-            raise TooLarge(*[fault.within(place) for fault in error.faults]) from None
+            raise TooLarge(*[fault.within(context) for fault in error.faults]) from None
 
     def field(self, name: str, default, parse: collections.abc.Callable, *arguments):
         """What parse makes of a field; the default if it is left out or null."""
@@ -1019,7 +1058,7 @@ class Reader:
         return self.read(name, parse, self._fields[name], *arguments)
 
     def only(self, *names: str) -> None:
-        """A fault for each other field: what does something heeds all that it is told."""
+        """Collect a fault for each other field: an operation must not pass one over."""
         for name in [name for name in self._fields if name not in names]:
             self.check(name, False, "is unknown here, so nothing was done")
             del self._fields[name]
@@ -1287,7 +1326,7 @@ def _epoch_ms(digits):
 
 def _iso_ms(text):
     try:
-        # in a query string an unencoded + of a time zone arrives as a space
+        # in a query string the + of a time zone arrives as a space if it was not encoded
         iso = text.upper().replace(" ", "+") if "T" in text.upper() else text
         moment = datetime.datetime.fromisoformat(iso)
     except ValueError:
@@ -1298,9 +1337,9 @@ def _iso_ms(text):
 
 
 def moment_ms(value: object, now_ms: int) -> int:
-    """Epoch milliseconds of the same, of an ISO 8601 time (UTC if unsaid), or so long ago."""
-    # true is no number, and what _iso_ms() says of it is right
-    text = str(value) if isinstance(value, (int, float, str)) else ""
+    """A moment in epoch milliseconds; raises Invalid. It is given in these, as an ISO 8601 time
+    (UTC unless it says otherwise), or as a duration, such as 2h, that is meant as ago."""
+    text = str(value) if isinstance(value, (int, float, str)) else ""  # "True" is refused below
     if re.fullmatch(r"-?\d{1,15}(?:\.\d+)?", text, re.ASCII):
         return _epoch_ms(text)
     with contextlib.suppress(ValueError):
@@ -1397,7 +1436,7 @@ def read_template(value: object) -> object:
 
 
 def query_fields(text: str) -> dict[str, str | list[str]]:
-    """What a query string asks for: all values of what may be repeated, or the last."""
+    """The values of a query string: a list where a name may be repeated, else the last."""
     query = urllib.parse.parse_qs(text)  # which leaves out what is blank
     repeatable = ("event", "outcome", "state", "where")
     return {name: v if name in repeatable else v[-1] for name, v in query.items()}
@@ -1416,7 +1455,7 @@ def _refuse_filter(_):
 def read_filter(
     reader: Reader, now_ms: int, *names: str, states: tuple[str, ...] = DELIVERY_STATES
 ) -> Filter:
-    """What those filters ask for; any other, which would be passed over, is a fault."""
+    """What the named filters ask for; a filter that does not apply here is a fault."""
     given = {}
     for attribute, name, parse, *arguments in (
         ("events", "event", strings),
@@ -1426,7 +1465,8 @@ def read_filter(
         ("until", "until", moment_ms, now_ms),
         ("where", "where", conditions),
     ):
-        parse, *arguments = (parse, *arguments) if name in names else (_refuse_filter,)
+        if name not in names:
+            parse, arguments = _refuse_filter, ()
         given[attribute] = reader.field(name, getattr(Filter(), attribute), parse, *arguments)
     return Filter(**given)
 
@@ -1484,6 +1524,7 @@ def _accepts(accepted, value):
 
 
 def _field_at(fields, path):
+    """The value at a path of a webhook's filter, which reaches into objects only."""
     for key in path.split("."):
         if not isinstance(fields, dict) or key not in fields:
             return ABSENT
@@ -1497,7 +1538,7 @@ def event_fields(body: bytes) -> dict:
 
 
 def readable_fields(body: bytes) -> dict:
-    """The same, or none of an event that is too deep."""
+    """The fields of an event's body, or none if it is too deep."""
     try:
         return event_fields(body)
     except Invalid:
@@ -1550,12 +1591,8 @@ def _header_name(value):
     try:
         return published_name(value)
     except Invalid as error:
-        place = "the name in X-Event-Key or X-GitHub-Event (?event=NAME gives another)"
-        raise Invalid(f"{place} {error}") from None
-
-
-def _event_body(fields):
-    return json_text(fields).encode("utf-8", "backslashreplace")
+        subject = "the name in X-Event-Key or X-GitHub-Event (?event=NAME gives another)"
+        raise Invalid(f"{subject} {error}") from None
 
 
 def _name_of(fields):
@@ -1574,19 +1611,19 @@ def _event_time(value):
     return int(moment)
 
 
-def _check_size(size_bytes, max_bytes, place=None):
+def _check_size(size_bytes, max_bytes, context=None):
     if size_bytes > max_bytes:
         rule = f"an event may have at most {max_bytes} bytes (--max-event-size)"
-        raise TooLarge(Fault(place, rule))
+        raise TooLarge(Fault(context, rule))
 
 
 def _read_foreign(value, now_ms, max_bytes, naming):
-    """An event of another program: what it has stays where and as it is."""
+    """An event of another program, all of whose fields stay as they are."""
     with Reader() as reader:
         name = naming.query or reader.read("event", _header_name, naming.header)
     lead = {"timestamp": now_ms, "event": name}
     added = {key: lead[key] for key in lead if key not in value}
-    body = _event_body(added | value)
+    body = utf8(json_text(added | value))
     _check_size(len(body) - (len(_encode(added)) - 1 if added else 0), max_bytes)
     return NewEvent(name, now_ms, body, is_foreign=True)
 
@@ -1600,7 +1637,7 @@ def _read_event(value, now_ms, max_bytes, naming):
     with Reader() as reader:
         name = reader.read("event", _name_of, value)
         moment = reader.read("timestamp", _event_time, timestamp)
-    body = _event_body({"timestamp": timestamp, "event": name} | value)
+    body = utf8(json_text({"timestamp": timestamp, "event": name} | value))
     added = 0 if "timestamp" in value else len(f'"timestamp":{now_ms},')
     _check_size(len(body) - added, max_bytes)
     return NewEvent(name, moment, body)
@@ -1615,15 +1652,23 @@ def _read_one(body, now_ms, max_bytes, naming):
 _blank = re.compile(r"[ \t\r\n]*").match
 
 
-def _item(text, start, max_bytes, place):
+def _is_cut_off(error, text):
+    """Whether an error of the decoder comes from where a text was cut.
+
+    A string is then unterminated. Of a longer token, such as `fals` or `"\\ud83d\\ude0`, the
+    decoder names the start, which is less than 16 characters before the cut."""
+    return "Unterminated" in error.msg or error.pos > len(text) - 16
+
+
+def _item(text, start, max_bytes, context):
     """The JSON value at a position of a text, and where it ends; raises ValueError."""
-    is_large = len(text) > max_bytes
+    is_large = len(text) > max_bytes  # then a part is read that one event cannot exceed
     part, at = (text[start : start + max_bytes + 1], 0) if is_large else (text, start)
     try:
         item, end = _event_decoder.raw_decode(part, at)
     except json.JSONDecodeError as error:
-        is_at_end = error.pos > len(part) - 16 or "Unterminated" in error.msg
-        _check_size(len(part) if is_at_end and is_large else 0, max_bytes, place)  # it was cut off
+        if is_large and _is_cut_off(error, part):
+            _check_size(len(part), max_bytes, context)
         raise ValueError(f"{error.msg}: char {start - at + error.pos}") from None
     _check_depth(item, part, at, end)
     return item, start - at + end
@@ -1648,12 +1693,12 @@ def _items(text, max_bytes):
 def read_events(
     body: bytes, lines: bool, now_ms: int, max_bytes: int, naming: Naming = Naming()
 ) -> NewEvent | list[NewEvent]:
-    """The event of a JSON object; a list of those of an array, or of NDJSON lines.
+    """The event of a JSON object; the list of those of an array, or of NDJSON lines.
 
     Raises Invalid with the faults of all of them, TooLarge for one over max_bytes."""
     if lines:
-        found = re.finditer(rb"[^\n]+", body)
-        parts = ((_read_one, line[0].rstrip()) for line in found if line[0].strip())
+        matches = re.finditer(rb"[^\n]+", body)
+        parts = ((_read_one, line[0].rstrip()) for line in matches if line[0].strip())
     elif body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         parts = ((_read_event, item) for item in _items(decoded(body), max_bytes))
     else:
@@ -1689,7 +1734,7 @@ def _keyed_hmac(key):
 
 def hmac_sha256(key: bytes, *parts: bytes) -> bytes:
     """The HMAC of what the parts make together (RFC 2104, SHA-256)."""
-    # a copy of one that knows its key; hmac.digest() would also give up the GIL
+    # a copy of a code that has its key; hmac.digest() would also give up the GIL
     code = _keyed_hmac(key).copy()
     for part in parts:
         code.update(part)
@@ -1726,7 +1771,7 @@ def signing_secrets(webhook: Webhook, now_ms: int) -> list[str]:
 
 
 def has_old_secret(webhook: Webhook, now_ms: int) -> bool:
-    """Whether it holds a secret that no longer signs."""
+    """Whether the webhook holds a secret that no longer signs."""
     return bool(webhook.previous_secret) and now_ms >= webhook.previous_secret_until
 
 
@@ -1743,7 +1788,7 @@ def with_rotated_secret(old: Webhook, new: Webhook, now_ms: int) -> Webhook:
 def attempt_headers(
     webhook: Webhook, event: str, id: str, number: int, body: bytes, now_ms: int
 ) -> str:
-    """Lines of the headers that are an attempt's own, beside the fixed ones."""
+    """Lines of the headers that differ from attempt to attempt."""
     seconds = now_ms // 1000
     lines = (
         f"X-Event-Key: {event}\r\nX-Request-Id: {id}\r\nX-Attempt: {number}\r\n"
@@ -1775,7 +1820,7 @@ class Result(typing.NamedTuple):
 
     due: DueDelivery
     attempt: Attempt
-    ended: int  # milliseconds; the clock may have been set since the attempt's start
+    ended_ms: int  # the clock may have been set since the attempt's start
     is_plain: bool = False  # the success of a healthy webhook, which changes nothing else
 
 
@@ -1820,7 +1865,7 @@ def rest_seconds(attempt: Attempt, now_ms: int, jitter: float) -> float | None:
     return seconds and min(seconds * (1 + abs(1 - jitter)), MAX_RETRY_AFTER_SECONDS)
 
 
-def next_wait(attempts: int, schedule: tuple[float, ...], jitter: float) -> float | None:
+def next_wait_seconds(attempts: int, schedule: tuple[float, ...], jitter: float) -> float | None:
     """Seconds until the next attempt, or None when the schedule is used up.
 
     jitter is a factor around 1."""
@@ -1836,7 +1881,7 @@ def pause_seconds(failures: int, initial: float, maximum: float) -> float | None
 
 
 def longest_wait_seconds(settings: Settings) -> float:
-    """No plan lies further ahead than this, unless a clock was wrong when it was made."""
+    """How far ahead a plan can lie; one further ahead was made while a clock was wrong."""
     waits = (*settings.retry_schedule, settings.pause_max, MAX_RETRY_AFTER_SECONDS)
     return max(waits) * (1 + JITTER)
 
@@ -1854,14 +1899,13 @@ def reason_to_disable(attempt: Attempt, failing_seconds: float, disable_after: f
 
 def health_after_success(health: Health, now_ms: int) -> Health:
     """The health of a webhook after a success: what was asked by Retry-After still holds."""
-    # what was in flight when it was disabled does not enable it
+    # a success that was in flight when the webhook was disabled does not enable it
     if health.disabled or health.is_well:
         return health
-    rest = health.resting_until or 0
-    kept = {"announced": health.announced, "since": health.since}
-    if rest > now_ms:
-        kept |= {"resting_until": rest, "reason": health.reason}
-    return Health(**kept)
+    after = Health(announced=health.announced, since=health.since)
+    if (health.resting_until or 0) > now_ms:
+        after = after._replace(resting_until=health.resting_until, reason=health.reason)
+    return after
 
 
 def health_after_failure(
@@ -1869,8 +1913,9 @@ def health_after_failure(
 ) -> Health:
     """The health of a webhook after an attempt that failed, and gives its delivery up or not.
 
-    Who says when to come back is not down: that counts for nothing but the rest itself."""
-    _, attempt, now_ms, _ = result
+    A receiver that says when to come back is not down: such an answer is no failure, and only
+    makes the webhook rest."""
+    attempt, now_ms = result.attempt, result.ended_ms
     if health.disabled:
         return health
     rest = rest_seconds(attempt, now_ms, jitter)
@@ -1889,21 +1934,21 @@ def health_after_failure(
 
 def judge(result: Result, health: Health, settings: Settings, jitter: float) -> Verdict:
     """What becomes of a delivery and of its webhook, whose health is the committed one."""
-    due, attempt, now_ms, _ = result
+    due, attempt, now_ms = result.due, result.attempt, result.ended_ms
     index = due.schedule_index
     if attempt.outcome == SUCCESS:
         return Verdict(SUCCEEDED, None, index, health_after_success(health, now_ms))
-    if attempt.start < due.next_attempt:  # a probe does not use the schedule up
-        wait = (due.next_attempt - now_ms) / 1000
+    if attempt.start < due.next_attempt:  # a probe, before its time: its plan stays
+        wait_seconds = (due.next_attempt - now_ms) / 1000
     else:
         index += 1
-        wait = next_wait(index, settings.retry_schedule, jitter)
-    gives_up = wait is None or attempt.status == http.HTTPStatus.GONE
+        wait_seconds = next_wait_seconds(index, settings.retry_schedule, jitter)
+    gives_up = wait_seconds is None or attempt.status == http.HTTPStatus.GONE
     after = health_after_failure(health, result, gives_up, settings, jitter)
     if gives_up:
         return Verdict(FAILED, None, index, after)
-    wait = max(wait, 0, rest_seconds(attempt, now_ms, jitter) or 0)
-    return Verdict(PENDING, now_ms + round(wait * 1000), index, after)
+    wait_seconds = max(wait_seconds, 0, rest_seconds(attempt, now_ms, jitter) or 0)
+    return Verdict(PENDING, now_ms + round(wait_seconds * 1000), index, after)
 
 
 # ======================================================================================
@@ -1952,7 +1997,7 @@ class Endpoint(typing.NamedTuple):
 
 
 @functools.lru_cache(4096)
-def endpoint(url: str) -> Endpoint:
+def endpoint_of(url: str) -> Endpoint:
     """The parts of a webhook's URL."""
     parts = urllib.parse.urlsplit(url)
     tls, host = parts.scheme == "https", ascii_host(parts.hostname)
@@ -2023,11 +2068,11 @@ class AddressPolicy:
 
     def check_url(self, url: str) -> None:
         """Raise AddressRefused if the URL's host is known to be where nothing may go."""
-        place = endpoint(url)
+        endpoint = endpoint_of(url)
         with contextlib.suppress(OSError):  # TimeoutError is one
-            found = self.lookup(place.host).result(LOOKUP_SECONDS_AT_REGISTRATION)
-            for address in found:
-                self.check(address, place.port)
+            addresses = self.lookup(endpoint.host).result(LOOKUP_SECONDS_AT_REGISTRATION)
+            for address in addresses:
+                self.check(address, endpoint.port)
 
     def lookup(self, host: str) -> concurrent.futures.Future:
         """A future of the host's addresses, or of OSError; raises OSError when busy."""
@@ -2042,38 +2087,41 @@ class AddressPolicy:
             if len(self._lookups) >= MAX_LOOKUPS:
                 raise UnknownHost("too many names are being looked up")
             # a daemon: a resolver that hangs must not keep the process from stopping
-            looking = threading.Thread(
+            thread = threading.Thread(
                 target=self._look_up, args=(host, future), name="lookup", daemon=True
             )
-            looking.start()  # it waits for the lock before it ends
+            thread.start()  # it waits for the lock before it ends
             self._lookups[host] = future
         return future
 
     def _look_up(self, host, future):
+        addresses, failure = None, None
         try:
-            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-            answer = list(dict.fromkeys(address[0] for *_, address in found))
-            finish = future.set_result
-        except Exception as error:  # whatever it is: what stays in _lookups is stuck
+            rows = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            addresses = list(dict.fromkeys(address[0] for *_, address in rows))
+        except Exception as error:  # any kind: a host that stayed in _lookups would be stuck
             is_silent = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
             words = "the name server did not answer for" if is_silent else "unknown host"
-            answer, finish = UnknownHost(f"{words} {host}"), future.set_exception
+            failure = UnknownHost(f"{words} {host}")
         with self._lock:
             del self._lookups[host]
-        finish(answer)
+        if failure:
+            future.set_exception(failure)
+        else:
+            future.set_result(addresses)
 
 
 # ---- requests and responses ----
 
 
 class ProtocolError(Exception):
-    """What came is not one HTTP/1.1 response."""
+    """A receiver answered, but not with one HTTP/1.1 response."""
 
 
-def request_bytes(place: Endpoint, headers: str, body: bytes) -> bytes:
+def request_bytes(endpoint: Endpoint, headers: str, body: bytes) -> bytes:
     """A whole POST request, to be sent at once; headers: their lines."""
     head = (
-        f"POST {place.target} HTTP/1.1\r\nHost: {place.host_header}\r\n"
+        f"POST {endpoint.target} HTTP/1.1\r\nHost: {endpoint.host_header}\r\n"
         f"{headers}Content-Length: {len(body)}\r\n\r\n"
     )
     return head.encode("latin-1") + body
@@ -2090,7 +2138,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\0]*)?")
 CHUNK_LINE_START = re.compile(rb"[0-9A-Fa-f]{1,15}(?:[ \t;\r]|$)")
 LENGTH = re.compile(r"(\d{1,18})(?:[ \t]*,[ \t]*\1)*", re.ASCII)
 
-# how the end of a body is found; UNCLEAR: by the end of the connection, or of our patience
+# what ends a body; UNCLEAR: the end of the connection, or of our patience
 BY_LENGTH, BY_CHUNKS, BY_CLOSE, UNCLEAR = "length", "chunks", "close", "unclear"
 
 # what can be wrong with an answer whose status is known
@@ -2170,9 +2218,9 @@ def parse_head(head: bytes) -> Head:
 class Response:
     """Reads one HTTP/1.1 response (RFC 9112) from bytes as they come; does no I/O.
 
-    The head decides: before its end what is wrong raises ProtocolError, after it it is only
-    a fault, which ends the use of the connection. What is read is at most MAX_RESPONSE_BYTES,
-    and nothing of it is searched twice."""
+    The head decides. What is wrong before its end raises ProtocolError. What is wrong after it
+    is a fault, which ends the use of the connection. At most MAX_RESPONSE_BYTES are read, and
+    no byte is searched twice."""
 
     def __init__(self):
         self.head: Head | None = None
@@ -2181,15 +2229,15 @@ class Response:
         self.reusable = False  # the connection, for another request
         self.faults: tuple[str, ...] = ()  # in words
         self._unread = bytearray()
-        self._searched = 0  # bytes of what is unread in which no end of a line is
+        self._searched = 0  # unread bytes that hold no end of a line
         self._received = 0
-        self._wanted = 0  # bytes of the body or of the chunk
+        self._wanted = 0  # bytes that are missing of the body or of the chunk
         self._read_next = self._read_head
-        self.is_shared = False  # by all attempts that get these very bytes: see whole_response
+        self.is_shared = False  # by all attempts that get the same bytes: see whole_response
 
     @property
     def has_begun(self) -> bool:
-        """Whether something of it came."""
+        """Whether a byte of it came."""
         return self._received > 0
 
     @property
@@ -2198,7 +2246,7 @@ class Response:
         return self.head is not None and self.head.framing == UNCLEAR
 
     def feed(self, chunk: bytes) -> bool:
-        """Take in what came; whether the response is complete. Raises ProtocolError."""
+        """Read a chunk; whether the response is complete. Raises ProtocolError."""
         chunk = chunk[: MAX_RESPONSE_BYTES - self._received]
         self._received += len(chunk)
         self._unread += chunk
@@ -2234,7 +2282,7 @@ class Response:
         self.complete, self.reusable = True, False
 
     def _take(self, end, next_start):
-        """What is unread up to its end; what comes next starts there."""
+        """Take the unread bytes up to an end; the next ones start at next_start."""
         taken = bytes(self._unread[:end])
         del self._unread[:next_start]
         self._searched = 0
@@ -2330,7 +2378,7 @@ class Response:
 
 @functools.lru_cache(256)  # a receiver's answers are alike, but for the second in Date
 def whole_response(answer: bytes) -> Response | None:
-    """The response that these bytes are, if they are one and nothing is wrong; read only."""
+    """The response of exactly these bytes, if nothing is wrong with it; not to be changed."""
     response = Response()
     try:
         response.feed(answer)
@@ -2379,7 +2427,7 @@ NOT_FROM_HERE = (errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def _progress(error):
-    """How far a connection got: 0 not out of this machine, 3 to an answer."""
+    """How far a connection got before the error: from 0, not out of this machine, to 3."""
     if isinstance(error, (ConnectionError, UnknownHost)):
         return 3
     if isinstance(error, TimeoutError):
@@ -2388,12 +2436,12 @@ def _progress(error):
 
 
 def furthest(failures: list[Exception]) -> Exception:
-    """The one that says most about why there is no connection."""
+    """The failure that says most about why there is no connection."""
     return max(failures, key=_progress)
 
 
-def by_turns(addresses: list[str]) -> list[str]:
-    """The addresses, both families by turns, the first one's first (RFC 8305, 4)."""
+def alternating(addresses: list[str]) -> list[str]:
+    """The addresses with both families in alternation, the first one's first (RFC 8305, 4)."""
     first = [a for a in addresses if (":" in a) == (":" in addresses[0])]
     others = [a for a in addresses if (":" in a) != (":" in addresses[0])]
     return [a for pair in itertools.zip_longest(first, others) for a in pair if a]
@@ -2417,11 +2465,11 @@ def _close_unused(task):
 
 
 async def open_first(addresses: list[str], port: int, failures: list) -> socket.socket:
-    """A socket connected to whichever address stands first; raises the furthest failure.
+    """A socket connected to whichever address answers first; raises the furthest failure.
 
-    The next address is tried after a quarter of a second, or when one fails. failures:
-    gets those of the addresses."""
-    waiting, running = collections.deque(by_turns(addresses)[:MAX_ADDRESSES_TRIED]), set()
+    The next address is tried after a quarter of a second, or when one fails. Their failures are
+    added to the list."""
+    waiting, running = collections.deque(alternating(addresses)[:MAX_ADDRESSES_TRIED]), set()
     try:
         while waiting or running:
             if waiting:
@@ -2444,7 +2492,7 @@ handshake_for: contextvars.ContextVar["Exchange"] = contextvars.ContextVar("hand
 
 
 class TimedTls(ssl.SSLObject):
-    """Counts what the handshake of an exchange costs the loop."""
+    """Adds the loop's time for a handshake up in its exchange."""
 
     def do_handshake(self) -> None:
         begun = time.thread_time()
@@ -2482,7 +2530,7 @@ class Connection(asyncio.Protocol):
     """One connection to a receiver, used by one exchange at a time."""
 
     def __init__(self, exchange, opened: socket.socket):
-        self.exchange = exchange  # whom it serves now; None: it is idle
+        self.exchange = exchange  # the one that it serves now; None: it is idle
         self.transport = None
         self._socket = opened
         self._incoming = select.poll()  # bytes, an end or an error
@@ -2497,7 +2545,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data):
         if self.exchange:
             self.exchange.received(data)
-        else:  # nobody asked: it must not become somebody's answer
+        else:  # to no request: it must not become the answer to the next one
             self.transport.abort()
 
     def is_usable(self) -> bool:
@@ -2507,8 +2555,8 @@ class Connection(asyncio.Protocol):
         return not is_over and not self._incoming.poll(0)
 
     def acknowledge(self) -> None:
-        """Acknowledge what came at once, and not after tcp(7)'s 40 ms: a receiver that
-        writes its answer in pieces may wait for it (Nagle's algorithm)."""
+        """Acknowledge at once what came, and not after tcp(7)'s 40 ms: a receiver that
+        writes its answer in pieces may wait for that (Nagle's algorithm)."""
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def eof_received(self):
@@ -2526,9 +2574,9 @@ class Exchange:
     That is AddressRefused, ProtocolError, OSError (TimeoutError among them) or a bug.
     Callbacks and no coroutine: a task for each is a sixth of the CPU of an attempt."""
 
-    def __init__(self, client, place, verify_tls, request, done):
+    def __init__(self, client, endpoint, verify_tls, request, done):
         self._client, self._done = client, done
-        self.place, self.verify_tls, self._request = place, verify_tls, request
+        self.endpoint, self.verify_tls, self._request = endpoint, verify_tls, request
         self.handshake_seconds = 0.0  # see TimedTls
         self.failures: list[Exception] = []  # of addresses, while another may still answer
         self._connection: Connection | None = None
@@ -2539,7 +2587,7 @@ class Exchange:
 
     def start(self) -> None:
         """Send on an idle connection, or else on a new one."""
-        connection = self._client.take_idle(self.place, self.verify_tls)
+        connection = self._client.take_idle(self.endpoint, self.verify_tls)
         self._is_reused = connection is not None
         if connection:
             self.send_on(connection)
@@ -2548,7 +2596,7 @@ class Exchange:
 
     def send_on(self, connection: Connection) -> None:
         """Send the request; what comes on the connection now is for this exchange."""
-        if self._done is None:  # its time was up at the moment the connection stood
+        if self._done is None:  # its time was up just when the connection was made
             connection.transport.abort()
             return
         self._connection, connection.exchange = connection, self
@@ -2563,11 +2611,11 @@ class Exchange:
         except ProtocolError as error:
             self._end_without_answer(error)
         else:
-            self._go_on(is_complete)
+            self._continue(is_complete)
 
-    def _go_on(self, is_complete):
+    def _continue(self, is_complete):
         head = self._response.head
-        if self._is_reused and head and head.status == 408:  # of the time it was idle
+        if self._is_reused and head and head.status == 408:  # sent because it was idle
             self._send_again()
         elif is_complete:
             self._end(self._response)
@@ -2596,7 +2644,7 @@ class Exchange:
 
     def abandon(self) -> None:
         """Close everything; nobody is called back."""
-        self._done = lambda answer: None
+        self._done = lambda answer: None  # else expire() would tell who waits
         self.expire()
 
     def _limit_patience(self):
@@ -2611,7 +2659,7 @@ class Exchange:
             self._end(error)
 
     def _send_again(self):
-        """On a new connection, once: the idle one was stale, what it brought is no answer."""
+        """Send once more, on a new connection: the idle one was stale, and brought no answer."""
         self._is_reused, self._response = False, Response()
         self._drop_connection()
         self._connect()
@@ -2641,7 +2689,7 @@ class Exchange:
             self._patience.cancel()
         if self._connection and answer is self._response and self._is_reusable():
             self._connection.exchange = None
-            self._client.keep_idle(self._connection, self.place, self.verify_tls)
+            self._client.keep_idle(self._connection, self.endpoint, self.verify_tls)
         elif self._connection:
             self._drop_connection()
         self._client.ended(self)
@@ -2652,8 +2700,8 @@ class Exchange:
 
     def _is_reusable(self):
         transport = self._connection.transport
-        unsent = transport.get_write_buffer_size()  # the answer came before
-        return self._response.reusable and not unsent and not transport.is_closing()
+        unsent_bytes = transport.get_write_buffer_size()  # the answer may come before the end
+        return self._response.reusable and not unsent_bytes and not transport.is_closing()
 
 
 class Client:
@@ -2662,7 +2710,7 @@ class Client:
     def __init__(self, address_policy: AddressPolicy, timeout_seconds: float):
         self._address_policy = address_policy
         self.timeout_seconds = timeout_seconds
-        self._exchanges: dict[Exchange, float] = {}  # and when their time is up
+        self._exchanges: dict[Exchange, float] = {}  # when the time of each is up
         self._timer: asyncio.TimerHandle | None = None
         self._idle = collections.defaultdict(list)  # by endpoint's key: Connections
         self._idle_count = 0
@@ -2671,9 +2719,9 @@ class Client:
         self, webhook: Webhook, headers: str, body: bytes, done: collections.abc.Callable
     ) -> Exchange:
         """POST to a webhook, and later call done with what the Exchange ends in."""
-        place = endpoint(webhook.url)
-        request = request_bytes(place, webhook.fixed_headers + headers, body)
-        exchange = Exchange(self, place, webhook.verify_tls, request, done)
+        endpoint = endpoint_of(webhook.url)
+        request = request_bytes(endpoint, webhook.fixed_headers + headers, body)
+        exchange = Exchange(self, endpoint, webhook.verify_tls, request, done)
         now = asyncio.get_running_loop().time()
         self._exchanges[exchange] = now + self.timeout_seconds
         if not self._timer:
@@ -2693,7 +2741,7 @@ class Client:
         self._timer = None
 
     def close(self) -> None:
-        """Give up what is under way, without a word, and close all connections."""
+        """Give up all exchanges, call nobody back, and close all connections."""
         for exchange in list(self._exchanges):
             exchange.abandon()
         if self._timer:
@@ -2707,9 +2755,9 @@ class Client:
         """An exchange is over."""
         del self._exchanges[exchange]
 
-    def take_idle(self, place: Endpoint, verify_tls: bool) -> Connection | None:
-        """A kept-alive connection to there, if there is one."""
-        connections = self._idle.get((place.tls, place.host, place.port, verify_tls))
+    def take_idle(self, endpoint: Endpoint, verify_tls: bool) -> Connection | None:
+        """A kept-alive connection to the endpoint, if there is one."""
+        connections = self._idle.get((endpoint.tls, endpoint.host, endpoint.port, verify_tls))
         while connections:
             self._idle_count -= 1
             connection = connections.pop()
@@ -2718,36 +2766,38 @@ class Client:
             connection.transport.abort()
         return None
 
-    def keep_idle(self, connection: Connection, place: Endpoint, verify_tls: bool):
+    def keep_idle(self, connection: Connection, endpoint: Endpoint, verify_tls: bool):
         """Keep a connection for another exchange, or close it if there are too many."""
         if self._idle_count >= MAX_IDLE_CONNECTIONS:
-            return connection.transport.abort()
+            connection.transport.abort()
+            return
         connection.idle_since = time.monotonic()
-        self._idle[place.tls, place.host, place.port, verify_tls].append(connection)
+        self._idle[endpoint.tls, endpoint.host, endpoint.port, verify_tls].append(connection)
         self._idle_count += 1
 
     async def connect(self, exchange: Exchange) -> None:
-        """Connect to a checked address for it; raises AddressRefused or OSError."""
-        place = exchange.place
+        """Connect an exchange to a checked address; raises AddressRefused or OSError."""
+        endpoint = exchange.endpoint
         handshake_for.set(exchange)
         addresses = await self._addresses(exchange)
         for address in addresses:  # all of them, before one is used
-            self._address_policy.check(address, place.port)
+            self._address_policy.check(address, endpoint.port)
         if len(addresses) == 1:
-            opened = await open_socket(addresses[0], place.port)
+            opened = await open_socket(addresses[0], endpoint.port)
         else:
-            opened = await open_first(addresses, place.port, exchange.failures)
+            opened = await open_first(addresses, endpoint.port, exchange.failures)
         exchange.failures.clear()
         tls = {}
-        if place.tls:  # RFC 6066, 3: neither the name sent nor the one verified ends in a dot
-            name = place.host.removesuffix(".")
+        if endpoint.tls:  # RFC 6066, 3: neither the name sent nor the one verified ends in a dot
+            name = endpoint.host.removesuffix(".")
             tls = {"ssl": tls_context(exchange.verify_tls), "server_hostname": name}
         await asyncio.get_running_loop().create_connection(
             lambda: Connection(exchange, opened), sock=opened, **tls
         )
 
     async def _addresses(self, exchange):
-        host = exchange.place.host
+        host = exchange.endpoint.host
+        # what the exchange says if its time is up before the name server answers
         silent = UnknownHost(f"timed out, the name server did not answer for {host}")
         exchange.failures.append(silent)
         addresses = await asyncio.wrap_future(self._address_policy.lookup(host))
@@ -2755,10 +2805,10 @@ class Client:
         return addresses
 
     def close_idle(self, older_than_seconds: float = 0) -> None:
-        """Close the connections that nobody has used for so long."""
-        limit = time.monotonic() - older_than_seconds
+        """Close the connections that have been idle for so long."""
+        newest = time.monotonic() - older_than_seconds
         for key, connections in list(self._idle.items()):
-            for connection in [c for c in connections if c.idle_since <= limit]:
+            for connection in [c for c in connections if c.idle_since <= newest]:
                 connections.remove(connection)
                 connection.transport.abort()
                 self._idle_count -= 1
@@ -2769,7 +2819,8 @@ class Client:
 # ---- one attempt ----
 
 
-def _answered(response, webhook):
+def _facts_of(response, webhook):
+    """The fields of an Attempt from `outcome` to `retry_after`."""
     masked = webhook.without_secrets
     head, description = response.head, str(response.head.status)
     target = head.header("location")
@@ -2778,19 +2829,24 @@ def _answered(response, webhook):
         description += f", a redirect to {target}, which is not followed"
     description = ", ".join([description, *response.faults])
     body = kept_text(response.body, head.header("content-type"), masked)
-    judged = outcome_of(head.status), description, head.status
-    return *judged, kept_headers(masked(head.lines)), body, None, head.header("retry-after")
+    return (
+        outcome_of(head.status),
+        description,
+        head.status,
+        kept_headers(masked(head.lines)),
+        body,
+        None,  # the request's body
+        head.header("retry-after"),
+    )
 
 
-def _judged(response, webhook):
-    """What an Attempt holds of a response; of a shared one it is worked out once."""
+def _known_facts_of(response, webhook):
+    """As _facts_of, but those of a shared response are worked out only once."""
     if not response.is_shared:
-        return _answered(response, webhook)
+        return _facts_of(response, webhook)
     known = webhook.known_answers
     if response not in known:
-        if len(known) >= MAX_KNOWN_ANSWERS:
-            known.clear()
-        known[response] = _answered(response, webhook)
+        known[response] = _facts_of(response, webhook)
     return known[response]
 
 
@@ -2829,12 +2885,12 @@ def start_attempt(
 
     def finish(answer):
         if isinstance(answer, Response):
-            outcome = _judged(answer, webhook)
+            facts = _known_facts_of(answer, webhook)
         else:
-            outcome = ERROR, described(answer)
-        duration = round((time.monotonic() - begun) * 1000)
+            facts = ERROR, described(answer)
+        duration_ms = round((time.monotonic() - begun) * 1000)
         sent = webhook.masked_headers + headers
-        attempt = Attempt(start_ms, duration, webhook.masked_url, sent, *outcome)
+        attempt = Attempt(start_ms, duration_ms, webhook.masked_url, sent, *facts)
         if exchange and exchange.handshake_seconds:
             attempt = attempt._replace(handshake_seconds=exchange.handshake_seconds)
         done(attempt)
@@ -2943,23 +2999,23 @@ NO_FILE = "the database's files were moved or deleted: stop, and put them back"
 NO_ROOM = "the disk is full but for a reserve"
 LONG_LOG = "SQLite's log is too long: something reads for long, perhaps a backup that hangs"
 RESERVE_SHARE, MAX_RESERVE_BYTES = 20, 32 << 20  # of the volume, for what is no publication
-MEASURED_BYTES = 1 << 20  # so much is published, and the size is looked at
+MEASURED_BYTES = 1 << 20  # after so much was published, the size is measured
 COUNTED_ROWS = 100_000  # of a list, beyond the page
 ROW_BYTES = 500  # of an event without its body, or of a delivery, with their indexes
 ROWS_PER_INSERT = 64
 ROWS_PER_STATEMENT = 500  # of results that are looked up at once
 ROWS_IN_MEMORY = 5000  # new deliveries that wait for the end of their transaction
-ROWS_PER_STEP = 500  # of what takes several steps, so that nobody waits long
+ROWS_PER_STEP = 500  # of work in steps, so that no other write waits long
 PAGES_PER_STEP = 100
 ATTEMPTS_PER_STEP = 2
-BYTES_PER_STEP = 1 << 20  # of payloads that go: each page goes to the log first
+BYTES_PER_STEP = 1 << 20  # of payloads that are deleted: each page goes to the log first
 STANDSTILL_SECONDS = 15  # without progress in a commit, or a tick of the loop: it hangs
 WINDOW = 1000  # due deliveries of one webhook that are held in memory
 WINDOW_BYTES = 32 << 20  # of their bodies, for all webhooks together
 SEARCHED_EVENTS = 50_000  # that one request for those with a payload looks at
 SEARCHED_BYTES = 16 << 20  # of their payloads
 SEARCH_STEP = 2000  # events
-NEEDLE_BYTES = 100  # instr() takes as much longer as what it looks for is longer
+NEEDLE_BYTES = 100  # that instr() looks for: its time grows with their number
 SHOWN_PAYLOAD_BYTES = 8 << 20  # in one answer
 
 # ---- the file ----
@@ -2971,7 +3027,7 @@ class DatabaseError(Exception):
 
 def is_damage(error: Exception) -> bool:
     """Whether an error tells of a damaged database."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without what is more exact
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary one of an extended code
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -2985,9 +3041,9 @@ def without_row(error: sqlite3.Error) -> sqlite3.Error:
 
 
 class Database(sqlite3.Connection):
-    """A connection that tells in one call what a statement finds or changes.
+    """A connection that returns in one call what a statement finds or changes.
 
-    on_error is told of each error, so that nobody else need look for damage."""
+    on_error gets each error, so that damage is noticed wherever it shows."""
 
     on_error: collections.abc.Callable[[sqlite3.Error], None] = staticmethod(lambda error: None)
 
@@ -2996,9 +3052,9 @@ class Database(sqlite3.Connection):
         try:
             return super().execute(sql, values)
         except sqlite3.Error as error:
-            raise self._told(error) from None
+            raise self._reported(error) from None
 
-    def _told(self, error):
+    def _reported(self, error):
         error = without_row(error)
         self.on_error(error)
         return error
@@ -3009,7 +3065,7 @@ class Database(sqlite3.Connection):
             try:
                 yield from cursor
             except sqlite3.Error as error:
-                raise self._told(error) from None
+                raise self._reported(error) from None
 
     def rows(self, sql: str, *values: object) -> list[tuple]:
         """All rows that it finds."""
@@ -3017,7 +3073,7 @@ class Database(sqlite3.Connection):
         try:
             return cursor.fetchall()
         except sqlite3.Error as error:
-            raise self._told(error) from None
+            raise self._reported(error) from None
 
     def row(self, sql: str, *values: object) -> tuple | None:
         """The first row, or None."""
@@ -3035,8 +3091,13 @@ class Database(sqlite3.Connection):
 def connect(path: str) -> Database:
     """A connection in autocommit mode, for any thread."""
     path = os.path.abspath(path)  # SQLite would take some names for more than a name
-    options = {"isolation_level": None, "check_same_thread": False}
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, factory=Database, **options)
+    connection = sqlite3.connect(
+        path,
+        timeout=BUSY_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=Database,
+    )
     connection.execute("PRAGMA temp_store = MEMORY")  # /tmp may be full, or read-only
     return connection
 
@@ -3044,7 +3105,7 @@ def connect(path: str) -> Database:
 def open_database(path: str) -> Database:
     """A connection for writing; the file is made if it is not there."""
     connection = connect(path)
-    if not connection.row("PRAGMA page_count")[0]:  # later it would only be a write
+    if not connection.row("PRAGMA page_count")[0]:  # of an old file it would change nothing
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute(f"PRAGMA journal_size_limit = {MAX_IDLE_LOG_BYTES}")
@@ -3070,6 +3131,15 @@ def transaction(connection, begin="BEGIN IMMEDIATE", end="COMMIT", undo="ROLLBAC
 def schema_version(connection: Database) -> int:
     """How many of the migrations the database has been through."""
     return connection.row("PRAGMA user_version")[0]
+
+
+def refuse_newer(version: int, name: str = "the database") -> None:
+    """Raise DatabaseError if a database has been through migrations not known here."""
+    if version > len(MIGRATIONS):
+        raise DatabaseError(
+            f"{name} has version {version}, written by a newer webhookd;"
+            f" this one knows {len(MIGRATIONS)}"
+        )
 
 
 class Space(typing.NamedTuple):
@@ -3098,7 +3168,8 @@ def measure(connection: Database, path: str) -> Space:
         return Space(used, log_bytes)
     reserve = min(volume.f_blocks * volume.f_frsize // RESERVE_SHARE, MAX_RESERVE_BYTES)
     free = volume.f_bavail * volume.f_frsize - max(0, USUAL_LOG_BYTES - log_bytes)
-    left = free - reserve + file.st_size - used  # what is new in the log takes room once more
+    # free pages of the file are room; pages that are only in the log yet need room in the file
+    left = free - reserve + file.st_size - used
     held = (volume.f_blocks - volume.f_bfree) * volume.f_frsize
     is_own = 2 * (file.st_size + log_bytes) >= held
     return Space(used, log_bytes, left, is_own and left < 2 * max(reserve, MEASURED_BYTES))
@@ -3107,11 +3178,7 @@ def measure(connection: Database, path: str) -> Space:
 def migrate(connection: Database) -> None:
     """Bring the database to this version, all or nothing; raises DatabaseError."""
     version = schema_version(connection)
-    if version > len(MIGRATIONS):
-        raise DatabaseError(
-            f"the database has version {version}, written by a newer webhookd;"
-            f" this one knows {len(MIGRATIONS)}"
-        )
+    refuse_newer(version)
     if not version and connection.row("SELECT 1 FROM sqlite_schema LIMIT 1"):
         raise DatabaseError("the database is another program's")
     if version < len(MIGRATIONS):
@@ -3125,7 +3192,8 @@ def migrate(connection: Database) -> None:
 
 
 def _open_or_make(path):
-    """A handle of the file; what root makes is its folder's owner's, as subcommands act."""
+    """A handle of the file. One that root makes belongs to the owner of its folder, as whom
+    the subcommands act, too."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -3142,8 +3210,8 @@ def process_lock(path: str):
     try:
         handle = _open_or_make(path)
     except OSError as error:
-        why = f"--database (WEBHOOKD_DATABASE): {path}: {error.strerror}"
-        raise SettingError(why) from None
+        reason = f"--database (WEBHOOKD_DATABASE): {path}: {error.strerror}"
+        raise SettingError(reason) from None
     # flock() does not meet SQLite's own locks, which are fcntl()'s; the file is closed
     # after SQLite's connections, for closing any handle drops a process's fcntl locks
     with contextlib.ExitStack() as cleanup:
@@ -3190,39 +3258,44 @@ def insert(connection: Database, table: str, rows: list, conflict: str = "") -> 
         connection.execute(f"INSERT OR FAIL INTO {table} {clause} {conflict}", values)
 
 
-def where(tests: dict[str, object]) -> tuple[str, list]:
-    """A WHERE clause and its values: `{"a = ?": 1, "b IN": ("x", "y")}`.
-
-    Tests against None or nothing are left out."""
-    parts, values = ["1"], []
-    for test, value in tests.items():
-        if isinstance(value, tuple) and value:
-            parts.append(f"{test} {placeholders(value)}")
-            values += value
-        elif value not in (None, ()):
-            parts.append(test)
-            values.append(value)
-    return " WHERE " + " AND ".join(parts), values
+Condition = tuple  # SQL and the values of its placeholders, as ("a = ?", 1); () asks nothing
 
 
-def delivery_list(wanted: Filter) -> tuple[str, str]:
+def one_of(column: str, values: tuple) -> Condition:
+    """The condition that a column has one of the values; without values it asks nothing."""
+    return (f"{column} IN {placeholders(values)}", *values) if values else ()
+
+
+def if_given(sql: str, value: object) -> Condition:
+    """The condition with its one value; if that is None it asks nothing."""
+    return () if value is None else (sql, value)
+
+
+def where(conditions: list[Condition]) -> tuple[str, list]:
+    """The WHERE clause of rows that meet all conditions, and its values."""
+    given = [condition for condition in conditions if condition]
+    clause = " AND ".join(sql for sql, *_ in given) or "1"
+    return f" WHERE {clause}", [value for _, *values in given for value in values]
+
+
+def delivery_list(wanted: Filter) -> tuple[str, Condition]:
     """The deliveries by the index that finds those wanted without reading the others, and
-    the condition that they meet in it.
+    the condition of that index.
 
     Chosen by hand: the planner knows neither how rare a state is, nor what a ? stands for."""
     if wanted.states == (FAILED,):
-        return "deliveries INDEXED BY deliveries_failed", "state = 'failed'"
+        return "deliveries INDEXED BY deliveries_failed", ("state = 'failed'",)
     if wanted.outcomes and SUCCESS not in wanted.outcomes:
-        return "deliveries INDEXED BY deliveries_unsuccessful", "outcome <> 'SUCCESS'"
+        return "deliveries INDEXED BY deliveries_unsuccessful", ("outcome <> 'SUCCESS'",)
     if wanted.events:
-        return "deliveries INDEXED BY deliveries_by_name", "1"
+        return "deliveries INDEXED BY deliveries_by_name", ()
     if wanted.states == (PENDING,):
-        return "deliveries INDEXED BY deliveries_in_order", "state = 'pending'"
-    return "deliveries INDEXED BY deliveries_by_webhook", "1"
+        return "deliveries INDEXED BY deliveries_in_order", ("state = 'pending'",)
+    return "deliveries INDEXED BY deliveries_by_webhook", ()
 
 
 def or_404(row, what: str):
-    """What was found; raises NotFound if there is nothing."""
+    """The row; raises NotFound if there is none."""
     if not row:
         raise NotFound(f"there is no {what}")
     return row
@@ -3237,8 +3310,7 @@ def definition_of(webhook: Webhook) -> str:
 
 
 class Webhooks:
-    """All webhooks at one moment, in the order of their ids; never changed, only
-    replaced."""
+    """All webhooks at one moment, in the order of their ids. A change makes a new one."""
 
     def __init__(self, by_id: dict[int, Webhook]):
         self.by_id = by_id
@@ -3299,10 +3371,10 @@ ALL_USERS = "SELECT name, role, password FROM users ORDER BY name"
 # ---- one transaction ----
 
 FINISHED = "state <> 'pending'"  # of deliveries
-_deliveries_of_it = "SELECT * FROM deliveries WHERE event_id = events.id"
-WITHOUT_DELIVERIES = f"NOT EXISTS ({_deliveries_of_it})"  # of events
-NAMES_NONE = "last_attempt NOT IN (SELECT id FROM attempts)"  # of statistics
-MISSED = f"NOT EXISTS ({_deliveries_of_it} AND webhook_id = ?)"
+_deliveries_of_event = "SELECT * FROM deliveries WHERE event_id = events.id"
+WITHOUT_DELIVERIES = f"NOT EXISTS ({_deliveries_of_event})"  # of events
+MISSED = f"NOT EXISTS ({_deliveries_of_event} AND webhook_id = ?)"  # of events, by a webhook
+NAMES_NO_ATTEMPT = "last_attempt NOT IN (SELECT id FROM attempts)"  # of statistics
 
 
 class IdempotencyKey(typing.NamedTuple):
@@ -3325,16 +3397,15 @@ class Commit(typing.NamedTuple):
     """What the writer tells after a commit: all that the delivery loop has to know."""
 
     recorded: list[Recorded]
-    changed: set[int]  # webhooks that were changed, or whose waiting deliveries were
+    changed: set[int]  # webhooks that were changed, or whose pending deliveries were
     due: list[DueDelivery]  # just published, in publish order
 
 
 class Batch:
     """What one transaction does. The writer makes it, calls `record` first and `finish`
-    last; what is published in between waits for a few large statements.
+    last; events that are published in between wait for a few large statements.
 
-    A method that raises does so before it has changed anything but the database, where
-    it is undone."""
+    A method that raises has changed nothing but the database, where that is undone."""
 
     def __init__(
         self,
@@ -3360,14 +3431,14 @@ class Batch:
         self.users = connection.rows(ALL_USERS)  # as they are now: others may change them
 
     def flush(self) -> None:
-        """Insert what was published and replayed, for what comes next to see."""
+        """Insert what was published and replayed, so that the next statements see it."""
         for table, rows in self._new.items():
             insert(self.connection, table, rows)
             rows.clear()
         self._note_progress()
 
     def finish(self) -> None:
-        """Write the rest."""
+        """Write all that is not written yet."""
         self.flush()
         for webhook_id, now_ms in self._changed_at.items():
             if webhook_id in self.webhooks.by_id:
@@ -3379,7 +3450,7 @@ class Batch:
             self.connection.change(sql, *health, webhook_id)
 
     def _date_state(self, webhook_id, now_ms):
-        """Note when a webhook's state began, if it is another one than before."""
+        """Note when a webhook's state began, if it differs from the committed one."""
         webhook, health = self.webhooks.by_id[webhook_id], self._health_of(webhook_id)
         before = self._webhooks_before.by_id.get(webhook_id)
         state_before = before and (self._health[webhook_id].state(before), before.paused)
@@ -3407,7 +3478,7 @@ class Batch:
             sql = f"SELECT id FROM deliveries WHERE id IN {LISTED}"
             row_ids = json.dumps([result.due.row_id for result in chunk])
             existing = set(self.connection.column(sql, row_ids))
-            # an attempt whose delivery was deleted meanwhile leaves nothing behind
+            # an attempt during which the delivery was deleted leaves nothing behind
             self._insert_attempts([r for r in chunk if r.due.row_id in existing])
             for result in chunk:
                 before = self._health_of(result.due.webhook_id)
@@ -3437,7 +3508,8 @@ class Batch:
             " next_attempt = iif(new.outcome = 'SUCCESS', NULL, next_attempt)"
             " FROM attempts AS new"
             " WHERE new.id BETWEEN ? AND ? AND deliveries.id = new.delivery_id",
-            *(rows[0][0], rows[-1][0]),
+            rows[0][0],
+            rows[-1][0],
         )
         rows = [key + count_and_last for key, count_and_last in counts.items()]
         added = "attempts = attempts + excluded.attempts"
@@ -3445,7 +3517,7 @@ class Batch:
         insert(self.connection, "statistics", rows, f"ON CONFLICT DO {update}")
 
     def _counted_name(self, webhook_id, event):
-        """The name that an attempt is counted by: `*` once too many others are counted."""
+        """The name that an attempt is counted by: `*` if too many other names are counted."""
         names = self._counted_names.get(webhook_id)
         if names is None:
             sql = "SELECT DISTINCT event FROM statistics WHERE webhook_id = ?"
@@ -3457,9 +3529,9 @@ class Batch:
         return event
 
     def _apply_to_delivery(self, due, verdict):
-        """Write what becomes of a delivery that did not succeed; the verdict that holds.
+        """Write what becomes of a delivery that did not succeed; returns the verdict that holds.
 
-        What was redelivered or released during the attempt stays due."""
+        A delivery that was redelivered or released during the attempt stays due."""
         if verdict.state != SUCCEEDED:
             sql = "SELECT next_attempt, schedule_index FROM deliveries WHERE id = ?"
             plan = self.connection.row(sql, due.row_id)
@@ -3475,9 +3547,9 @@ class Batch:
         webhook = self.webhooks.by_id.get(result.due.webhook_id)
         if webhook is None:  # deleted, and not yet all swept
             return
-        after, now_ms = verdict.health, result.ended
+        after, now_ms = verdict.health, result.ended_ms
         if after is before and verdict.state == SUCCEEDED and not after.announced:
-            return  # as nearly always
+            return  # the usual case
         if after != before:
             self._set_health(webhook.id, after, now_ms)
         if after.disabled and not before.disabled:
@@ -3488,20 +3560,20 @@ class Batch:
             self._announce(webhook, result, before, verdict)
 
     def _announce(self, webhook, result, before, verdict):
-        """Publish our own events of what an attempt has changed."""
+        """Publish our own events about what an attempt has changed."""
         after, attempt, due = verdict.health, result.attempt, result.due
         if after.disabled and not before.disabled:
-            self._announce_health(webhook, WEBHOOK_DISABLED, after.reason, result.ended)
+            self._announce_health(webhook, WEBHOOK_DISABLED, after.reason, result.ended_ms)
         elif after.paused_until and not before.paused_until:
-            self._announce_health(webhook, WEBHOOK_PAUSED, after.reason, result.ended)
+            self._announce_health(webhook, WEBHOOK_PAUSED, after.reason, result.ended_ms)
         elif attempt.outcome == SUCCESS and after.announced and not after.disabled:
-            self._announce_health(webhook, WEBHOOK_RECOVERED, attempt.description, result.ended)
+            self._announce_health(webhook, WEBHOOK_RECOVERED, attempt.description, result.ended_ms)
         if verdict.state == FAILED:
             delivery = {"id": due.uuid, "event": due.event, "eventId": due.event_id}
             delivery["description"] = attempt.description
             attempts = "1 attempt" if not due.attempt_count else f"{due.attempt_count + 1} attempts"
             reason = f"given up after {attempts}: {attempt.description}"
-            self._publish_own(DELIVERY_FAILED, webhook, reason, result.ended, delivery=delivery)
+            self._publish_own(DELIVERY_FAILED, webhook, reason, result.ended_ms, delivery=delivery)
 
     def _announce_health(self, webhook, event, reason, now_ms):
         self._publish_own(event, webhook, reason, now_ms)
@@ -3514,13 +3586,14 @@ class Batch:
         self._add(NewEvent(name, now_ms, json_bytes(document)), now_ms, except_for=webhook.id)
 
     def _release(self, webhook_id, now_ms):
-        """Let all that waits be due, oldest first, and at no cost of its schedule."""
+        """Let all that waits be due, oldest first, without using its schedule up."""
         self.connection.change(
             "UPDATE deliveries SET next_attempt = min(created, ?),"
             " schedule_index = schedule_index - 1"
             " WHERE state = 'pending' AND webhook_id = ? AND next_attempt > created"
             " AND schedule_index > 0",  # else it was redelivered, and is due
-            *(now_ms, webhook_id),
+            now_ms,
+            webhook_id,
         )
         self.commit.changed.add(webhook_id)
 
@@ -3551,7 +3624,9 @@ class Batch:
         row = self.connection.row(
             "SELECT fingerprint, first_event, event_count FROM answers"
             " WHERE user = ? AND key = ? AND created > ?",
-            *(*idempotency[:2], now_ms - KEY_DAYS * DAY_MS),
+            idempotency.user,
+            idempotency.key,
+            now_ms - KEY_DAYS * DAY_MS,
         )
         if row is None:
             return None
@@ -3560,12 +3635,13 @@ class Batch:
             raise KeyReused(Fault("Idempotency-Key", "was used with another body or name"))
         self.flush()  # they may have been published in this batch
         sql = "SELECT id, event, timestamp, deliveries FROM events WHERE id BETWEEN ? AND ?"
-        found = {row[0]: Event(*row) for row in self.connection.rows(sql, first, first + count - 1)}
+        rows = self.connection.rows(sql, first, first + count - 1)
+        stored = {id: Event(id, *columns) for id, *columns in rows}
         # of one that was deleted since, only its id is known
-        return [found.get(id) or Event(id, None, None, 0) for id in range(first, first + count)]
+        return [stored.get(id) or Event(id, None, None, 0) for id in range(first, first + count)]
 
     def _add(self, event, now_ms, except_for=None):
-        """Add an event, and a delivery for each webhook that wants it but one."""
+        """Add an event, and a delivery for each webhook that wants it, except for one."""
         webhook_ids = [id for id in self.webhooks.wanting(event) if id != except_for]
         event_id = next(self._ids["events"])
         self.published_count += 1
@@ -3576,28 +3652,32 @@ class Batch:
         for webhook_id in webhook_ids:
             row_id, uuid = self._add_delivery(webhook_id, event_id, event.name, now_ms)
             self._due_count[webhook_id] += 1
-            if self._due_count[webhook_id] <= WINDOW + 1:  # the last: there are more
-                key = (row_id, uuid, webhook_id, event_id)
-                due = DueDelivery(*key, event.name, event.body, 0, 0, now_ms)
-                self.commit.due.append(due)
+            # one more than a queue has room for, so that it knows that there are more
+            if self._due_count[webhook_id] <= WINDOW + 1:
+                self.commit.due.append(
+                    DueDelivery(
+                        row_id, uuid, webhook_id, event_id, event.name, event.body, 0, 0, now_ms
+                    )
+                )
         if len(self._new["deliveries"]) >= ROWS_IN_MEMORY:
             self.flush()
         return Event(event_id, event.name, event.timestamp, len(webhook_ids))
 
     def _add_delivery(self, webhook_id, event_id, event, now_ms):
         row_id, uuid = next(self._ids["deliveries"]), uuid7(now_ms)
+        schedule = PENDING, 0, now_ms, 0  # state, attempt_count, next_attempt, schedule_index
+        no_attempt = None, None, None
         self._new["deliveries"].append(
-            (row_id, uuid, webhook_id, event_id, event, now_ms)
-            + (PENDING, 0, now_ms, 0, None, None, None)
+            (row_id, uuid, webhook_id, event_id, event, now_ms, *schedule, *no_attempt)
         )
         self.pending_change[webhook_id] += 1
         return row_id, uuid
 
     def replay(self, webhook_id: int, event_ids: list[int], now_ms: int) -> int:
-        """Make deliveries of stored events that a webhook has none of; how many.
+        """Make deliveries of stored events that a webhook has no delivery of; how many.
 
         Raises NotFound."""
-        self.webhooks.get(webhook_id)
+        self.webhooks.get(webhook_id)  # raises NotFound
         sql = f"SELECT id, event FROM events WHERE id IN {LISTED} AND {MISSED} ORDER BY id"
         events = self.connection.rows(sql, json.dumps(event_ids), webhook_id)
         for event_id, name in events:
@@ -3624,10 +3704,10 @@ class Batch:
         change: collections.abc.Callable[[Webhook], Webhook],
         starts_clean: bool = False,
     ) -> tuple[Webhook, Webhook]:
-        """Replace a webhook by change(it), which no other comes between; both of them.
+        """Replace a webhook by change(webhook); returns the old one and the new one.
 
-        If it starts clean, as one that is led elsewhere does, its failures are forgotten and
-        what waits is due. Raises NotFound."""
+        If it starts clean or has a new URL, its failures are forgotten and what waits is due.
+        Raises NotFound, and whatever change raises."""
         old = self.webhooks.get(id)
         new = change(old)
         self._replace(new, new.updated)
@@ -3654,7 +3734,8 @@ class Batch:
         health = self._health_of(old.id)
         if not health.is_well or old.paused:
             clean = Health(announced=health.announced, since=health.since)
-            if health.disabled and not self.webhooks.get(old.id).active:  # that alone enables it
+            if health.disabled and not self.webhooks.get(old.id).active:
+                # another URL, say, does not enable it: somebody has to activate it
                 clean = clean._replace(disabled=True, reason=health.reason)
             self._set_health(old.id, clean, now_ms)
             self._release(old.id, now_ms)
@@ -3664,15 +3745,15 @@ class Batch:
     def redeliver(self, webhook_id: int, row_ids: list[int], now_ms: int) -> int:
         """Have deliveries attempted at once, on a fresh schedule; how many there are.
 
-        If the breaker has paused their webhook, its probe is due; what a Retry-After asked
-        for holds no longer. Raises NotFound."""
-        self.webhooks.get(webhook_id)
+        If the breaker has paused their webhook, its probe is due. A rest that a Retry-After
+        asked for is over. Raises NotFound."""
+        self.webhooks.get(webhook_id)  # raises NotFound
         chosen = f"WHERE webhook_id = ? AND id IN {LISTED}"
-        listed = (webhook_id, json.dumps(row_ids))
+        listed = json.dumps(row_ids)
         sql = f"SELECT count(*) FROM deliveries {chosen} AND state = 'pending'"
-        [waiting] = self.connection.row(sql, *listed)
+        [waiting] = self.connection.row(sql, webhook_id, listed)
         sql = "UPDATE deliveries SET state = 'pending', schedule_index = 0, next_attempt = ? "
-        count = self.connection.change(sql + chosen, now_ms, *listed)
+        count = self.connection.change(sql + chosen, now_ms, webhook_id, listed)
         self.pending_change[webhook_id] += count - waiting
         health = self._health_of(webhook_id)
         if count and health.waits_until():
@@ -3689,13 +3770,14 @@ class Batch:
         sql = "SELECT id, webhook_id FROM deliveries WHERE uuid = ?"
         row_id, webhook_id = or_404(self.connection.row(sql, uuid), f"delivery {uuid}")
         waiting = "state = 'pending' AND webhook_id = ?"
-        sql = f"SELECT min(next_attempt) - 1 FROM deliveries WHERE {waiting}"
+        sql = f"SELECT min(next_attempt) FROM deliveries WHERE {waiting}"
         [first] = self.connection.row(sql, webhook_id)
-        self.redeliver(webhook_id, [row_id], min(now_ms, first or now_ms))
+        before_all = now_ms if first is None else min(now_ms, first - 1)
+        self.redeliver(webhook_id, [row_id], before_all)
         return webhook_id
 
     def shift_schedule(self, after_ms: int, by_ms: int) -> None:
-        """Move what is planned after a moment, because the clock has jumped."""
+        """Move all that is planned after a moment, because the clock has jumped."""
         planned = "state = 'pending' AND next_attempt > ?"
         sql = f"UPDATE deliveries SET next_attempt = next_attempt + ? WHERE {planned}"
         self.connection.change(sql, by_ms, after_ms)
@@ -3712,7 +3794,9 @@ class Batch:
         self.connection.change(
             "UPDATE deliveries SET next_attempt = ?"
             f" WHERE state = 'pending' AND webhook_id IN {LISTED} AND next_attempt > ?",
-            *(latest_ms, json.dumps(webhook_ids), latest_ms),
+            latest_ms,
+            json.dumps(webhook_ids),
+            latest_ms,
         )
         for webhook_id in webhook_ids:
             health = self._health_of(webhook_id)
@@ -3723,7 +3807,7 @@ class Batch:
         self.commit.changed.update(webhook_ids)
 
     def excuse_failures(self, by_ms: int) -> None:
-        """Let webhooks fail so much shorter: the time is not known to have passed."""
+        """Take a time off how long webhooks fail: nobody knows whether it has passed."""
         for webhook_id in self.webhooks.by_id:
             health = self._health_of(webhook_id)
             if health.failing_since:
@@ -3736,7 +3820,7 @@ class Batch:
         """Delete an event and all that is known of it; raises NotFound."""
         sql = "SELECT id, webhook_id, state FROM deliveries WHERE event_id = ?"
         rows = self.connection.rows(sql, id)
-        self._forget(self.delete_deliveries([row_id for row_id, *_ in rows]))
+        self._replace_last_attempts(self.delete_deliveries([row_id for row_id, *_ in rows]))
         or_404(self.delete_events([id]), f"event {id}")
         rows = [row for row in rows if row[1] in self.webhooks.by_id]
         waiting = [webhook_id for _, webhook_id, state in rows if state == PENDING]
@@ -3744,8 +3828,8 @@ class Batch:
         self.commit.changed.update(webhook_id for _, webhook_id, _ in rows)
 
     def delete_webhook(self, id: int) -> None:
-        """Delete a webhook; raises NotFound. Of its deliveries a step is deleted at
-        once, and `delete_leftovers` does the rest; nobody sees them meanwhile."""
+        """Delete a webhook; raises NotFound. One step of its deliveries is deleted at once,
+        and `delete_leftovers` deletes the others, which nobody sees until then."""
         or_404(self._delete("webhooks", "id", [id]), f"webhook {id}")
         self.flush()  # what was published beside it
         self.connection.change("DELETE FROM statistics WHERE webhook_id = ?", id)
@@ -3782,23 +3866,25 @@ class Batch:
 
     def delete_deliveries_of(self, webhook_id: int) -> int:
         """Delete a step of a deleted webhook's deliveries; how many."""
-        if webhook_id in self.webhooks.by_id:  # new, and not yet known to who asks
+        if webhook_id in self.webhooks.by_id:  # whatever the caller believes: it is not deleted
             return 0
         sql = f"SELECT id FROM deliveries WHERE webhook_id = ? LIMIT {ROWS_PER_STEP}"
         ids = self.connection.column(sql, webhook_id)
         self.delete_deliveries(ids)
         return len(ids)
 
-    def _forget(self, attempts):
-        """Have the statistics name the attempts before those deleted as the last."""
+    def _replace_last_attempts(self, deleted):
+        """Where the statistics name a deleted attempt as the last, name the one before it."""
+        last = (
+            "SELECT attempts.id FROM deliveries JOIN attempts ON delivery_id = deliveries.id"
+            " WHERE webhook_id = statistics.webhook_id AND deliveries.event = statistics.event"
+            " AND attempts.outcome = statistics.outcome"
+            " ORDER BY deliveries.id DESC, attempts.id DESC LIMIT 1"
+        )
         self.connection.change(
-            "UPDATE statistics SET last_attempt = coalesce((SELECT attempts.id"
-            " FROM deliveries JOIN attempts ON delivery_id = deliveries.id WHERE"
-            " webhook_id = statistics.webhook_id"
-            " AND deliveries.event = statistics.event"
-            " AND attempts.outcome = statistics.outcome ORDER BY deliveries.id DESC,"
-            f" attempts.id DESC LIMIT 1), 0) WHERE last_attempt IN {LISTED}",
-            json.dumps(attempts),
+            f"UPDATE statistics SET last_attempt = coalesce(({last}), 0)"
+            f" WHERE last_attempt IN {LISTED}",
+            json.dumps(deleted),
         )
 
     def forget_answers(self, before_ms: int) -> None:
@@ -3808,8 +3894,8 @@ class Batch:
         self.connection.change(sql, before_ms)
 
     def forget_statistics(self, day: int) -> None:
-        """Forget the counts of a day, except those that name a last attempt."""
-        self.connection.change(f"DELETE FROM statistics WHERE day = ? AND {NAMES_NONE}", day)
+        """Forget the counts of a day, except those whose last attempt is still stored."""
+        self.connection.change(f"DELETE FROM statistics WHERE day = ? AND {NAMES_NO_ATTEMPT}", day)
         self._counted_names.clear()
 
 
@@ -3817,18 +3903,18 @@ class Batch:
 
 
 def is_of_the_machine(error: Exception) -> bool:
-    """Whether the disk, the file or the memory is at fault, and not a statement of ours."""
+    """Whether the disk, the file or the memory is at fault, and not our own statement."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     return isinstance(error, MemoryError) or code != sqlite3.SQLITE_ERROR
 
 
 def unreadable(error: Exception) -> Unavailable:
-    """What the caller is told when the database cannot be read."""
+    """The error of a request for which the database cannot be read."""
     return Unavailable(f"the database cannot be read: {str(error) or 'out of memory'}")
 
 
 def stored_error(error: Exception, path: str) -> Exception:
-    """What the caller is told about an error of the database."""
+    """The error of a write, from the one that the database raised."""
     if isinstance(error, MemoryError):  # what sqlite3 makes of SQLITE_NOMEM
         return Unavailable("the database cannot be written: out of memory")
     if not isinstance(error, sqlite3.Error):
@@ -3850,11 +3936,11 @@ class Write:
         self._run, self._result, self._error = run, None, None
 
     def run(self, batch: Batch) -> None:
-        """Called by the writer; an error stays with this write alone, if it can."""
+        """Called by the writer; most errors fail this write alone."""
         try:
             self._result = self._run(batch)
         except (sqlite3.Error, MemoryError):
-            raise  # the others would not fare better
+            raise  # the other writes would fail, too
         except Exception as error:
             self._error = error
 
@@ -3873,41 +3959,59 @@ DELIVERY_COLUMNS = (
     " outcome, description, duration"
 )
 ATTEMPT_COLUMNS = ", ".join(f"attempts.{field}" for field in Attempt._fields[:-2])
-Steps = collections.abc.Iterator[None]  # each step is done when it is asked for
+EVENT_COLUMNS = "id, event, timestamp, (SELECT count(*) FROM deliveries WHERE event_id = events.id)"
+OF_WEBHOOKS = "webhook_id IN (SELECT id FROM webhooks)"  # not of one whose deletion goes on
+
+# work in steps: who asks for the next one has it done, and rests in between
+Steps = collections.abc.Iterator[None]
 IdsInSteps = collections.abc.Iterator[list[int]]
 
 
-EVENT_COLUMNS = "id, event, timestamp, (SELECT count(*) FROM deliveries WHERE event_id = events.id)"
+def event_conditions(wanted: Filter, time: str) -> list[Condition]:
+    """What the events that are wanted meet; time: the column of their times."""
+    return [
+        one_of("event", wanted.events),
+        if_given(f"{time} >= ?", wanted.since),
+        if_given(f"{time} <= ?", wanted.until),
+    ]
 
 
-def event_tests(wanted: Filter, time: str) -> dict[str, object]:
-    """What `where` takes to find the events that are wanted, by a column of times."""
-    since, until = wanted.since, wanted.until
-    return {"event IN": wanted.events, f"{time} >= ?": since, f"{time} <= ?": until}
+def delivery_conditions(webhook_id: int, wanted: Filter) -> list[Condition]:
+    """What the deliveries of a webhook that are wanted meet."""
+    return [
+        ("webhook_id = ?", webhook_id),
+        one_of("state", wanted.states),
+        one_of("outcome", wanted.outcomes),
+        *event_conditions(wanted, "created"),
+    ]
 
 
-def delivery_tests(webhook_id: int, wanted: Filter) -> dict[str, object]:
-    """What `where` takes to find the deliveries of a webhook that are wanted."""
-    tests = {"webhook_id = ?": webhook_id, "state IN": wanted.states}
-    return tests | {"outcome IN": wanted.outcomes} | event_tests(wanted, "created")
+def payload_condition(path: str, text: str) -> Condition:
+    """What all payloads meet that have the text at the path, and few others.
 
-
-def needle(path: str, text: str) -> tuple[str, list[bytes]]:
-    """An SQL condition that payloads with that text there fulfil, and few others."""
+    `user.id` and `42` need the bytes `"id":42` or `"id":"42` somewhere."""
     key, value = path.rpartition(".")[2], json_bytes(text)[1:-1]
-    if key.isdigit():  # perhaps an index
-        return "instr(body, ?)", [value[:NEEDLE_BYTES]]
+    if key.isdigit():  # perhaps the index of a list, which stands nowhere in the payload
+        return "instr(body, ?)", value[:NEEDLE_BYTES]
     name = json_bytes(key) + b":"
     needles = [(name + quote + value)[:NEEDLE_BYTES] for quote in (b"", b'"')]
-    return "(instr(body, ?) OR instr(body, ?))", needles
+    return "(instr(body, ?) OR instr(body, ?))", *needles
 
 
-class Found(typing.NamedTuple):
-    """A page of what a search found."""
+class EventsPage(typing.NamedTuple):
+    """A page of the events that are wanted."""
 
     events: list[Event]
-    total: int | None  # None: it has not looked at all
-    more: dict[str, int] | None = None  # then: `before` and `start` of what comes next
+    total: int | None  # None: a search has not looked at all of them
+    more: dict[str, int] | None = None  # then: `before` and `start` of the next page
+
+
+def _delivered_webhooks(connection):
+    """The ids of all webhooks that have deliveries: one look into the index for each id, where
+    DISTINCT would read all of it."""
+    sql, id = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?", 0
+    while (id := connection.row(sql, id)[0]) is not None:
+        yield id
 
 
 class Store:
@@ -3937,18 +4041,18 @@ class Store:
         self._ids = {}  # the next ones of each table
         self._counted_names = {}  # event names that statistics have, by webhook
         self.webhooks = Webhooks({})
-        self.users: list[tuple] = []  # rows; another process may change them meanwhile
+        self.users: list[tuple] = []  # rows; another process may have changed them since
         self.health = HealthById()
         self.pending = collections.Counter()  # deliveries that wait, by webhook
         self.last_attempts: dict[int, int] = {}  # by webhook: when it started, milliseconds
-        self._deleted: list[int] = []  # webhooks that may have left something
+        self._deleted: list[int] = []  # webhooks that may have left deliveries
         self.space = Space()
-        self.unmeasured_bytes = 0  # published since
+        self.unmeasured_bytes = 0  # published since the space was measured
         self.published_count = 0  # of events, since the start
         self.problem: str | None = None  # why the last commit failed
         self._progressed: float | None = None  # time.monotonic(); None: nothing to do
-        self.damage: str | None = None  # what was found first; it stays
-        self.full: str | None = None  # by maintenance: why nothing can be published
+        self.damage: str | None = None  # the first that was noticed; it stays
+        self.full: str | None = None  # why nothing can be published; set by maintenance
         self.log_holds_deleted = False  # see empty_log
 
     def __enter__(self):
@@ -3990,10 +4094,9 @@ class Store:
         self.pending.update(dict(rows))
         last = "SELECT webhook_id, max(start) FROM statistics JOIN attempts ON id = last_attempt"
         self.last_attempts = dict(connection.rows(f"{last} GROUP BY webhook_id"))
-        sql, id = "SELECT min(webhook_id) FROM deliveries WHERE webhook_id > ?", 0
-        while (id := connection.row(sql, id)[0]) is not None:
-            if id not in self.webhooks.by_id:
-                self._deleted.append(id)
+        self._deleted = [
+            id for id in _delivered_webhooks(connection) if id not in self.webhooks.by_id
+        ]
 
     # ---- the writer's thread ----
 
@@ -4006,12 +4109,12 @@ class Store:
             try:
                 batch = self._commit(writes, results)
             except Exception as error:
-                self._put_back(results, error)
-                self._cover(error)
+                self._retry_later(results, error)
+                self._overwrite_commit(error)
                 for write in writes:
                     write.finish(stored_error(error, self._path))
             else:
-                self._take_over(batch)
+                self._adopt(batch)
                 for listener in self._listeners:
                     listener(batch.commit)
                 for write in writes:
@@ -4039,8 +4142,14 @@ class Store:
         if self._connection.in_transaction:  # a rollback failed
             self._connection.execute("ROLLBACK")
         with transaction(self._connection) as connection:
-            state = self.webhooks, self.health, self._ids, self._counted_names
-            batch = Batch(connection, *state, self._note_progress)
+            batch = Batch(
+                connection,
+                self.webhooks,
+                self.health,
+                self._ids,
+                self._counted_names,
+                self._note_progress,
+            )
             if self.problem:  # see whether anything can be written at all
                 connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             batch.record(results, self._settings, self._jitter)
@@ -4049,14 +4158,15 @@ class Store:
             batch.finish()
         return batch
 
-    def _cover(self, error):
-        """Overwrite a commit that is in the log but perhaps not on the disk, so that no crash
-        makes it valid after its clients were told that it failed."""
+    def _overwrite_commit(self, error):
+        """Overwrite a commit that is in the log but perhaps not on the disk: else a crash might
+        make it valid, after its clients were told that it failed."""
         if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
             with contextlib.suppress(sqlite3.Error, MemoryError), transaction(self._connection):
                 self._connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
-    def _take_over(self, batch):
+    def _adopt(self, batch):
+        """Take over in memory what a batch has committed."""
         self.webhooks, self.users = batch.webhooks, batch.users
         self.health.update(batch.changed_health)
         self.pending.update(batch.pending_change)
@@ -4073,7 +4183,8 @@ class Store:
             log_fact("the database can be written again")
         self.problem = None
 
-    def _put_back(self, results, error):
+    def _retry_later(self, results, error):
+        """Keep the results of a commit that failed for the next one, and log why it did."""
         problem = str(stored_error(error, self._path))
         if problem != self.problem:
             log_fact("the database cannot be written", level=logging.ERROR, reason=problem)
@@ -4092,15 +4203,15 @@ class Store:
             log_fact("the database is damaged", level=logging.ERROR, reason=error, advice=advice)
 
     def on_commit(self, listener: collections.abc.Callable[[Commit], None]) -> None:
-        """Have the writer tell after each commit what it was about."""
+        """Have the writer call a listener after each commit."""
         self._listeners.append(listener)
 
     def faults(self) -> collections.abc.Iterator[str]:
-        """What is wrong with the database for those who read."""
+        """Why the database cannot be read, or not all of it."""
         if self.damage:
             yield self.damage
         try:
-            self._row("SELECT 1 FROM webhooks LIMIT 1")
+            self.reader().row("SELECT 1 FROM webhooks LIMIT 1")
         except (sqlite3.Error, MemoryError) as error:
             yield str(unreadable(error))
 
@@ -4129,18 +4240,17 @@ class Store:
         publisher: tuple[str, str, str] | None = None,
     ) -> concurrent.futures.Future:
         """Store events and their deliveries; a future that is done once they are on disk.
-        publisher: a user's row, who must still be that user then.
 
         Its result is the events as stored, and whether an earlier publication with the key
-        had stored them. It, or the call, raises Unauthorized, KeyReused, StorageFull or
+        had stored them. publisher: the user's row, which must still be the same when they are
+        stored. The future, or the call, raises Unauthorized, KeyReused, StorageFull or
         Unavailable; then nothing was stored."""
         if self.full:
             raise StorageFull(self.full)
         size_bytes = self.unmeasured_bytes + sum(len(event.body) for event in events)
         if 2 * size_bytes > self.space.left:  # in the log, and in the file
             raise StorageFull(NO_ROOM)
-        what = events, now_ms, idempotency, publisher
-        return self._submit(lambda batch: batch.publish(*what))
+        return self._submit(lambda batch: batch.publish(events, now_ms, idempotency, publisher))
 
     def record(self, result: Result) -> None:
         """Take an attempt's result for one of the next commits; does not wait.
@@ -4154,12 +4264,12 @@ class Store:
                 self._wakeup.notify()
 
     def write(self, work: collections.abc.Callable, *args: object):
-        """The result of work(batch, *args), once that is on disk; or it raises, and has
-        done nothing."""
+        """The result of work(batch, *args), once that is on disk. If it raises, nothing was
+        done."""
 
         def run(batch):
-            savepoint = "SAVEPOINT one", "RELEASE one", "ROLLBACK TO one"
-            with transaction(batch.connection, *savepoint):
+            connection = batch.connection
+            with transaction(connection, "SAVEPOINT one", "RELEASE one", "ROLLBACK TO one"):
                 return work(batch, *args)
 
         return self._submit(run).result()
@@ -4170,28 +4280,28 @@ class Store:
 
     def empty_log(self) -> None:
         """Move what SQLite's log holds into the database and cut the log off, so that no
-        trace of what was deleted stays in the files. It tries that once, and does not wait
-        for those who read: see log_holds_deleted."""
+        trace of what was deleted stays in the files. It tries that once, and waits for no
+        reader; log_holds_deleted tells whether it worked."""
         self.log_holds_deleted = True
         with (
             contextlib.suppress(sqlite3.Error),  # tried again by maintenance
             contextlib.closing(connect(self._path)) as connection,
         ):
             connection.on_error = self._note_error
-            connection.execute("PRAGMA busy_timeout = 50")  # the writer waits as long
-            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")  # beside it, the most of it
+            connection.execute("PRAGMA busy_timeout = 50")  # milliseconds; the writer waits, too
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")  # most of it beside the writer
             busy, *_ = connection.row("PRAGMA wal_checkpoint(TRUNCATE)")
             self.log_holds_deleted = bool(busy)
 
     def measure(self) -> None:
-        """Look how much room there is; called by maintenance."""
+        """Measure how much room there is; called by maintenance."""
         self.unmeasured_bytes = 0
         self.space = measure(self.reader(), self._path)
 
     # ---- maintenance, in steps, so that nobody waits long for the writer ----
 
     def delete_leftovers(self) -> Steps:
-        """Delete what deleted webhooks have left."""
+        """Delete the deliveries that deleted webhooks have left."""
         while self._deleted:
             while self.write(Batch.delete_deliveries_of, self._deleted[0]):
                 yield
@@ -4204,35 +4314,37 @@ class Store:
         yield from self._prune("events", WITHOUT_DELIVERIES, before_ms, Batch.delete_events)
 
     def _prune(self, table, condition, before_ms, delete):
-        # what may go, and what is too young: enough of these are the end
-        wanted = f"id > ? AND (created >= ? OR {condition})"
-        order = f"ORDER BY id LIMIT {ROWS_PER_STEP}"
+        """Delete the old rows that meet a condition, oldest first, until a step has none."""
+        # young rows are read, too: a step that has only these is the last. Without them the last
+        # step would read through all young rows in search of an old one
+        chosen = f"id > ? AND (created >= ? OR {condition})"
         event_id = "id" if table == "events" else "event_id"
         size = f"(SELECT length(body) FROM payloads WHERE event_id = {table}.{event_id})"
-        sql = f"SELECT id, created < ?, {size} FROM {table} WHERE {wanted} {order}"
+        sql = f"SELECT id, created < ?, {size} FROM {table} WHERE {chosen}"
+        sql += f" ORDER BY id LIMIT {ROWS_PER_STEP}"
         last, ids = 0, [0]
         while ids:
             ids, left_bytes = [], BYTES_PER_STEP
-            for id, is_old, size_bytes in self._rows(sql, before_ms, last, before_ms):
+            for id, is_old, size_bytes in self.reader().rows(sql, before_ms, last, before_ms):
                 if is_old and left_bytes > 0:
                     ids.append(id)
                     last, left_bytes = id, left_bytes - (size_bytes or 0)
-            if ids:  # looked at again: one may have been redelivered meanwhile
+            if ids:  # the condition again: one may have been redelivered since it was read
                 self.write(delete, ids, condition)
             yield
 
     def prune_answers(self, before_ms: int) -> Steps:
-        """Forget Idempotency-Keys that were used before a moment, the oldest first."""
+        """Forget Idempotency-Keys that were used before a moment, oldest first."""
         sql = "SELECT 1 FROM answers WHERE created < ? LIMIT 1"
-        while self._row(sql, before_ms):
+        while self.reader().row(sql, before_ms):
             self.write(Batch.forget_answers, before_ms)
             yield
 
     def prune_statistics(self, before_day: int) -> Steps:
-        """Forget counts of days before one, the oldest first, but none that names a last
-        attempt."""
-        sql = f"SELECT min(day) FROM statistics WHERE day < ? AND {NAMES_NONE}"
-        while (day := self._row(sql, before_day)[0]) is not None:
+        """Forget counts of the days before a day, oldest first, but none that names a last
+        attempt that is still stored."""
+        sql = f"SELECT min(day) FROM statistics WHERE day < ? AND {NAMES_NO_ATTEMPT}"
+        while (day := self.reader().row(sql, before_day)[0]) is not None:
             self.write(Batch.forget_statistics, day)
             yield
 
@@ -4250,7 +4362,7 @@ class Store:
                 batch.connection.execute("PRAGMA incremental_vacuum")
 
         given_back = False
-        while self._row("PRAGMA freelist_count")[0] >= PAGES_PER_STEP:
+        while self.reader().row("PRAGMA freelist_count")[0] >= PAGES_PER_STEP:
             yield self.write(work)
             given_back = True
         if given_back:
@@ -4262,7 +4374,7 @@ class Store:
         """Open connections for threads to come, while there are file descriptors."""
         for _ in range(count):
             reader = self._open_reader()
-            reader.row("SELECT 1 FROM sqlite_schema")  # before that no file is open
+            reader.row("SELECT 1 FROM sqlite_schema")  # only this opens the file
             self._spare_readers.append(reader)
 
     def reader(self) -> Database:
@@ -4283,33 +4395,25 @@ class Store:
             self._cleanup.callback(connection.close)
         return connection
 
-    def _rows(self, sql, *values):
-        return self.reader().rows(sql, *values)
-
-    def _row(self, sql, *values):
-        return self.reader().row(sql, *values)
-
-    def _models(self, model, sql, *values):
-        return list(itertools.starmap(model, self._rows(sql, *values)))
-
-    def _page(self, model, columns, table, tests, page, condition="1"):
-        """A page of the rows that pass the tests, newest first, and their number.
+    def _page(self, columns, table, conditions, page):
+        """A page of the rows that meet the conditions, newest first, and their number.
 
         Beyond the page it counts no further than to COUNTED_ROWS."""
-        clause, values = where(tests)
-        chosen = f"FROM {table}{clause} AND {condition}"
+        clause, values = where(conditions)
+        chosen, reader = f"FROM {table}{clause}", self.reader()
         limit = page.start + page.limit + COUNTED_ROWS
-        [count] = self._row(f"SELECT count(*) FROM (SELECT 1 {chosen} LIMIT ?)", *values, limit)
+        sql = f"SELECT count(*) FROM (SELECT 1 {chosen} LIMIT ?)"
+        [count] = reader.row(sql, *values, limit)
         sql = f"SELECT {columns} {chosen} ORDER BY id DESC LIMIT ? OFFSET ?"
-        return self._models(model, sql, *values, page.limit, page.start), count
+        return reader.rows(sql, *values, page.limit, page.start), count
 
-    def _steps(self, columns, table, tests, condition="1"):
+    def _steps(self, columns, table, conditions):
         """Rows that begin with their id, in steps, oldest first."""
         last = 0
         while True:
-            clause, values = where(tests | {"id > ?": last})
-            order = f"AND {condition} ORDER BY id LIMIT {ROWS_PER_STEP}"
-            rows = self._rows(f"SELECT {columns} FROM {table}{clause} {order}", *values)
+            clause, values = where([*conditions, ("id > ?", last)])
+            sql = f"SELECT {columns} FROM {table}{clause} ORDER BY id LIMIT {ROWS_PER_STEP}"
+            rows = self.reader().rows(sql, *values)
             if not rows:
                 return
             yield rows
@@ -4319,26 +4423,27 @@ class Store:
 
     def events(self, wanted: Filter, page: Page) -> tuple[list[Event], int]:
         """A page of events, newest first, and how many there are in all."""
-        tests = event_tests(wanted, "timestamp")
-        return self._page(Event, EVENT_COLUMNS, "events", tests, page)
+        conditions = event_conditions(wanted, "timestamp")
+        rows, count = self._page(EVENT_COLUMNS, "events", conditions, page)
+        return [Event(*row) for row in rows], count
 
-    def search(self, wanted: Filter, page: Page, before: int | None = None) -> Found:
+    def search(self, wanted: Filter, page: Page, before: int | None = None) -> EventsPage:
         """A page of the events whose payload has what is wanted, newest first.
 
-        It looks at a bounded number of those before that id; who follows `more` sees all."""
+        It looks at a bounded number of events before an id. Who follows `more` sees all."""
         ids, low = self._matching(wanted, before or 1 << 53)
         part = ids[page.start : page.start + page.limit]
         events, more = self._events_of(part), None
         if low is None and before is None:
-            return Found(events, len(ids))
+            return EventsPage(events, len(ids))
         if page.start + page.limit < len(ids):
             more = {"before": part[-1], "start": 0}
         elif low is not None:
             more = {"before": low, "start": max(0, page.start - len(ids))}
-        return Found(events, None, more)
+        return EventsPage(events, None, more)
 
     def _matching(self, wanted, before):
-        """The ids that match, newest first, and before which it has not looked, or None."""
+        """The ids that match, newest first, and the id before which nobody looked, or None."""
         ids, looked, looked_bytes = [], 0, 0
         while looked < SEARCHED_EVENTS and looked_bytes < SEARCHED_BYTES:
             low, count, size_bytes = self._search_step(before)
@@ -4349,23 +4454,25 @@ class Store:
         return ids, before
 
     def _search_step(self, before):
-        """The lowest of the next ids, their number, and the bytes of their payloads."""
+        """The lowest of the next ids, their number, and the bytes of their payloads.
+
+        Each step ends where a quarter of all bytes that may be searched is reached."""
         step = "SELECT event_id, length(body) AS size FROM payloads WHERE event_id < ?"
         step += f" ORDER BY event_id DESC LIMIT {SEARCH_STEP}"
-        above = "sum(size) OVER (ORDER BY event_id DESC) - size AS above"
-        return self._row(
+        above = "sum(size) OVER (ORDER BY event_id DESC) - size AS above"  # bytes before this one
+        return self.reader().row(
             "SELECT min(event_id), count(*), sum(size)"
             f" FROM (SELECT event_id, size, {above} FROM ({step})) WHERE above < ?",
-            *(before, SEARCHED_BYTES // 4),
+            before,
+            SEARCHED_BYTES // 4,
         )
 
     def _having(self, wanted, low, high):
         """The ids from low to below high of the events that are wanted, newest first."""
-        tests = event_tests(wanted, "timestamp") | {"id >= ?": low, "id < ?": high}
-        clause, values = where(tests)
-        for path, text in wanted.where:
-            test, needles = needle(path, text)
-            clause, values = f"{clause} AND {test}", values + needles
+        conditions = event_conditions(wanted, "timestamp")
+        conditions += [("id >= ?", low), ("id < ?", high)]
+        conditions += [payload_condition(path, text) for path, text in wanted.where]
+        clause, values = where(conditions)
         sql = f"SELECT id, body FROM events CROSS JOIN payloads ON event_id = id{clause}"
         rows = self.reader().each(f"{sql} ORDER BY id DESC", *values)
         with contextlib.closing(rows):  # one by one, because they may be large
@@ -4375,7 +4482,7 @@ class Store:
         if not ids:
             return []
         sql = f"SELECT {EVENT_COLUMNS} FROM events WHERE id IN {placeholders(ids)}"
-        return self._models(Event, f"{sql} ORDER BY id DESC", *ids)
+        return [Event(*row) for row in self.reader().rows(f"{sql} ORDER BY id DESC", *ids)]
 
     def bodies(self, ids: list[int]) -> dict[int, bytes]:
         """The bodies of as many of the newest of these events as one answer may show."""
@@ -4390,8 +4497,9 @@ class Store:
                 taken[id] = body
         return taken
 
-    def _shown(self, delivery):
-        """The delivery, whose next attempt waits for what its webhook waits for."""
+    def _delivery(self, row):
+        """The delivery of a row, whose next attempt waits for what its webhook waits for."""
+        delivery = Delivery(*row)
         webhook = self.webhooks.by_id.get(delivery.webhook_id)
         if webhook is None:  # deleted just now
             return delivery
@@ -4401,97 +4509,83 @@ class Store:
     def event(self, id: int) -> tuple[Event, bytes, list[Delivery]]:
         """An event, its body and its deliveries; raises NotFound."""
         sql = "SELECT event, timestamp, body FROM events JOIN payloads ON event_id = id"
-        row = self._row(f"{sql} WHERE id = ?", id)
+        row = self.reader().row(f"{sql} WHERE id = ?", id)
         name, timestamp, body = or_404(row, f"event {id}")
-        tests = "event_id = ? AND webhook_id IN (SELECT id FROM webhooks)"
-        sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE {tests} ORDER BY id"
-        deliveries = list(map(self._shown, self._models(Delivery, sql, id)))
+        sql = f"SELECT {DELIVERY_COLUMNS} FROM deliveries WHERE {OF_WEBHOOKS} AND event_id = ?"
+        deliveries = [self._delivery(row) for row in self.reader().rows(f"{sql} ORDER BY id", id)]
         return Event(id, name, timestamp, len(deliveries)), body, deliveries
 
     def deliveries(self, webhook_id: int, wanted: Filter, page: Page) -> tuple[list[Delivery], int]:
         """A page of a webhook's deliveries, newest first, and how many there are."""
-        tests, (table, condition) = delivery_tests(webhook_id, wanted), delivery_list(wanted)
-        found, count = self._page(Delivery, DELIVERY_COLUMNS, table, tests, page, condition)
-        return list(map(self._shown, found)), count
+        table, condition = delivery_list(wanted)
+        conditions = [*delivery_conditions(webhook_id, wanted), condition]
+        rows, count = self._page(DELIVERY_COLUMNS, table, conditions, page)
+        return list(map(self._delivery, rows)), count
 
-    def delivery(self, uuid: str) -> tuple[Delivery, str, list[Attempt]]:
-        """A delivery, the body it sends and its attempts; raises NotFound."""
-        name = f"delivery {uuid}"
-        sql = f"SELECT id, {DELIVERY_COLUMNS} FROM deliveries WHERE uuid = ?"
-        row_id, *row = or_404(self._row(sql, uuid), name)
-        delivery = Delivery(*row)
-        or_404(delivery.webhook_id in self.webhooks.by_id, name)
-        sql = f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE delivery_id = ?"
-        attempts = self._models(Attempt, f"{sql} ORDER BY id", row_id)
-        sql = "SELECT body FROM payloads WHERE event_id = ?"
-        [body] = or_404(self._row(sql, delivery.event_id), name)  # else deleted just now
-        return self._shown(delivery), body.decode(), attempts
-
-    def delivery_in_steps(
-        self, uuid: str
-    ) -> tuple[Delivery, bytes, collections.abc.Iterator[Attempt]]:
+    def delivery(self, uuid: str) -> tuple[Delivery, bytes, collections.abc.Iterator[Attempt]]:
         """A delivery, its event's body and its attempts, oldest first, which are read when
         they are asked for; raises NotFound."""
-        name = f"delivery {uuid}"
-        row = self._row(
+        row = self.reader().row(
             f"SELECT id, body, {DELIVERY_COLUMNS} FROM deliveries"
-            " JOIN payloads USING (event_id) WHERE uuid = ?",
+            f" JOIN payloads USING (event_id) WHERE {OF_WEBHOOKS} AND uuid = ?",
             uuid,
         )
-        row_id, body, *columns = or_404(row, name)
-        delivery = Delivery(*columns)
-        or_404(delivery.webhook_id in self.webhooks.by_id, name)
-        [last] = self._row("SELECT max(id) FROM attempts WHERE delivery_id = ?", row_id)
-        return self._shown(delivery), body, self._attempts_until(row_id, last or 0)
+        row_id, body, *columns = or_404(row, f"delivery {uuid}")
+        sql = "SELECT max(id) FROM attempts WHERE delivery_id = ?"
+        [last] = self.reader().row(sql, row_id)
+        return self._delivery(columns), body, self._attempts_until(row_id, last or 0)
 
     def _attempts_until(self, row_id, last):
         """The attempts of a delivery, read a few at a time: one may have a megabyte."""
-        tests = f"delivery_id = ? AND id > ? AND id <= ? ORDER BY id LIMIT {ATTEMPTS_PER_STEP}"
-        sql, reached = f"SELECT id, {ATTEMPT_COLUMNS} FROM attempts WHERE {tests}", 0
+        chosen = f"delivery_id = ? AND id > ? AND id <= ? ORDER BY id LIMIT {ATTEMPTS_PER_STEP}"
+        sql, reached = f"SELECT id, {ATTEMPT_COLUMNS} FROM attempts WHERE {chosen}", 0
         while reached < last:
-            rows = self._rows(sql, row_id, reached, last)
+            rows = self.reader().rows(sql, row_id, reached, last)
             yield from (Attempt(*attempt) for _, *attempt in rows)
             if not rows:  # to end here would look as if these were all
-                raise Unavailable("the delivery was deleted meanwhile")
+                raise Unavailable("the delivery was deleted while it was read")
             reached = rows[-1][0]
 
     def attempt_starts(self, uuids: list[str]) -> dict[str, int]:
         """When the last attempt of each of these deliveries began, if there is one."""
         of_each = f"deliveries.id = delivery_id WHERE uuid IN {placeholders(uuids)}"
         sql = f"SELECT uuid, max(start) FROM deliveries JOIN attempts ON {of_each}"
-        return dict(self._rows(f"{sql} GROUP BY uuid", *uuids))
+        return dict(self.reader().rows(f"{sql} GROUP BY uuid", *uuids))
 
     def delivery_states(self, event_ids: list[int]) -> dict[int, collections.Counter]:
         """How many deliveries of each of these events are in which state."""
-        tests = f"event_id IN {placeholders(event_ids)} AND webhook_id IN (SELECT id FROM webhooks)"
-        sql = f"SELECT event_id, state, count(*) FROM deliveries WHERE {tests} GROUP BY 1, 2"
+        chosen = f"{OF_WEBHOOKS} AND event_id IN {placeholders(event_ids)}"
+        sql = f"SELECT event_id, state, count(*) FROM deliveries WHERE {chosen} GROUP BY 1, 2"
         states = collections.defaultdict(collections.Counter)
-        for event_id, state, number in self._rows(sql, *event_ids):
-            states[event_id][state] = number
+        for event_id, state, count in self.reader().rows(sql, *event_ids):
+            states[event_id][state] = count
         return states
 
     def redeliverable(self, webhook_id: int, wanted: Filter) -> IdsInSteps:
         """The row ids of the deliveries that match, in steps, oldest first."""
-        tests, (table, condition) = delivery_tests(webhook_id, wanted), delivery_list(wanted)
-        for rows in self._steps("id", table, tests, condition):
+        table, condition = delivery_list(wanted)
+        conditions = [*delivery_conditions(webhook_id, wanted), condition]
+        for rows in self._steps("id", table, conditions):
             yield [row_id for (row_id,) in rows]
 
     def missed_events(self, webhook: Webhook, wanted: Filter) -> IdsInSteps:
         """The ids of the events that a webhook wants and never got, in steps."""
-        tests = event_tests(wanted, "timestamp") | {MISSED: webhook.id}
-        for rows in self._steps("id, event", "events", tests):
+        conditions = [*event_conditions(wanted, "timestamp"), (MISSED, webhook.id)]
+        for rows in self._steps("id, event", "events", conditions):
             named = [(id, name) for id, name in rows if webhook.subscribed(name)]
             yield [id for id, name in named if self._is_for(webhook, id, name)]
 
     def _is_for(self, webhook, event_id, name):
-        """Whether an event passes the filters, and does not tell of the webhook itself."""
+        """Whether an event passes the filters, and is no own event about this webhook."""
         if not webhook.filters and name not in OWN_EVENTS:
             return True
         # one by one, because they may be large
-        body = self._row("SELECT body FROM payloads WHERE event_id = ?", event_id)
-        fields = readable_fields(body[0]) if body else {}
+        row = self.reader().row("SELECT body FROM payloads WHERE event_id = ?", event_id)
+        if row is None:  # deleted just now
+            return False
+        fields = readable_fields(row[0])
         is_about_it = name in OWN_EVENTS and value_at(fields, "webhook.id") == webhook.id
-        return body and not is_about_it and wants(webhook, fields)
+        return not is_about_it and wants(webhook, fields)
 
     # ---- reading statistics ----
 
@@ -4505,9 +4599,9 @@ class Store:
         self, webhook_id: int, wanted: Filter, whole_url: bool = True, bodies: bool = True
     ) -> dict | None:
         """The last invocation that matches, as the API shows it, or None."""
-        tests = {"webhook_id = ?": webhook_id, "event IN": wanted.events}
-        clause, values = where(tests | {"statistics.outcome IN": wanted.outcomes})
-        row = self._row(
+        conditions = [("webhook_id = ?", webhook_id), one_of("event", wanted.events)]
+        clause, values = where([*conditions, one_of("statistics.outcome", wanted.outcomes)])
+        row = self.reader().row(
             f"SELECT uuid, event, body, {ATTEMPT_COLUMNS} FROM attempts"
             " JOIN deliveries ON deliveries.id = delivery_id"
             " JOIN payloads USING (event_id)"
@@ -4526,40 +4620,40 @@ class Store:
         self, webhook_id: int, events: tuple[str, ...], now_ms: int, whole_url: bool = True
     ) -> dict:
         """Counts of attempts and the last of each outcome, as the API shows them."""
-        shown = {}
+        document = {}
         for outcome in OUTCOMES:
             wanted = Filter(events=events, outcomes=(outcome,))
             invocation = self.latest(webhook_id, wanted, whole_url, bodies=False)
             if invocation:
-                shown[f"last{outcome.capitalize()}"] = invocation
-        shown["counts"] = self._counts(webhook_id, events, now_ms)
-        return shown
+                document[f"last{outcome.capitalize()}"] = invocation
+        document["counts"] = self._counts(webhook_id, events, now_ms)
+        return document
 
     def _counts(self, webhook_id, events, now_ms):
-        ids = (webhook_id,)
-        counts = self.attempts_by("webhook_id", ids, now_ms, events)[webhook_id]
-        window = STATISTICS_DAYS * DAY_MS
+        counts = self.attempts_by("webhook_id", (webhook_id,), now_ms, events)[webhook_id]
+        window_ms = STATISTICS_DAYS * DAY_MS
         return {
             "successes": counts[SUCCESS],
             "failures": counts[FAILURE],
             "errors": counts[ERROR],
-            "window": {"start": now_ms - window, "duration": window},
+            "window": {"start": now_ms - window_ms, "duration": window_ms},
         }
 
     def attempts_by(
         self, column: str, webhook_ids: tuple, now_ms: int, events: tuple = ()
     ) -> dict[int, collections.Counter]:
         """For each webhook_id or day the attempts of the last 30 days by outcome."""
-        tests = {"webhook_id IN": webhook_ids, "event IN": events}
-        clause, values = where(tests | {"day >= ?": now_ms // DAY_MS - STATISTICS_DAYS})
+        first_day = now_ms // DAY_MS - STATISTICS_DAYS
+        conditions = [one_of("webhook_id", webhook_ids), one_of("event", events)]
+        clause, values = where([*conditions, ("day >= ?", first_day)])
         sql = f"SELECT {column}, outcome, sum(attempts) FROM statistics{clause}"
         counts = collections.defaultdict(collections.Counter)
-        for key, outcome, attempts in self._rows(f"{sql} GROUP BY 1, 2", *values):
+        for key, outcome, attempts in self.reader().rows(f"{sql} GROUP BY 1, 2", *values):
             counts[key][outcome] = attempts
         return counts
 
     def attempted_events(self, webhook_id: int) -> list[str]:
-        """The names of the events that a webhook has statistics of."""
+        """The names of the events that a webhook has statistics for."""
         sql = "SELECT DISTINCT event FROM statistics WHERE webhook_id = ?"
         return self.reader().column(f"{sql} ORDER BY event", webhook_id)
 
@@ -4573,18 +4667,18 @@ class Store:
         limit: int,
         limit_bytes: int = 1 << 20,
     ) -> tuple[list[DueDelivery], bool]:
-        """The webhook's oldest due deliveries that are not held, and if there are more.
+        """The webhook's oldest due deliveries that are not held, and whether there are more.
 
         Those of an ordered webhook come in publish order, due or not."""
-        until, order = (until_ms, "next_attempt, id")
-        if webhook.ordered:
-            until, order = None, "id"
-        tests = {"webhook_id = ?": webhook.id, "next_attempt <= ?": until}
-        clause, values = where(tests)
+        conditions, order = [("webhook_id = ?", webhook.id), ("state = 'pending'",)], "id"
+        if not webhook.ordered:
+            conditions.append(("next_attempt <= ?", until_ms))
+            order = "next_attempt, id"
+        clause, values = where(conditions)
         rows = self.reader().each(
             "SELECT id, uuid, webhook_id, event_id, event, body, attempt_count, schedule_index,"
             f" next_attempt FROM deliveries JOIN payloads USING (event_id){clause}"
-            f" AND state = 'pending' ORDER BY {order}",
+            f" ORDER BY {order}",
             *values,
         )
         taken, taken_bytes = [], 0
@@ -4602,24 +4696,24 @@ class Store:
         """When, after now, the webhook's next delivery becomes due; milliseconds."""
         sql = "SELECT min(next_attempt) FROM deliveries WHERE state = 'pending'"
         later = "webhook_id = ? AND next_attempt > ?"
-        return self._row(f"{sql} AND {later}", webhook_id, now_ms)[0]
+        return self.reader().row(f"{sql} AND {later}", webhook_id, now_ms)[0]
 
     def planned_after(self, moment_ms: int) -> list[int]:
-        """The webhooks that have something planned, or wait themselves, after a moment."""
+        """The webhooks that have deliveries planned after a moment, or wait until after it."""
         sql = "SELECT id, (SELECT max(next_attempt) FROM deliveries WHERE state = 'pending'"
         rows = self.reader().rows(f"{sql} AND webhook_id = webhooks.id) FROM webhooks")
         latest = {id: max(ms or 0, self.health[id].waits_until()) for id, ms in rows}
         return [id for id, ms in latest.items() if ms > moment_ms]
 
     def latest_moment(self) -> int | None:
-        """When the last thing that is known happened, milliseconds; None if nothing did."""
+        """When the last event or attempt happened, milliseconds; None if there is none."""
         sql = "SELECT (SELECT created FROM events ORDER BY id DESC LIMIT 1)"
         sql += ", (SELECT start + duration FROM attempts ORDER BY id DESC LIMIT 1)"
         return max(filter(None, self.reader().row(sql)), default=None)
 
     def oldest_pending(self) -> dict[int, int]:
         """When each webhook's oldest pending delivery was made; milliseconds."""
-        [created] = self._row(  # one row, because each gives up the GIL
+        [created] = self.reader().row(  # one row, because each gives up the GIL
             "SELECT json_group_object(id, (SELECT created FROM deliveries"
             " WHERE state = 'pending' AND webhook_id = webhooks.id"
             " ORDER BY deliveries.id LIMIT 1)) FROM webhooks"
@@ -4632,44 +4726,46 @@ class Store:
 # ======================================================================================
 
 RENDERED_BYTES = 1 << 20  # that a template may make of an event, beside four times its size
-_json_string = re.compile(r'"(?:[^"\\]|\\.)*+"(:?)')  # with the colon behind a key
+_json_string = re.compile(r'"(?:[^"\\]|\\.)*+"(:?)')  # if it is a key, with its colon
 
 
 class Rendering:
-    """One event, put into the places of a template."""
+    """One event, rendered by a template."""
 
     def __init__(self, body: bytes):
-        self._fields, self._left = event_fields(body), RENDERED_BYTES + 4 * len(body)
+        self._fields, self._left_bytes = event_fields(body), RENDERED_BYTES + 4 * len(body)
 
-    def _counted(self, text):
-        self._left -= len(text)
-        require(self._left >= 0, "the template makes too large a body of the event")
+    def _bounded(self, text):
+        """A text that is put in; raises Invalid if all of them are too much."""
+        self._left_bytes -= len(text)
+        require(self._left_bytes >= 0, "the template makes too large a body of the event")
         return text
 
-    def _placed(self, match):
-        value = value_at(self._fields, match[1].strip())
-        return self._counted("" if value in (None, ABSENT) else text_of(value))
+    def _text_for(self, placeholder):
+        value = value_at(self._fields, placeholder[1].strip())
+        return self._bounded("" if value in (None, ABSENT) else text_of(value))
 
     def text(self, template: str) -> str:
-        """The template with the values' texts in their places."""
-        return PLACEHOLDER.sub(self._placed, template)
+        """The template with the values' texts for its placeholders."""
+        return PLACEHOLDER.sub(self._text_for, template)
 
-    def _string(self, match):
-        if match[1] or "{{" not in match[0]:
-            return match[0]
-        text = json.loads(match[0])
-        if not (whole := PLACEHOLDER.fullmatch(text)):
+    def _json_for(self, string):
+        is_key = string[1]
+        if is_key or "{{" not in string[0]:
+            return string[0]
+        text = json.loads(string[0])
+        if not (placeholder := PLACEHOLDER.fullmatch(text)):
             return _encode(self.text(text))
-        value = value_at(self._fields, whole[1].strip())
-        return self._counted("null" if value is ABSENT else json_text(value))
+        value = value_at(self._fields, placeholder[1].strip())
+        return self._bounded("null" if value is ABSENT else json_text(value))
 
     def json(self, template: object) -> str:
-        """The template's JSON, where a string that is one placeholder becomes the value."""
-        return _json_string.sub(self._string, _encode(template))
+        """The template's JSON; a string that is nothing but a placeholder becomes the value."""
+        return _json_string.sub(self._json_for, _encode(template))
 
 
 def render(webhook: Webhook, body: bytes) -> bytes:
-    """What an attempt sends: an event's body, or what the webhook's template makes of it.
+    """The body that an attempt sends: the event's, or what the webhook's template makes of it.
 
     Raises Invalid if that is too large, or the event too deep."""
     template = webhook.template
@@ -4677,28 +4773,28 @@ def render(webhook: Webhook, body: bytes) -> bytes:
         return body
     rendering = Rendering(body)
     text = rendering.text(template) if isinstance(template, str) else rendering.json(template)
-    return text.encode("utf-8", "backslashreplace")
+    return utf8(text)
 
 
 # ======================================================================================
 # Dispatcher: the delivery loop
 # ======================================================================================
 
-FOREVER_MS = 1 << 62
-RESERVED_SHARE = 8  # one slot in so many is kept for webhooks proven to work, and one
-# turn in so many is for those that come last otherwise
-SLOT_BYTES = 128 << 10  # an attempt takes one more slot for each of its body
+END_OF_TIME_MS = 1 << 62
+RESERVED_SHARE = 8  # one slot in so many is kept for webhooks proven to work
+REVERSED_TURNS = 8  # one turn in so many is for those that otherwise come last
+SLOT_BYTES = 128 << 10  # an attempt takes one more slot for each of these in its body
 TICK_SECONDS = 1
-FAIR_HANDSHAKE_SECONDS = 0.02  # of the loop's time; whose TLS costs more of it, as large
-HANDSHAKE_REST = 10  # finite fields do, waits so many times as long before its next attempt
-LOG_SECONDS = 60  # what a receiver does is logged once in so long
-STOP_SECONDS = 10  # what is in flight at the end has this long
+FAIR_HANDSHAKE_SECONDS = 0.02  # of the loop's time for TLS; large finite fields take more
+HANDSHAKE_REST = 10  # who took more waits so many times as long before the next attempt
+LOG_SECONDS = 60  # a line about a receiver is logged once in so long
+STOP_SECONDS = 10  # that the attempts in flight have at the end
 DURATION_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
 
 
 class ReceiverLog:
-    """What is logged of one webhook's receiver: a line a minute at most, which tells how
-    often what happened meanwhile."""
+    """What is logged of one webhook's receiver: at most a line a minute, which tells what else
+    happened since the last line, and how often."""
 
     def __init__(self):
         self._not_before = -math.inf  # seconds
@@ -4716,9 +4812,11 @@ class ReceiverLog:
         if not self._latest or now < self._not_before:
             return
         words, level, values = self._latest
-        self._counts[words] -= 1
-        meanwhile = ", ".join(f"{count} times {what}" for what, count in (+self._counts).items())
-        log_fact(words, level=level, **values, **({"meanwhile": meanwhile} if meanwhile else {}))
+        self._counts[words] -= 1  # this line
+        others = [f"{count} times {what}" for what, count in self._counts.items() if count]
+        if others:
+            values = values | {"meanwhile": ", ".join(others)}
+        log_fact(words, level=level, **values)
         self._counts.clear()
         self._latest, self._not_before = None, now + LOG_SECONDS
 
@@ -4729,11 +4827,11 @@ class WebhookQueue:
     def __init__(self, webhook_id: int, proven: bool = False):
         self.webhook_id = webhook_id
         self.ready: collections.deque[DueDelivery] = collections.deque()
-        # row ids of what is ready, in flight, or not told to be on disk yet
+        # row ids of what is ready, in flight, or not known to be on disk yet
         self.held: set[int] = set()
         self.newest = 0  # highest row id ever held: what is offered below it is known
         self.backlog = True  # the database may hold more that is due
-        self.uncertain = 0  # results that may change its health, and are not on disk yet
+        self.uncertain = 0  # results that may change its health and are not on disk yet
         self.proven = proven  # it had a success, and few failures since
         self.width = 1  # attempts at once: one more with each success, a failure: 1
         self.in_flight = 0  # attempts
@@ -4753,11 +4851,11 @@ class WebhookQueue:
         self.newest = max(self.newest, due.row_id)
 
     def offer(self, due: DueDelivery, limit_bytes: int) -> None:
-        """Have one ready that was just published, or know that the database has it."""
-        if due.row_id <= self.newest:  # it was read from there already
+        """Have a delivery ready that was just published, or know that the database has it."""
+        if due.row_id <= self.newest:  # it was read from the database already
             return
-        room = min(WINDOW, 1 + limit_bytes // (len(due.body) + 1))
-        if self.backlog or len(self.ready) >= room:
+        limit = min(WINDOW, 1 + limit_bytes // (len(due.body) + 1))
+        if self.backlog or len(self.ready) >= limit:
             self.backlog = True
         else:
             self.hold(due)
@@ -4770,13 +4868,14 @@ class WebhookQueue:
 
     def note(self, recorded: Recorded, most: int) -> None:
         """Learn from an attempt that is on disk; most: attempts at once."""
-        (due, attempt, _, is_plain), _, verdict = recorded
-        self.held.discard(due.row_id)
-        self.uncertain -= not is_plain
-        self.attempts[attempt.outcome] += 1
+        result, verdict = recorded.result, recorded.verdict
+        outcome = result.attempt.outcome
+        self.held.discard(result.due.row_id)
+        self.uncertain -= not result.is_plain
+        self.attempts[outcome] += 1
         if verdict.state in (SUCCEEDED, FAILED):
-            self.finished[attempt.outcome] += 1
-        failures, succeeded = verdict.health.failures, attempt.outcome == SUCCESS
+            self.finished[outcome] += 1
+        failures, succeeded = verdict.health.failures, outcome == SUCCESS
         self.proven = succeeded or self.proven and failures < FAILURES_TO_PAUSE
         self.width = min(self.width + 1, most) if succeeded else 1
 
@@ -4785,7 +4884,7 @@ class Scheduler:
     """Whose attempt is next, and how many there may be at once.
 
     Queues of webhooks that are proven to work come before the others, which never take all
-    slots; first attempts come before retries. Now and then it is the other way round."""
+    slots. First attempts come before retries. One turn in eight goes the other way round."""
 
     def __init__(self, most: int):
         self.in_flight = 0  # attempts
@@ -4793,6 +4892,7 @@ class Scheduler:
         self._turn = 0
         self._most = most
         self._most_unproven = max(1, most - max(1, most // RESERVED_SHARE))
+        # queues that wait: proven with a first attempt, proven with a retry, then the unproven
         self._lines = [collections.deque() for _ in range(4)]
         self._busy: set[WebhookQueue] = set()  # waiting or with attempts in flight
 
@@ -4807,11 +4907,12 @@ class Scheduler:
         """The queue whose turn it is, which waits no longer; None: no slot is free."""
         if self._taken >= self._most:
             return None
-        allowed = self._lines if self._unproven < self._most_unproven else self._lines[:2]
+        unproven_have_room = self._unproven < self._most_unproven
+        lines = self._lines if unproven_have_room else self._lines[:2]  # only the proven
         self._turn += 1
-        if self._turn % RESERVED_SHARE == 0:  # so that nobody waits for ever
-            allowed = reversed(allowed)
-        for line in allowed:
+        if self._turn % REVERSED_TURNS == 0:  # so that every queue gets a turn some day
+            lines = reversed(lines)
+        for line in lines:
             if line:
                 queue = line.popleft()
                 queue.is_waiting = False
@@ -4819,7 +4920,7 @@ class Scheduler:
         return None
 
     def begin(self, queue: WebhookQueue, body_bytes: int) -> tuple[int, int]:
-        """Count an attempt in; returns what `end` has to be told."""
+        """Count an attempt in; returns the arguments of `end`."""
         slots = 1 + body_bytes // SLOT_BYTES
         unproven = 0 if queue.proven else slots
         self._count(queue, 1, slots, unproven)
@@ -4849,10 +4950,9 @@ class Scheduler:
 class Dispatcher:
     """Attempts what is due. `with` runs its loop in a thread of its own.
 
-    It obeys: what becomes of a delivery or a webhook, the writer decides and tells after its
-    commit. Everything but what is called by other threads, see below, runs in the loop's.
-    Webhooks take turns, and each has a share of the attempts in flight, so that none waits
-    for another."""
+    It obeys: the writer decides what becomes of a delivery and of a webhook, and tells after
+    its commit. Only the methods that are marked so are called by other threads. Webhooks take
+    turns, and each has a share of the attempts in flight, so that none waits for another."""
 
     def __init__(
         self,
@@ -4867,9 +4967,9 @@ class Dispatcher:
         self._succeeded = store.succeeded_webhooks()
         self._queues: dict[int, WebhookQueue] = {}
         self._scheduler = Scheduler(settings.max_in_flight)
-        self._unreadable: dict[int, str] = {}  # why the database told a queue nothing
+        self._unreadable: dict[int, str] = {}  # by webhook, why its deliveries cannot be read
         self._commits: collections.deque[Commit] = collections.deque()  # not followed yet
-        self._half_followed: list[Commit] = []
+        self._half_followed: Commit | None = None  # see _follow_commits
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked = time.monotonic()
         self.duration_counts = [0] * (len(DURATION_BUCKETS_MS) + 1)  # of attempts
@@ -4898,10 +4998,10 @@ class Dispatcher:
     # ---- called by other threads ----
 
     def follow(self, commit: Commit) -> None:
-        """Take what the writer tells of a commit."""
+        """Have the loop follow a commit."""
         if any(commit):
             self._commits.append(commit)
-            with contextlib.suppress(RuntimeError):  # the loop has ended: the next start
+            with contextlib.suppress(RuntimeError):  # the loop has ended; the next start will
                 if self._loop:
                     self._loop.call_soon_threadsafe(self.step)
 
@@ -4924,7 +5024,7 @@ class Dispatcher:
 
     def _enter_loop(self):
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        self._ended = asyncio.Event()  # some attempt has
+        self._ended = asyncio.Event()  # set at the end of each attempt
 
     async def _run(self, started):
         self._enter_loop()
@@ -4938,7 +5038,7 @@ class Dispatcher:
                 await asyncio.wait_for(self._stop.wait(), TICK_SECONDS)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._all_ended(), STOP_SECONDS)
-        self._client.close()  # what has not ended is attempted after the next start
+        self._client.close()  # an attempt that has not ended is made again at the next start
         for queue in self._queues.values():
             queue.log.flush(math.inf)
 
@@ -4963,8 +5063,8 @@ class Dispatcher:
         self._loop = None
 
     def _tick(self):
-        """A step, before which those alarms ring that the clock has passed."""
-        now = self._clock()  # a timer does not count while the machine sleeps
+        """Let the alarms ring that the clock has passed, and make a step."""
+        now = self._clock()  # timers stand still while the machine sleeps
         for queue in list(self._queues.values()):
             queue.log.flush(now)
             if queue.alarm <= now * 1000:
@@ -4980,14 +5080,14 @@ class Dispatcher:
             log.exception("a step of the delivery loop failed")
 
     def _follow_commits(self):
-        """Obey each of them, or, after an error half-way, look at all that it was about."""
-        while self._half_followed:
-            self._catch_up(self._half_followed[-1])
-            self._half_followed.pop()
+        """Obey each commit; one that an error left half followed is caught up with first."""
+        if self._half_followed:
+            self._catch_up(self._half_followed)
+            self._half_followed = None
         while self._commits:
-            self._half_followed.append(self._commits.popleft())
-            self._obey(self._half_followed[-1])
-            self._half_followed.pop()
+            self._half_followed = self._commits.popleft()
+            self._obey(self._half_followed)
+            self._half_followed = None
 
     def _now_ms(self):
         return int(self._clock() * 1000)
@@ -5011,18 +5111,19 @@ class Dispatcher:
             self._line_up(queue)
 
     def _catch_up(self, commit):
-        """Follow a commit of which some is followed already."""
+        """Follow a commit of which a part is followed already."""
         for recorded in commit.recorded:
             due = recorded.result.due
             queue = self._queues.get(due.webhook_id)
             if queue and due.row_id in queue.held:
                 queue.note(recorded, self._settings.webhook_concurrency)
-        told = {recorded.result.due.webhook_id for recorded in commit.recorded}
-        for webhook_id in commit.changed | told | {due.webhook_id for due in commit.due}:
+        attempted = {recorded.result.due.webhook_id for recorded in commit.recorded}
+        published = {due.webhook_id for due in commit.due}
+        for webhook_id in commit.changed | attempted | published:
             self._reread(webhook_id)
 
     def _note(self, recorded):
-        """Take in what the writer made of an attempt."""
+        """Count an attempt that is on disk, and plan what follows from its verdict."""
         due, attempt = recorded.result.due, recorded.result.attempt
         bucket = bisect.bisect_left(DURATION_BUCKETS_MS, attempt.duration)
         self.duration_counts[bucket] += 1
@@ -5041,7 +5142,8 @@ class Dispatcher:
 
     def _log(self, receiver_log, webhook, recorded):
         """Log what an attempt has changed."""
-        (due, attempt, *_), before, (state, _, _, after) = recorded
+        due, attempt = recorded.result.due, recorded.result.attempt
+        before, after = recorded.before, recorded.verdict.health
         if attempt.outcome == SUCCESS and before == after:
             return
         add = functools.partial(receiver_log.add, self._clock())
@@ -5055,12 +5157,12 @@ class Dispatcher:
             add("webhook fails", logging.INFO, **names, reason=after.reason)
         if after.paused_until and not before.paused_until:
             add("webhook paused", logging.WARNING, **names, reason=after.reason)
-        if state == FAILED:
-            names_delivery = names | {"id": due.uuid, "reason": attempt.description}
-            add("delivery given up", logging.WARNING, **names_delivery)
+        if recorded.verdict.state == FAILED:
+            reason = attempt.description
+            add("delivery given up", logging.WARNING, **names, id=due.uuid, reason=reason)
 
     def _reread(self, webhook_id):
-        """Look at a webhook, or at what waits for it, with new eyes."""
+        """Forget what is known of a webhook and what waits for it, and read it again."""
         webhook = self._store.webhooks.by_id.get(webhook_id)
         if webhook is None:
             self._queues.pop(webhook_id, None)
@@ -5094,7 +5196,7 @@ class Dispatcher:
     # ---- whose turn it is ----
 
     def _line_up(self, queue):
-        """Let a queue wait for its turn, or for the moment from which it may."""
+        """Let a queue wait for its turn, or for the moment from which it may start one."""
         webhook = self._store.webhooks.by_id.get(queue.webhook_id)
         if webhook and not queue.is_waiting and (queue.ready or queue.backlog):
             moment = self._may_start_at(queue, webhook)
@@ -5105,7 +5207,8 @@ class Dispatcher:
         self._scheduler.leave(queue)
 
     def _may_start_at(self, queue, webhook):
-        """When one more attempt may start, milliseconds; inf: a commit will tell, or an end."""
+        """When one more attempt may start, milliseconds; inf: not before a commit or an end of
+        an attempt, after which it is asked again."""
         health = self._store.health[webhook.id]
         if not webhook.active or webhook.paused or queue.uncertain:
             return math.inf
@@ -5129,16 +5232,18 @@ class Dispatcher:
             webhook = self._store.webhooks.by_id.get(queue.webhook_id)
             if webhook and not queue.ready and queue.backlog:
                 self._refill(queue, webhook)
-            moment = self._may_start_at(queue, webhook) if webhook and queue.ready else math.inf
-            if moment <= self._clock() * 1000:  # still
+            if webhook and queue.ready and self._may_start_now(queue, webhook):
                 self._start_next(queue, webhook)
             self._line_up(queue)
+
+    def _may_start_now(self, queue, webhook):
+        return self._may_start_at(queue, webhook) <= self._clock() * 1000
 
     def _start_next(self, queue, webhook):
         due = queue.ready.popleft()
         try:
             self._start(queue, due, webhook)
-        except Exception:  # memory is short, say: it stays the next
+        except Exception:  # memory is short, say: the delivery stays the first
             log.exception("an attempt could not be started")
             queue.ready.appendleft(due)
             queue.not_before = (self._clock() + RETRY_SECONDS) * 1000
@@ -5149,14 +5254,14 @@ class Dispatcher:
         return min(1 << 20, WINDOW_BYTES // max(1, len(self._queues)))
 
     def _refill(self, queue, webhook):
-        """Read what is due, or when that will be."""
+        """Read what is due, and when the next delivery becomes due if these are all."""
         now_ms, health = self._now_ms(), self._store.health[webhook.id]
         try:
             due, queue.backlog = self._store.due(
                 webhook, now_ms, queue.held, WINDOW, self._window_bytes()
             )
-            if not due and health.paused_until:  # the probe is due whatever is planned
-                due, queue.backlog = self._store.due(webhook, FOREVER_MS, queue.held, 1)
+            if not due and health.paused_until:  # the probe is the next delivery, due or not
+                due, queue.backlog = self._store.due(webhook, END_OF_TIME_MS, queue.held, 1)
             next_due = None if queue.backlog else self._store.next_due(webhook.id, now_ms)
         except (sqlite3.Error, MemoryError) as error:
             self._note_unreadable(webhook.id, error)
@@ -5196,21 +5301,21 @@ class Dispatcher:
             raise
 
     def _fail_to_render(self, queue, due, webhook, now_ms, error):
-        where = webhook.masked_url, webhook.masked_headers
-        attempt = Attempt(now_ms, 0, *where, ERROR, f"nothing was sent: {error}")
+        url, headers, reason = webhook.masked_url, webhook.masked_headers, str(error)
+        attempt = Attempt(now_ms, 0, url, headers, ERROR, f"nothing was sent: {reason}")
         begun = self._scheduler.begin(queue, 0)
         self._loop.call_soon(self._finish, queue, due, begun, "", attempt)
 
     def _finish(self, queue, due, begun, sent, attempt):
-        """Hand the facts in; what follows from them is told by a commit.
+        """Hand the facts in; a commit tells what follows from them.
 
         sent: the body that a template made; None if it is the event's."""
         self._scheduler.end(queue, *begun)
+        if sent is not None:
+            attempt = attempt._replace(request_body=sent)
         try:
-            self._hand_in(
-                queue, due, attempt if sent is None else attempt._replace(request_body=sent)
-            )
-        except Exception:  # memory is short, say: then it is attempted again
+            self._hand_in(queue, due, attempt)
+        except Exception:  # memory is short, say: it is attempted again
             log.exception("an attempt could not be handed in")
             queue.held.discard(due.row_id)
             queue.backlog = True
@@ -5236,15 +5341,15 @@ MAINTENANCE_SECONDS = 1
 PRUNING_SECONDS = 60
 REST_SHARE = 9  # maintenance rests so many times as long as each of its steps took
 CLOCK_JUMP_SECONDS = 2
-DOUBTFUL_SECONDS = 3600  # by a longer jump, nothing is known to have become old
+MAX_TRUSTED_JUMP_SECONDS = 3600  # after a longer jump nobody knows what has become old
 
 
 class Clock:
     """The time of the whole program, in seconds since 1970.
 
-    It runs with the machine's steady clock, which nobody sets, and follows the wall clock by
-    small steps as they come. A jump of that it takes only together with the schedule, see
-    Maintenance, so that no wait becomes longer or shorter."""
+    It runs with the machine's steady clock, which nobody sets, and follows the small steps of
+    the wall clock. A jump of the wall clock moves the schedule with it, see Maintenance, so
+    that no wait becomes longer or shorter."""
 
     def __init__(
         self,
@@ -5260,26 +5365,26 @@ class Clock:
         return self.steady() + self._offset
 
     def behind(self) -> float:
-        """How many seconds the wall clock is ahead; negative if it was set back."""
+        """How many seconds the wall clock is ahead of this one; negative if it was set back."""
         return self._wall() - self()
 
     def advance(self, seconds: float) -> None:
-        """Go on or back by so much."""
+        """Move the clock; a negative number moves it back."""
         self._offset += seconds
 
 
 class Maintenance:
-    """Deletes what is old or too much, gives its space back, and follows the wall clock; in
-    small steps, with pauses between them. `with` runs it in a thread of its own."""
+    """Deletes what is old or too much, gives space back, and follows the wall clock, in small
+    steps with rests between them. `with` runs it in a thread of its own."""
 
     def __init__(self, store: Store, settings: Settings, clock: Clock):
         self._store, self._settings, self._clock = store, settings, clock
         self._stop = threading.Event()
         self._wakeup = threading.Event()  # set by any thread
         self._next_pruning = -math.inf  # by the steady clock
-        self._too_large = False  # the database, or what it leaves of its volume
+        self._too_large = False  # the database, by its limit or for its volume
         self._nothing_can_go = False
-        self._problems: set[str] = set()  # that were logged, and are not over
+        self._problems: set[str] = set()  # that were logged and are not over
         store.on_commit(self._watch_size)
 
     def __enter__(self):
@@ -5304,18 +5409,18 @@ class Maintenance:
             self.run_once()
 
     def run_once(self) -> None:
-        """Do what is to be done now; what fails of it is logged once, and stops no other."""
+        """Do each part that is due now; one that fails is logged once, and stops no other."""
         self._look_around()
         for part in (self._sweep, self._cut_down, self._prune, self._give_back, self._watch_log):
             if not self._stop.is_set():
                 self._unless_it_fails(self._do, part)
 
     def _do(self, part):
-        """Do all steps of a part, and after each look around and rest."""
+        """Do all steps of a part, and look around and rest after each of them."""
         begun = time.monotonic()
-        for _ in part():
+        for _ in part():  # which does a step
             self._look_around()
-            # to bring the size down it must be faster than what comes in
+            # to bring the size down it must delete faster than events come in
             share = 1 if self._too_large else REST_SHARE
             if self._stop.wait(share * (time.monotonic() - begun)):
                 return
@@ -5326,7 +5431,7 @@ class Maintenance:
         self._unless_it_fails(self._measure)
 
     def _unless_it_fails(self, work, *args):
-        """Do some work; what goes wrong is logged when it begins, and not each time."""
+        """Do some work; a failure is logged when it begins, and not each time."""
         name = (args[0] if args else work).__name__.strip("_")
         try:
             work(*args)
@@ -5357,7 +5462,7 @@ class Maintenance:
         return FULL if is_full else None
 
     def _longest_log(self):
-        """How long SQLite's log may be, bytes: it counts, though no pruning makes it shorter."""
+        """How long SQLite's log may be, bytes: it takes room, and no pruning makes it shorter."""
         return max(2 * MAX_IDLE_LOG_BYTES, self._settings.max_database_size // 4)
 
     def _refuse_publications(self, why):
@@ -5368,7 +5473,7 @@ class Maintenance:
         self._store.full = why
 
     def _watch_log(self):
-        """Cut SQLite's log off where that is due, and tell if somebody holds it."""
+        """Cut SQLite's log off where that is due, and log it if somebody reads it for long."""
         store, is_long = self._store, self._store.space.log > self._longest_log() // 2
         if store.log_holds_deleted or is_long:
             store.empty_log()
@@ -5383,15 +5488,16 @@ class Maintenance:
     # ---- the clock ----
 
     def check_clock(self) -> None:
-        """Put right what a wrong clock may have planned before this start, or may undo."""
+        """Bound what a wrong clock may have planned before this start, and let no webhook be
+        disabled, nor history be pruned, because of a time that nobody knows to have passed."""
         now_ms = int(self._clock() * 1000)
         with contextlib.suppress(WebhookdError):  # the log has said why nothing is written
             latest_ms = now_ms + int(longest_wait_seconds(self._settings) * 1000)
             if webhook_ids := self._store.planned_after(latest_ms):
                 self._store.write(Batch.bound_schedule, webhook_ids, latest_ms)
             unknown_ms = now_ms - (self._store.latest_moment() or now_ms)
-            # the machine was off, or its clock is wrong: neither has anybody failed so long
-            if not 0 <= unknown_ms <= DOUBTFUL_SECONDS * 1000:
+            # the machine was off, or its clock is wrong: no webhook has failed for so long
+            if not 0 <= unknown_ms <= MAX_TRUSTED_JUMP_SECONDS * 1000:
                 self._put_pruning_off()
                 self._store.write(Batch.excuse_failures, unknown_ms)
 
@@ -5400,16 +5506,21 @@ class Maintenance:
         self._next_pruning = self._clock.steady() + DAY_SECONDS
 
     def _follow_clock(self):
-        """Take the wall clock's steps; what is planned goes along with a jump."""
+        """Take the wall clock's small steps, and its jumps together with the schedule."""
         behind = self._clock.behind()
-        if abs(behind) <= CLOCK_JUMP_SECONDS:
-            return self._clock.advance(behind)
+        if abs(behind) > CLOCK_JUMP_SECONDS:
+            self._jump(behind)
+        else:
+            self._clock.advance(behind)
+
+    def _jump(self, behind):
         log_fact("clock jumped", level=logging.WARNING, seconds=round(behind, 3))
-        if behind > DOUBTFUL_SECONDS:
+        if behind > MAX_TRUSTED_JUMP_SECONDS:
             self._put_pruning_off()
         now = self._clock()
         after_ms = int(min(now, now + behind) * 1000)  # what was due stays due
-        # for the moment between the two steps the schedule must be the later one
+        # clock and schedule cannot move at once: between the two the clock is the earlier one,
+        # so that nothing is attempted too early
         self._clock.advance(min(behind, 0))
         try:
             self._store.write(Batch.shift_schedule, after_ms, int(behind * 1000))
@@ -5427,7 +5538,7 @@ class Maintenance:
         return self._store.give_back()
 
     def _prune(self):
-        """Let go what is too old."""
+        """Delete what is too old."""
         if self._clock.steady() < self._next_pruning:
             return
         every = min(PRUNING_SECONDS, self._settings.retention / 10)
@@ -5439,23 +5550,24 @@ class Maintenance:
         self._store.forget_old_secrets(now_ms)
 
     def _cut_down(self):
-        """Let the oldest go until the size is right; else it is full."""
-        for _ in self._all_that_can_go() if self._too_large else ():
-            yield
-            if not self._too_large:
-                return
+        """Delete the oldest until the size is right; if nothing more can go, it is full."""
+        if self._too_large:
+            for _ in self._all_that_can_go():  # which deletes a step of it
+                yield
+                if not self._too_large:
+                    return
         self._nothing_can_go = self._too_large
         self._measure()
 
     def _all_that_can_go(self):
-        """Keys of yesterday first, since who repeats a publication does so at once; what
-        people look at stays as long as it can."""
+        """Delete step by step all that may be deleted. Keys of yesterday go first, since who
+        repeats a publication does so at once. What people look at stays as long as it can."""
         store, now_ms = self._store, int(self._clock() * 1000)
         yield from store.prune_answers(now_ms - DAY_MS)
         yield from store.prune_statistics(now_ms // DAY_MS - STATISTICS_DAYS)
-        yield from store.prune(FOREVER_MS)
-        yield from store.prune_answers(FOREVER_MS)
-        yield from store.prune_statistics(FOREVER_MS)
+        yield from store.prune(END_OF_TIME_MS)
+        yield from store.prune_answers(END_OF_TIME_MS)
+        yield from store.prune_statistics(END_OF_TIME_MS)
 
 
 # ======================================================================================
@@ -5472,7 +5584,7 @@ WRONG_PASSWORDS_SECONDS = 60
 
 
 class User(typing.NamedTuple):
-    """Somebody who may log in; record is what is kept of the password or secret."""
+    """Somebody who may log in; record: what is stored of the password or secret."""
 
     name: str
     role: str
@@ -5480,14 +5592,14 @@ class User(typing.NamedTuple):
 
 
 def password_record(password: str, salt: str | None = None) -> str:
-    """What is kept of a password: scrypt (RFC 7914) with a salt."""
+    """What is stored of a password: scrypt (RFC 7914) with a salt."""
     salt = salt or secrets.token_hex(16)
     digest = hashlib.scrypt(password.encode(), salt=salt.encode(), **SCRYPT)
     return f"scrypt${salt}${digest.hex()}"
 
 
 def secret_record(secret: str) -> str:
-    """What is kept of a generated secret, which needs no slow hash: 256 random bits."""
+    """What is stored of a generated secret, whose 256 random bits need no slow hash."""
     return f"secret${hashlib.sha256(secret.encode()).hexdigest()}"
 
 
@@ -5512,23 +5624,23 @@ def load_users(connection: Database) -> list[User]:
     return [User(*row) for row in connection.rows(ALL_USERS)]
 
 
-def save_user(connection: sqlite3.Connection, user: User) -> None:
+def save_user(connection: Database, user: User) -> None:
     """Add a user or change the one of that name."""
     sql = "INSERT OR REPLACE INTO users (name, role, password) VALUES (?, ?, ?)"
-    connection.execute(sql, (user.name, user.role, user.record))
+    connection.change(sql, user.name, user.role, user.record)
 
 
 def ensure_admin(store: Store, password: str, tell: collections.abc.Callable[[str], None]) -> None:
-    """Set the admin's password; without one and any user, make a secret and tell it.
+    """Set the admin's password; if there is neither that nor any user, make a secret and tell it.
 
-    A secret that cannot be told is not stored: nobody could log in, and no next start
-    would make another one."""
+    A secret that cannot be told is not stored: nobody could log in, and no later start would
+    make another one."""
     users = {user.name: user for user in load_users(store.reader())}
     if not password and users:
         return
     admin = users.get("admin")
     if admin and admin.role == ADMIN and matches(password, admin.record):
-        return  # what depends on the record outlives a restart
+        return  # a new record would make the tokens of open forms invalid
     if password:
         record = password_record(password)
     else:
@@ -5547,7 +5659,7 @@ class Login(typing.NamedTuple):
 
 
 def read_logins(header: str) -> list[Login]:
-    """What an Authorization header may mean: in UTF-8, in Latin-1, as clients differ."""
+    """What an Authorization header may mean: clients send UTF-8 or Latin-1."""
     scheme, _, value = header.partition(" ")
     if scheme.lower() != "basic":
         return [Login(None, value.strip() if scheme.lower() == "bearer" else "")]
@@ -5579,25 +5691,25 @@ def client_of(address: str) -> str:
 
 @dataclasses.dataclass
 class WrongPasswords:
-    """What came for one user from one client, since the first of them."""
+    """The wrong passwords for one user from one client within a minute."""
 
-    since: float  # seconds
+    since: float  # seconds, of the first
     count: int = 0
     is_logged: bool = False  # that there were too many
 
 
 class Logins:
-    """Who sends a request. Verified passwords are remembered, wrong ones are counted.
+    """Knows who sends a request. It remembers verified passwords and counts wrong ones.
 
     Any thread may call the methods."""
 
     def __init__(self, store: Store, clock: collections.abc.Callable[[], float]):
-        """`clock` is one that nobody sets; seconds."""
+        """clock: one that nobody sets; seconds."""
         self._store, self._clock = store, clock
         self._key = secrets.token_bytes(32)
         self._hashing = threading.Semaphore(MAX_HASHING)
         self._lock = threading.Lock()  # guards changes of the next two
-        self._verified: dict[tuple, User] = {}  # by name and digest, the oldest first
+        self._verified = LimitedDict(MAX_VERIFIED)  # Users by name and digest of the password
         # by user (None: no user) and client, the oldest first
         self._wrong: dict[tuple[str | None, str], WrongPasswords] = {}
 
@@ -5618,7 +5730,7 @@ class Logins:
             user = self._remembered(logins, users)  # another thread was first
             if user is not None:
                 return user
-            wrong = self._count_wrong(culprit)  # until it is right: none goes uncounted
+            wrong = self._count_wrong(culprit)  # it counts as wrong until it turns out right
             for login in logins:
                 user = self._by_password(login, users)
                 if user is not None:
@@ -5629,7 +5741,7 @@ class Logins:
 
     @staticmethod
     def _by_secret(logins, users):
-        """A generated secret needs no slow hash, so nothing need keep it from passing."""
+        """The user of a generated secret, which needs no slow hash and so no throttle."""
         bearers = [user for user in users if user.record.startswith("secret$")]
         for name, password in logins if bearers else ():
             given = secret_record(password)
@@ -5644,7 +5756,7 @@ class Logins:
             return None
         user = next((user for user in users if user.name == login.name), None)
         if user is None or user.record.startswith("secret$"):
-            password_record(login.password)  # so that nobody learns from the time who exists
+            password_record(login.password)  # so that the time does not tell who exists
             return None
         return user if matches(login.password, user.record) else None
 
@@ -5662,18 +5774,18 @@ class Logins:
 
     def _remember(self, login, user, culprit):
         with self._lock:
-            wrong = self._wrong.get(culprit, WrongPasswords(0, 1))  # else its minute is over
+            # verify() has counted it as wrong; if that is gone, its minute is over
+            wrong = self._wrong.get(culprit, WrongPasswords(0, 1))
             wrong.count -= 1
             if not wrong.count:
                 self._wrong.pop(culprit, None)
-            while len(self._verified) >= MAX_VERIFIED:
-                del self._verified[next(iter(self._verified))]
             self._verified[self._digest(login)] = user
 
     # ---- wrong passwords ----
 
     @staticmethod
     def _culprit(logins, users, address):
+        """The user and the client that a wrong password counts for."""
         names = {user.name for user in users}
         name = next((login.name for login in logins if login.name in names), None)
         return name, client_of(address)
@@ -5691,7 +5803,7 @@ class Logins:
 
     def _count_wrong(self, culprit):
         with self._lock:
-            self._check_throttle(culprit)  # others may have been wrong meanwhile
+            self._check_throttle(culprit)  # again: other requests may have been wrong
             now = self._clock()
             for key in list(self._wrong):
                 if self._wrong[key].since + WRONG_PASSWORDS_SECONDS > now:
@@ -5712,7 +5824,7 @@ class Logins:
 
 
 # ======================================================================================
-# Metrics: what Prometheus is told; counters begin anew with the process
+# Metrics: what Prometheus is told; counters start at 0 with the process
 # ======================================================================================
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -5722,7 +5834,7 @@ LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 def family(
     name: str, text: str, samples: dict[str, float], kind: str = ""
 ) -> collections.abc.Iterator[str]:
-    """The lines of one metric; its samples by what follows its name: suffix and labels.
+    """The lines of one metric. The keys of its samples follow its name: suffix and labels.
 
     Without a kind it is a counter if its name says so, else a gauge."""
     kind = kind or ("counter" if name.endswith("_total") else "gauge")
@@ -5733,15 +5845,15 @@ def family(
 
 
 def histogram(bounds_ms: tuple[int, ...], counts: list[int], sum_ms: int) -> dict:
-    """The samples of a histogram in seconds; counts has one more for what is longer."""
-    les = [str(bound / 1000) for bound in bounds_ms] + ["+Inf"]
+    """The samples of a histogram in seconds; the last count is of what is longer."""
+    bounds = [str(bound / 1000) for bound in bounds_ms] + ["+Inf"]
     totals = list(itertools.accumulate(counts))
-    buckets = {f'_bucket{{le="{le}"}}': n for le, n in zip(les, totals)}
+    buckets = {f'_bucket{{le="{bound}"}}': total for bound, total in zip(bounds, totals)}
     return buckets | {"_sum": sum_ms / 1000, "_count": totals[-1]}
 
 
 def resident_memory_bytes() -> int:
-    """How much memory this process has."""
+    """How much memory this process takes."""
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
@@ -5764,48 +5876,65 @@ def _of_process(store, dispatcher, settings):
         yield family(name, text, {"": value})
 
 
-def _of_webhooks(store, dispatcher, now_ms):
-    webhooks, oldest = store.webhooks.by_id.values(), store.oldest_pending()
-    states = {w.id: store.health[w.id].state(w) for w in webhooks}
-    counts = {w.id: dispatcher.counts(w.id) for w in webhooks}
+def _gauges_of_webhooks(store, webhooks, now_ms):
+    ids, oldest = [webhook.id for webhook in webhooks], store.oldest_pending()
+    states = {webhook.id: store.health[webhook.id].state(webhook) for webhook in webhooks}
+    ages = {id: max(0, now_ms - oldest.get(id, now_ms)) / 1000 for id in ids}
+    age_text = "How long ago the oldest of them was made; 0 if none waits."
+    for name, text, values in (
+        ("pending_deliveries", "Deliveries that wait.", {id: store.pending[id] for id in ids}),
+        ("oldest_pending_age_seconds", age_text, ages),
+        (
+            "webhook_paused",
+            "1: paused after failures.",
+            {id: int(states[id] == "paused") for id in ids},
+        ),
+        (
+            "webhook_disabled",
+            "1: disabled after failures.",
+            {id: int(states[id] == "disabled") for id in ids},
+        ),
+        (
+            "webhook_consecutive_failures",
+            "Failures in a row.",
+            {id: store.health[id].failures for id in ids},
+        ),
+    ):
+        samples = {f'{{webhook="{id}"}}': value for id, value in values.items()}
+        yield family(f"webhookd_{name}", text, samples)
 
-    def gauge(name, text, value_of):
-        samples = {f'{{webhook="{id}"}}': value_of(id) for id in states}
-        return family(f"webhookd_{name}", text, samples)
 
-    def counter(name, text, index):
+def _counters_of_webhooks(dispatcher, webhooks):
+    counts = {webhook.id: dispatcher.counts(webhook.id) for webhook in webhooks}
+    for index, (name, text) in enumerate(
+        (
+            ("webhookd_attempts_total", "Attempts by outcome."),
+            ("webhookd_deliveries_total", "Done or given up, by the last outcome."),
+        )
+    ):
         samples = {
             f'{{webhook="{id}",outcome="{outcome.lower()}"}}': count
-            for id, pair in counts.items()
-            for outcome, count in pair[index].items()
+            for id, attempts_and_deliveries in counts.items()
+            for outcome, count in attempts_and_deliveries[index].items()
         }
-        return family(f"webhookd_{name}_total", text, samples)
+        yield family(name, text, samples)
 
-    def age(id):
-        return max(0, now_ms - oldest.get(id, now_ms)) / 1000
 
-    def is_in(state):
-        return lambda id: int(states[id] == state)
-
-    pending = store.pending.__getitem__  # 0 where there are none
-    yield gauge("pending_deliveries", "Deliveries that wait.", pending)
-    text = "How long ago the oldest of them was made; 0 if none waits."
-    yield gauge("oldest_pending_age_seconds", text, age)
-    yield gauge("webhook_paused", "1: paused after failures.", is_in("paused"))
-    yield gauge("webhook_disabled", "1: disabled after failures.", is_in("disabled"))
-    text = "Failures in a row."
-    yield gauge("webhook_consecutive_failures", text, lambda i: store.health[i].failures)
-    yield counter("attempts", "Attempts by outcome.", 0)
-    yield counter("deliveries", "Done or given up, by the last outcome.", 1)
-    names = {w.id: w.name.translate(LABEL_ESCAPES) for w in webhooks}
+def _names_of_webhooks(webhooks):
+    names = {webhook.id: webhook.name.translate(LABEL_ESCAPES) for webhook in webhooks}
     samples = {f'{{webhook="{id}",name="{name}"}}': 1 for id, name in names.items()}
     yield family("webhookd_webhook_info", "Always 1; the name.", samples)
 
 
 def metrics_text(store: Store, dispatcher: Dispatcher, settings: Settings, now_ms: int) -> bytes:
     """What GET /metrics answers. Nothing is counted here, but where it happens."""
-    of_process = _of_process(store, dispatcher, settings)
-    families = itertools.chain(of_process, _of_webhooks(store, dispatcher, now_ms))
+    webhooks = store.webhooks.by_id.values()
+    families = itertools.chain(
+        _of_process(store, dispatcher, settings),
+        _gauges_of_webhooks(store, webhooks, now_ms),
+        _counters_of_webhooks(dispatcher, webhooks),
+        _names_of_webhooks(webhooks),
+    )
     lines = itertools.chain.from_iterable(families)
     return ("\n".join(lines) + "\n").encode()
 
@@ -5822,7 +5951,7 @@ JSON_TYPE = "application/json"
 NDJSON_TYPE = "application/x-ndjson"
 PING_NAME, PING = "diagnostics:ping", b'{"test": true}'
 SEND_BYTES = 1 << 16
-STREAMED_BYTES = 1 << 20  # a longer answer is made while it is sent
+MAX_BUFFERED_BYTES = 1 << 20  # a longer answer is made while it is sent
 LOGIN_NEEDED = "log in as a user of webhookd"
 LOGGED_NAMES = {  # of a webhook's fields, where the API has another or none
     "verify_tls": "sslVerificationRequired",
@@ -5833,7 +5962,7 @@ LOGGED_NAMES = {  # of a webhook's fields, where the API has another or none
 
 
 def _site(origin):
-    """Scheme, host and port of an origin, also where the port is left out."""
+    """Scheme and authority of an origin, without a port that is the scheme's own."""
     scheme, _, authority = origin.lower().partition("://")
     default = {"http": ":80", "https": ":443"}.get(scheme, "")
     return scheme, authority.removesuffix(default)
@@ -5861,12 +5990,12 @@ def changed_fields(old: Webhook, new: Webhook) -> str:
     """The names of the fields that differ, as the API has them; no values."""
     names = [field.name for field in dataclasses.fields(Webhook)]
     differ = [name for name in names if getattr(old, name) != getattr(new, name)]
-    shown = [LOGGED_NAMES.get(name, name) for name in differ]
-    return ",".join(name for name in shown if name) or "none"
+    logged = [LOGGED_NAMES.get(name, name) for name in differ]
+    return ",".join(name for name in logged if name) or "none"
 
 
 def change_in_words(old: Webhook, new: Webhook, starts_clean: bool) -> str:
-    """What a change does to a webhook, also where only its failures are forgotten."""
+    """What a change does to a webhook, in the words of the log."""
     if old.active != new.active:
         return "webhook activated" if new.active else "webhook deactivated"
     if old.paused != new.paused:
@@ -5894,35 +6023,36 @@ ORDINARY = Work(SERVER_THREADS // 2)  # lists, look-ups, passwords: all that is 
 TESTS = Work(4, 0)
 LARGE = Work(1, 5)  # a large request is some hundred megabytes while it is read
 STREAMS = Work(4, 10)  # each waits for its client
-MAX_WAITING = SERVER_THREADS // 4  # for such work
+MAX_WAITING = SERVER_THREADS // 4  # threads that wait for such work
 
 
 class SlowWork:
-    """At most half of the server's threads are in slow work, and less in some kinds.
+    """Admits at most half of the server's threads to slow work, and fewer to some kinds.
 
-    A few more wait for a place, what is more than that gets Unavailable; so a request that
-    is quick always finds a thread. Any thread may call the methods."""
+    A few more wait, and all others get Unavailable, so that a quick request always finds a
+    thread. Any thread may call the methods."""
 
     def __init__(self):
         kinds = ORDINARY, TESTS, LARGE, STREAMS
         self._free = {work: threading.Semaphore(work.limit) for work in kinds}
         self._waiting = threading.Semaphore(MAX_WAITING)
-        self._local = threading.local()  # has a place: this thread needs no second one
+        self._local = threading.local()  # is_admitted: this thread, to ordinary work
 
     @contextlib.contextmanager
-    def place(self, work: Work = ORDINARY) -> collections.abc.Iterator[None]:
-        """Hold a place for a kind of work; raises Unavailable."""
-        with contextlib.ExitStack() as places:
+    def admit(self, work: Work = ORDINARY) -> collections.abc.Iterator[None]:
+        """Let this thread do a kind of work, which is ordinary slow work, too; raises
+        Unavailable."""
+        with contextlib.ExitStack() as admissions:
             if work is not ORDINARY:
-                places.enter_context(self._place(work))
-            if not getattr(self._local, "has_place", False):
-                places.enter_context(self._place(ORDINARY))
-                places.callback(setattr, self._local, "has_place", False)
-                self._local.has_place = True
+                admissions.enter_context(self._counted(work))
+            if not getattr(self._local, "is_admitted", False):
+                admissions.enter_context(self._counted(ORDINARY))
+                admissions.callback(setattr, self._local, "is_admitted", False)
+                self._local.is_admitted = True
             yield
 
     @contextlib.contextmanager
-    def _place(self, work):
+    def _counted(self, work):
         free = self._free[work]
         if not free.acquire(blocking=False):
             self._wait(free, work.patience_seconds)
@@ -5932,13 +6062,13 @@ class SlowWork:
             free.release()
 
     def _wait(self, free, seconds):
-        has_come = False
+        is_admitted = False
         if self._waiting.acquire(blocking=False):
             try:
-                has_come = free.acquire(timeout=seconds)
+                is_admitted = free.acquire(timeout=seconds)
             finally:
                 self._waiting.release()
-        if not has_come:
+        if not is_admitted:
             raise Unavailable("too much of this at once", headers={"Retry-After": "1"})
 
 
@@ -5948,26 +6078,35 @@ def environ_key(header: str) -> str:
     return "HTTP_" + header.upper().replace("-", "_")
 
 
-PASSAGE = "webhookd.passage"  # of a WSGI environment
+USER, FORM, PASSAGE = "webhookd.user", "webhookd.form", "webhookd.passage"  # in WSGI's environ
+
+
+def current_user() -> User | None:
+    """Who sends the request in hand; None if its route needs no login."""
+    return bottle.request.environ.get(USER)
 
 
 class Passage:
     """The way of a request through the application in the server's own thread.
 
-    There it must not wait: what waits for a commit leaves its answer for later, and what is
-    slow has to begin anew in another thread."""
+    There nothing may wait. A handler that waits for a commit leaves its answer for later, and
+    one that is slow starts again in another thread."""
 
     is_slow = False
     future: concurrent.futures.Future | None = None
     late_answer: collections.abc.Callable[[], tuple] | None = None
 
     def leave(self, future: concurrent.futures.Future, late_answer) -> None:
-        """Have the late answer (status line, headers, body) made once the future is done."""
+        """Leave a function for later, which makes the answer (status line, headers, body) once
+        the future is done."""
         self.future, self.late_answer = future, late_answer
 
 
+QUICK, SLOW = True, False  # how long a handler holds a thread; see SlowWork
+
+
 class Api:
-    """The routes; built of its parts, so that there may be as many as one likes."""
+    """The REST API: `__init__` lists its routes, and the handlers follow in that order."""
 
     def __init__(
         self,
@@ -5982,7 +6121,7 @@ class Api:
         self._address_policy, self._clock = address_policy, clock
         self._logins = Logins(store, steady_clock)
         self._slow_work = SlowWork()
-        self.render_error = self.error_as_json  # the pages put theirs in its place
+        self.render_error = self.error_as_json  # Pages replaces it by its own
         self.app = bottle.Bottle()
         self.app.default_error_handler = self._render_bottle_error
         self.app.router.add_filter("id", lambda _: ("[0-9]{1,15}", int, str))
@@ -5990,44 +6129,40 @@ class Api:
         self.app.install(self._guarded)
         hooks, hook = "/rest/api/webhooks", "/rest/api/webhooks/<id:id>"
         events, deliveries = "/rest/api/events", "/rest/api/deliveries"
-        quick = (  # these hold a thread for a commit or a few rows, or see to their place
-            *(self.publish_events, self.delete_event, self.health),
-            *(self.get_webhook, self.delete_webhook, self.latest),
-            *(self.get_delivery, self.redeliver),
-        )
-        for method, path, handler, roles in (
-            ("GET", hooks, self.list_webhooks, READERS),
-            ("POST", hooks, self.create_webhook, ADMINS),
-            ("GET", hook, self.get_webhook, READERS),
-            ("PUT", hook, self.update_webhook, ADMINS),
-            ("DELETE", hook, self.delete_webhook, ADMINS),
-            ("GET", hook + "/latest", self.latest, READERS),
-            ("GET", hook + "/statistics", self.statistics, READERS),
-            ("GET", hook + "/statistics/summary", self.statistics_summary, READERS),
-            ("POST", hooks + "/test", self.test_webhook, ADMINS),
-            ("POST", events, self.publish_events, PUBLISHERS),
-            ("GET", events, self.list_events, READERS),
-            ("GET", events + "/<id:id>", self.get_event, READERS),
-            ("GET", hook + "/deliveries", self.list_deliveries, READERS),
-            ("GET", deliveries + "/<uuid>", self.get_delivery, READERS),
-            ("POST", deliveries + "/<uuid>/redeliver", self.redeliver, ADMINS),
-            ("POST", hook + "/redeliver", self.redeliver_many, ADMINS),
-            ("POST", hook + "/replay", self.replay, ADMINS),
-            ("DELETE", events + "/<id:id>", self.delete_event, ADMINS),
-            ("GET", "/health", self.health, ANYBODY),
-            ("GET", "/metrics", self.metrics, READERS),
+        # quick ones hold a thread for a commit or a few rows, or ask for their own admission
+        for method, path, handler, roles, is_quick in (
+            ("GET", hooks, self.list_webhooks, READERS, SLOW),
+            ("POST", hooks, self.create_webhook, ADMINS, SLOW),
+            ("GET", hook, self.get_webhook, READERS, QUICK),
+            ("PUT", hook, self.update_webhook, ADMINS, SLOW),
+            ("DELETE", hook, self.delete_webhook, ADMINS, QUICK),
+            ("GET", hook + "/latest", self.latest, READERS, QUICK),
+            ("GET", hook + "/statistics", self.statistics, READERS, SLOW),
+            ("GET", hook + "/statistics/summary", self.statistics_summary, READERS, SLOW),
+            ("POST", hooks + "/test", self.test_webhook, ADMINS, SLOW),
+            ("POST", events, self.publish_events, PUBLISHERS, QUICK),
+            ("GET", events, self.list_events, READERS, SLOW),
+            ("GET", events + "/<id:id>", self.get_event, READERS, SLOW),
+            ("GET", hook + "/deliveries", self.list_deliveries, READERS, SLOW),
+            ("GET", deliveries + "/<uuid>", self.get_delivery, READERS, QUICK),
+            ("POST", deliveries + "/<uuid>/redeliver", self.redeliver, ADMINS, QUICK),
+            ("POST", hook + "/redeliver", self.redeliver_many, ADMINS, SLOW),
+            ("POST", hook + "/replay", self.replay, ADMINS, SLOW),
+            ("DELETE", events + "/<id:id>", self.delete_event, ADMINS, QUICK),
+            ("GET", "/health", self.health, ANYBODY, QUICK),
+            ("GET", "/metrics", self.metrics, READERS, SLOW),
         ):
-            self.app.route(path, method, handler, roles=roles, is_quick=handler in quick)
+            self.app.route(path, method, handler, roles=roles, is_quick=is_quick)
 
     def remember_admin(self, password: str) -> None:
-        """Know the admin from the start, when many log in at the same moment."""
+        """Know the admin's password from the start, when many may log in at once."""
         with contextlib.suppress(WebhookdError):  # it was changed just now
             self._logins.verify([Login("admin", password)], "")
 
     # ---- what every request passes ----
 
     def _guarded(self, handler):
-        """A plugin: the handler behind all checks, its errors as documents."""
+        """A plugin: puts all checks before the handler, and renders errors."""
 
         def guarded(*args, **kwargs):
             return self._rendered(self._checked, handler, *args, **kwargs)
@@ -6040,7 +6175,7 @@ class Api:
         self.log_in(config["roles"])
         if config.get("is_quick"):
             return handler(*args, **kwargs)
-        with self._place():
+        with self._admit():
             return handler(*args, **kwargs)
 
     def _rendered(self, answer, *args, **kwargs):
@@ -6058,25 +6193,29 @@ class Api:
             fault = Fault(None, "an internal error, which is in the log")
             return self.render_error(500, [fault])
 
-    def _place(self, work=ORDINARY):
-        """A place for slow work, see SlowWork; the server's own thread has none."""
+    def _admit(self, work=ORDINARY):
+        """Admit this thread to slow work, see SlowWork; the server's own thread never is."""
         passage = bottle.request.environ.get(PASSAGE)
         if passage:
             passage.is_slow = True
-            raise Unavailable("this goes on in another thread")
-        return self._slow_work.place(work)
+            raise Unavailable("this goes on in another thread")  # nobody sees this answer
+        return self._slow_work.admit(work)
 
-    def _after(self, future, answer):
-        """answer(*result) once a future is done. The server's own thread waits for nothing:
-        it goes on, and calls what it was left when that is so."""
+    def _answer_after(self, future, answer):
+        """answer(*result) once a future is done. The server's own thread does not wait, but
+        leaves that for later."""
         environ = bottle.request.environ
         passage = environ.get(PASSAGE)
         if passage is None:
             return answer(*future.result())
-        passage.leave(future, lambda: self._late(environ, lambda: answer(*future.result())))
+
+        def late_answer():
+            return self._late_answer(environ, lambda: answer(*future.result()))
+
+        passage.leave(future, late_answer)
         return b""
 
-    def _late(self, environ, answer):
+    def _late_answer(self, environ, answer):
         """Status line, headers and body of an answer that was left for later."""
         bottle.request.bind(environ)
         bottle.response.bind()
@@ -6098,33 +6237,33 @@ class Api:
         if roles == ANYBODY:
             return
         try:
-            user = self._user(self._header("Authorization"), self._client_address())
+            user = self._verified_user(self._header("Authorization"), self._client_address())
         except Unauthorized as error:
             error.headers.update(ASK_FOR_LOGIN)
             raise
         if user.role not in roles:
             raise Forbidden(f"the role {user.role} may not do this")
-        bottle.request.environ["webhookd.user"] = user
+        bottle.request.environ[USER] = user
 
-    def _user(self, header, address):
+    def _verified_user(self, header, address):
         if not header:
             raise Unauthorized(LOGIN_NEEDED)
         logins = read_logins(header)
         user = self._logins.known(logins, self._users(), address)
         if user is None:
-            with self._place():
+            with self._admit():
                 user = self._logins.verify(logins, address)
         return user
 
     def _users(self):
-        """All users, as they are now; in the server's own thread as they were at the last
-        commit, since the next one looks again who publishes."""
+        """All users as they are now. The server's own thread takes those of the last commit:
+        the next commit checks again who publishes."""
         if PASSAGE in bottle.request.environ:
             return list(itertools.starmap(User, self._store.users))
         return load_users(self._store.reader())
 
     def _client_address(self):
-        """Where the request comes from; a proxy that tells no address is the client."""
+        """Where the request comes from; the proxy, if it tells no address."""
         address = bottle.request.environ.get("REMOTE_ADDR")
         if not self._settings.trusted_proxy:
             return address
@@ -6145,7 +6284,7 @@ class Api:
 
     @staticmethod
     def _read_path():
-        """Refuse what is not UTF-8 (bottle leaves it out), ignore a trailing slash."""
+        """Refuse a path that is not UTF-8 (bottle drops such bytes); ignore a trailing slash."""
         environ = bottle.request.environ
         try:
             path = environ["bottle.raw_path"].encode("latin-1").decode()
@@ -6178,7 +6317,8 @@ class Api:
         scheme = bottle.request.environ["wsgi.url_scheme"]
         return f"{scheme}://{self._host()}{path}" + (f"?{encoded}" if encoded else "")
 
-    def _now_ms(self):
+    def now_ms(self) -> int:
+        """Epoch milliseconds."""
         return int(self._clock() * 1000)
 
     @staticmethod
@@ -6187,7 +6327,7 @@ class Api:
         return sent.partition(";")[0].strip().lower()
 
     def _check_type(self, types):
-        """Raise WrongMediaType unless the body was sent as JSON, or one of these, as it is."""
+        """Raise WrongMediaType unless the body is JSON or of these types, and not encoded."""
         sent = self._content_type()
         if sent not in types and not re.fullmatch(r"application/(json|[\w.-]+\+json)", sent):
             kind = f"as {sent[:100]}" if sent else "without a Content-Type"
@@ -6211,53 +6351,54 @@ class Api:
         return json_object(self.body(JSON_TYPE))
 
     @staticmethod
-    def _query():
+    def query() -> dict[str, str | list[str]]:
+        """The request's query, see query_fields."""
         text = bottle.request.environ.get("QUERY_STRING")
         return query_fields(text) if text else {}
 
     def _filter(self, *names):
-        with Reader(self._query()) as query:
-            return read_filter(query, self._now_ms(), *names)
+        with Reader(self.query()) as query:
+            return read_filter(query, self.now_ms(), *names)
 
     def _page_of(self, page, total, results, more=None):
         """A page of results, documents or their JSON, with links to itself and its neighbours.
 
-        more: what the next one asks for, where the total is not known."""
-        path, query = bottle.request.path, self._query() | {"limit": page.limit}
+        more: what the next page asks for, where the total is not known."""
+        path, query = bottle.request.path, self.query() | {"limit": page.limit}
         starts = page.neighbours(total or 0, len(results))
         links = {name: self.link(path, query | {"start": start}) for name, start in starts.items()}
         if more:
             links["next"] = self.link(path, query | more)
         part = {"start": page.start, "limit": page.limit, "size": len(results)}
         rest = json_bytes(part | {"totalCount": total, "_links": links})
-        shown = (item if isinstance(item, bytes) else json_bytes(item) for item in results)
-        return self._json(b'{"results":[' + b",".join(shown) + b"]," + rest[1:])
+        items = (item if isinstance(item, bytes) else json_bytes(item) for item in results)
+        return self._json(b'{"results":[' + b",".join(items) + b"]," + rest[1:])
 
-    def _told(self, *names):
-        """A reader of what the query and the body tell an operation; other fields are faults.
+    def _options(self, *names):
+        """A reader of an operation's fields, in the query or the body; others are faults.
 
-        From the query too, for a dryRun that went unnoticed there would do harm."""
+        In the query, too, because a dryRun that is passed over there would do harm."""
         fields = self._object() if bottle.request.content_length > 0 else {}
-        reader = Reader(self._query() | fields)
+        reader = Reader(self.query() | fields)
         reader.only(*names)
         return reader
 
     @staticmethod
     def _sees_urls():
-        """Whether the user sees URLs whole; in a path or a query may be a secret."""
-        return bottle.request.environ["webhookd.user"].role == ADMIN
+        """Whether the user sees whole URLs, whose path or query may be a secret."""
+        return current_user().role == ADMIN
 
-    def _seen(self, attempt):
+    def _visible(self, attempt):
+        """The attempt as the user may see it."""
         return attempt if self._sees_urls() else attempt.for_viewers()
 
     def _log_change(self, words, **values):
-        user = bottle.request.environ["webhookd.user"].name
-        log_fact(words, **values, by=user, address=self._client_address())
+        log_fact(words, **values, by=current_user().name, address=self._client_address())
 
     # ---- webhooks ----
 
     def list_webhooks(self):
-        with Reader(self._query()) as query:
+        with Reader(self.query()) as query:
             page, wanted = read_page(query), self._webhook_filter(query)
             statistics = query.field("statistics", False, boolean)
         webhooks = [
@@ -6273,7 +6414,7 @@ class Api:
         return self._store.health[webhook.id].state(webhook)
 
     def _webhook_filter(self, query):
-        return read_filter(query, self._now_ms(), "event", "state", states=HEALTH_STATES)
+        return read_filter(query, self.now_ms(), "event", "state", states=HEALTH_STATES)
 
     def create_webhook(self):
         webhook = self.register(self._object())
@@ -6283,40 +6424,40 @@ class Api:
 
     def register(self, fields: dict) -> Webhook:
         """Add the webhook that the fields ask for; raises Invalid."""
-        now = self._now_ms()
-        user = bottle.request.environ["webhookd.user"].name
-        new = Webhook(created=now, updated=now, halted_by=user)
+        now_ms = self.now_ms()
+        new = Webhook(created=now_ms, updated=now_ms, halted_by=current_user().name)
         webhook = read_webhook(fields, new, self._address_policy.check_url)
         webhook = self._store.write(Batch.add_webhook, webhook)
         self._log_change("webhook created", id=webhook.id, url=webhook.short_url)
         return webhook
 
     def get_webhook(self, id):
-        with Reader(self._query()) as query:
+        with Reader(self.query()) as query:
             statistics = query.field("statistics", False, boolean)
         return self._json(self.webhooks_as_json([self._store.webhooks.get(id)], statistics)[0])
 
     def update_webhook(self, id):
-        self._store.webhooks.get(id)  # that there is none comes before a fault in the body
+        self._store.webhooks.get(id)  # 404 comes before a fault in the body
         return self._json(self.webhooks_as_json([self.change(id, self._object())])[0])
 
     def change(self, id: int, fields: dict, unless_changed_since: int | None = None) -> Webhook:
         """Change the fields of a webhook that are given; raises NotFound, Invalid.
 
         Raises Conflict if it was changed after a moment that is given, in milliseconds."""
-        # looking its host up takes time, so the writer reads it again without that
+        # this looks the host up, which takes time; the writer reads the fields again without
         read = read_webhook(fields, self._store.webhooks.get(id), self._address_policy.check_url)
-        now, user = self._now_ms(), bottle.request.environ["webhookd.user"].name
+        now_ms, user_name = self.now_ms(), current_user().name
         activates = fields.get("active") is not None and read.active
-        starts_clean = activates or fields.get("paused") is not None and not read.paused
+        resumes = fields.get("paused") is not None and not read.paused
+        starts_clean = activates or resumes
 
         def change(old):
             if unless_changed_since not in (None, old.updated):
                 raise Conflict("somebody else has just changed this webhook")
-            new = dataclasses.replace(read_webhook(fields, old), updated=now)
+            new = dataclasses.replace(read_webhook(fields, old), updated=now_ms)
             if (new.active, new.paused) != (old.active, old.paused):
-                new = dataclasses.replace(new, halted_by=user)
-            return with_rotated_secret(old, new, now)
+                new = dataclasses.replace(new, halted_by=user_name)
+            return with_rotated_secret(old, new, now_ms)
 
         old, webhook = self._store.write(Batch.change_webhook, id, change, starts_clean)
         if lost_secret(old, webhook):
@@ -6345,7 +6486,7 @@ class Api:
         health = store.health[id].as_json(webhook, store.pending[id], store.last_attempts.get(id))
         document = webhook.as_json(sees_urls) | {"health": health}
         if statistics:
-            document["statistics"] = store.statistics(id, (), self._now_ms(), sees_urls)
+            document["statistics"] = store.statistics(id, (), self.now_ms(), sees_urls)
         return document
 
     def latest(self, id):
@@ -6357,17 +6498,18 @@ class Api:
         return self._json(invocation)
 
     def statistics(self, id):
-        wanted, now = self._filter("event"), self._now_ms()
+        wanted, now = self._filter("event"), self.now_ms()
         webhook = self._store.webhooks.get(id)
-        shown = self._store.statistics(webhook.id, wanted.events, now, self._sees_urls())
-        return self._json(shown)
+        return self._json(self._store.statistics(webhook.id, wanted.events, now, self._sees_urls()))
 
     def statistics_summary(self, id):
-        webhook, now = self._store.webhooks.get(id), self._now_ms()
+        webhook, now = self._store.webhooks.get(id), self.now_ms()
         events = self._store.attempted_events(webhook.id)
-        sees_urls, of_events = self._sees_urls(), self._store.statistics
-        shown = {event: of_events(webhook.id, (event,), now, sees_urls) for event in events}
-        return self._json(shown)
+        sees_urls = self._sees_urls()
+        document = {
+            event: self._store.statistics(webhook.id, (event,), now, sees_urls) for event in events
+        }
+        return self._json(document)
 
     def test_webhook(self):
         answer, _ = self.test(self._webhook_to_test())
@@ -6377,7 +6519,7 @@ class Api:
         """Send a ping now; what was sent and what came back, and after how many ms.
 
         Raises Unavailable."""
-        with self._slow_work.place(TESTS):
+        with self._slow_work.admit(TESTS):
             body, attempt = asyncio.run(self._ping(webhook))
         id, result = webhook.id or "none", attempt.description
         url = short_url(attempt.url)
@@ -6389,18 +6531,18 @@ class Api:
         return answer, attempt.duration
 
     def _webhook_to_test(self):
-        with self._told("webhookId", "url") as told:
-            id = told.field("webhookId", None, whole_number, 1)
+        with self._options("webhookId", "url") as options:
+            id = options.field("webhookId", None, whole_number, 1)
         if id is not None:
             return self._store.webhooks.get(id)
-        with told:
-            url = told.field("url", "", read_url, "", self._address_policy.check_url)
-            told.check("url", url != "", "url or webhookId is needed")
+        with options:
+            url = options.field("url", "", read_url, "", self._address_policy.check_url)
+            options.check("url", url != "", "url or webhookId is needed")
         return Webhook(url=url)
 
     async def _ping(self, webhook):
         client = Client(self._address_policy, self._settings.delivery_timeout)
-        now, made = self._now_ms(), asyncio.get_running_loop().create_future()
+        now, made = self.now_ms(), asyncio.get_running_loop().create_future()
         event = {"timestamp": now, "event": PING_NAME, "test": True}
         body = PING if webhook.template is None else render(webhook, json_bytes(event))
         headers = attempt_headers(webhook, PING_NAME, uuid7(now), 1, body, now)
@@ -6414,12 +6556,12 @@ class Api:
 
     def publish_events(self):
         is_large = bottle.request.content_length > LARGE_REQUEST_BYTES
-        with self._place(LARGE) if is_large else contextlib.nullcontext():
+        with self._admit(LARGE) if is_large else contextlib.nullcontext():
             return self._publish_events()
 
     def _publish_events(self):
         limit = max(MAX_REQUEST_BYTES, self._settings.max_event_size)
-        body, now = self.body(JSON_TYPE, NDJSON_TYPE, limit=limit), self._now_ms()
+        body, now = self.body(JSON_TYPE, NDJSON_TYPE, limit=limit), self.now_ms()
         are_lines = self._content_type() == NDJSON_TYPE
         largest = self._settings.max_event_size
         events = read_events(body, are_lines, now, largest, self._naming())
@@ -6428,15 +6570,15 @@ class Api:
         key = self._idempotency(body, events)
 
         def answer(published, is_repeated):
-            shown = [event.as_json() for event in published]
-            document = {"results": shown} if several else shown[0]
+            documents = [event.as_json() for event in published]
+            document = {"results": documents} if several else documents[0]
             return self._json(document, 200 if is_repeated else 202)
 
-        publisher = bottle.request.environ["webhookd.user"]
-        return self._after(self._store.publish(events, now, key, publisher), answer)
+        published = self._store.publish(events, now, key, current_user())
+        return self._answer_after(published, answer)
 
     def _naming(self):
-        with Reader(self._query()) as query:
+        with Reader(self.query()) as query:
             name = query.field("event", None, read_query_name)
         return Naming(name, self._header("X-Event-Key") or self._header("X-GitHub-Event"))
 
@@ -6446,140 +6588,140 @@ class Api:
             return None
         if not 1 <= len(key) <= 255:
             raise Invalid(Fault("Idempotency-Key", "must have 1 to 255 characters"))
-        user = bottle.request.environ["webhookd.user"].name
         fingerprint = hashlib.sha256(body)
         for event in events:
-            if event.is_foreign:
+            if event.is_foreign:  # its name is not in the body
                 fingerprint.update(b"\n" + event.name.encode())
-        return IdempotencyKey(user, key, fingerprint.digest())
+        return IdempotencyKey(current_user().name, key, fingerprint.digest())
 
     def list_events(self):
         filters = "event", "since", "until", "where"
-        with Reader(self._query()) as query:
-            page, wanted = read_page(query), read_filter(query, self._now_ms(), *filters)
+        with Reader(self.query()) as query:
+            page, wanted = read_page(query), read_filter(query, self.now_ms(), *filters)
             before = query.field("before", None, whole_number, 1)
             payload = query.field("payload", False, boolean)
-        found = self.find_events(wanted, page, before)
+        result = self.find_events(wanted, page, before)
         if payload:
-            return self._events_with_payload(page, found)
-        shown = [event.as_json() for event in found.events]
-        return self._page_of(page, found.total, shown, found.more)
+            return self._events_with_payload(page, result)
+        documents = [event.as_json() for event in result.events]
+        return self._page_of(page, result.total, documents, result.more)
 
-    def find_events(self, wanted: Filter, page: Page, before: int | None = None) -> Found:
+    def find_events(self, wanted: Filter, page: Page, before: int | None = None) -> EventsPage:
         """A page of events; where a payload is wanted, of those before an id."""
         if wanted.where:
             return self._store.search(wanted, page, before)
-        return Found(*self._store.events(wanted, page))
+        return EventsPage(*self._store.events(wanted, page))
 
-    def _events_with_payload(self, page, found):
-        bodies = self._store.bodies([event.id for event in found.events])
-        events, more = [event for event in found.events if event.id in bodies], found.more
-        if found.total is None and 0 < len(events) < len(found.events):
+    def _events_with_payload(self, page, result):
+        """The page with as many payloads as fit into one answer; the next page begins there."""
+        bodies = self._store.bodies([event.id for event in result.events])
+        events, more = [event for event in result.events if event.id in bodies], result.more
+        if result.total is None and 0 < len(events) < len(result.events):
             more = {"before": events[-1].id, "start": 0}
-        shown = [
+        documents = [
             with_payload(event.as_json(), payload_of(bodies[event.id], event.name, event.timestamp))
             for event in events
         ]
-        return self._page_of(page, found.total, shown, more)
+        return self._page_of(page, result.total, documents, more)
 
     def get_event(self, id):
         event, body, deliveries = self._store.event(id)
-        shown, webhooks = [], self._store.webhooks.by_id
+        documents, webhooks = [], self._store.webhooks.by_id
         for delivery in deliveries:
             if delivery.webhook_id in webhooks:
                 name = webhooks[delivery.webhook_id].name
-                shown.append(delivery.as_json() | {"webhookName": name})
+                documents.append(delivery.as_json() | {"webhookName": name})
         payload = payload_of(body, event.name, event.timestamp)
-        return self._json(with_payload(event.as_json() | {"deliveries": shown}, payload))
+        return self._json(with_payload(event.as_json() | {"deliveries": documents}, payload))
 
     def list_deliveries(self, id):
         filters = "event", "state", "outcome", "since", "until"
-        with Reader(self._query()) as query:
-            page, wanted = read_page(query), read_filter(query, self._now_ms(), *filters)
+        with Reader(self.query()) as query:
+            page, wanted = read_page(query), read_filter(query, self.now_ms(), *filters)
         webhook = self._store.webhooks.get(id)
         deliveries, total = self._store.deliveries(webhook.id, wanted, page)
         return self._page_of(page, total, [delivery.as_json() for delivery in deliveries])
 
     def get_delivery(self, uuid):
-        with contextlib.ExitStack() as place:
-            place.enter_context(self._slow_work.place(STREAMS))
-            delivery, body, attempts = self._store.delivery_in_steps(uuid.lower())
-            parts = delivery_json(delivery, body, map(self._seen, attempts))
+        with contextlib.ExitStack() as admission:
+            admission.enter_context(self._slow_work.admit(STREAMS))
+            delivery, body, attempts = self._store.delivery(uuid.lower())
+            parts = delivery_json(delivery, body, map(self._visible, attempts))
             begun, begun_bytes = [], 0
             for part in parts:
                 begun.append(part)
                 begun_bytes += len(part)
-                if begun_bytes > STREAMED_BYTES:
+                if begun_bytes > MAX_BUFFERED_BYTES:
                     self._json(b"")
-                    return self._streamed(itertools.chain(begun, parts), place.pop_all())
+                    return self._streamed(itertools.chain(begun, parts), admission.pop_all())
         return self._json(b"".join(begun))
 
     @staticmethod
-    def _streamed(parts, place):
-        """The parts; the place is held until the last of them is sent, or the client gone."""
-        with place:
+    def _streamed(parts, admission):
+        """The parts; the admission ends when the last of them is sent or the client is gone."""
+        with admission:
             yield from parts
 
     # ---- operations ----
 
     def redeliver(self, uuid):
-        with self._told():
-            pass  # it takes no fields
+        with self._options():
+            pass  # it has none, so that each field is a fault
         return self._json(self.redeliver_one(uuid.lower()).as_json(), 202)
 
     def redeliver_one(self, uuid: str) -> Delivery:
         """Have a delivery attempted at once, paused or not; raises NotFound."""
-        webhook_id = self._store.write(Batch.redeliver_first, uuid, self._now_ms())
+        webhook_id = self._store.write(Batch.redeliver_first, uuid, self.now_ms())
         self._log_change("delivery redelivered", id=uuid, webhook=webhook_id)
         return self._store.delivery(uuid)[0]
 
     def redeliver_many(self, id):
-        self._store.webhooks.get(id)  # that there is none comes before a fault in the body
+        self._store.webhooks.get(id)  # 404 comes before a fault in the body
         wanted, dry_run = self._selection("event", "outcome", "since", "until")
         counts = self.redeliver_all(id, wanted, dry_run)
         return self._json(dict(zip(("matched", "redelivered"), counts)), 202)
 
     def redeliver_all(self, id: int, wanted: Filter, dry_run: bool = False) -> tuple[int, int]:
-        """Have those wanted, or else all that failed, attempted at once.
+        """Have the deliveries wanted attempted at once; without an outcome, those that failed.
 
         Returns how many matched and how many are redelivered; raises NotFound."""
         self._store.webhooks.get(id)
         if not wanted.outcomes:
             wanted = wanted._replace(states=(FAILED,))
-        found, words = self._store.redeliverable(id, wanted), "deliveries redelivered"
-        return self._make_due(id, found, Batch.redeliver, dry_run, words)
+        words, row_ids = "deliveries redelivered", self._store.redeliverable(id, wanted)
+        return self._write_in_steps(words, Batch.redeliver, id, row_ids, dry_run)
 
-    def _make_due(self, id, found, make_due, dry_run, words):
-        matched = made = 0
-        now = self._now_ms()
+    def _write_in_steps(self, words, work, webhook_id, ids_in_steps, dry_run):
+        """Do some work for ids; returns how many ids there are and how many the work was for."""
+        matched = done = 0
+        now_ms = self.now_ms()
         try:
-            for ids in found:
+            for ids in ids_in_steps:
                 matched += len(ids)
                 if ids and not dry_run:
-                    made += self._store.write(make_due, id, ids, now)
-        finally:  # if one of the steps fails, those before it are done
-            if made:
-                self._log_change(words, webhook=id, count=made)
-        return matched, made
+                    done += self._store.write(work, webhook_id, ids, now_ms)
+        finally:  # if a step fails, those before it are done
+            if done:
+                self._log_change(words, webhook=webhook_id, count=done)
+        return matched, done
 
     def replay(self, id):
-        self._store.webhooks.get(id)  # that there is none comes before a fault in the body
+        self._store.webhooks.get(id)  # 404 comes before a fault in the body
         counts = self.replay_all(id, *self._selection("event", "since", "until"))
         return self._json(dict(zip(("matched", "replayed"), counts)), 202)
 
     def replay_all(self, id: int, wanted: Filter, dry_run: bool = False) -> tuple[int, int]:
-        """Deliver those events wanted that a webhook is subscribed to and never got.
+        """Deliver those of the events wanted that a webhook is subscribed to and never got.
 
         Returns how many matched and how many are replayed; raises NotFound."""
-        webhook, words = self._store.webhooks.get(id), "events replayed"
-        found = self._store.missed_events(webhook, wanted)
-        return self._make_due(id, found, Batch.replay, dry_run, words)
+        event_ids = self._store.missed_events(self._store.webhooks.get(id), wanted)
+        return self._write_in_steps("events replayed", Batch.replay, id, event_ids, dry_run)
 
     def _selection(self, *filters):
-        """Which deliveries or events an operation is for, and if it only counts them."""
-        with self._told("dryRun", *filters) as told:
-            dry_run = told.field("dryRun", False, boolean)
-            return read_filter(told, self._now_ms(), *filters), dry_run
+        """Which deliveries or events an operation is for, and whether it only counts them."""
+        with self._options("dryRun", *filters) as options:
+            dry_run = options.field("dryRun", False, boolean)
+            return read_filter(options, self.now_ms(), *filters), dry_run
 
     def delete_event(self, id):
         self.remove_event(id)
@@ -6593,19 +6735,18 @@ class Api:
 
     # ---- how it is ----
 
-    def metrics(self):
-        bottle.response.content_type = METRICS_TYPE
-        parts = self._store, self._dispatcher, self._settings
-        return metrics_text(*parts, self._now_ms())
-
     def health(self):
-        stuck = self._store.stands_still() and "the store's writer stands still"
         store, dispatcher = self._store, self._dispatcher
+        stuck = "the store's writer stands still" if store.stands_still() else None
         problems = [store.problem, store.full, dispatcher.problem(), stuck, *store.faults()]
         problems = list(filter(None, problems))
         if problems:
             return self._json({"status": "failing", "problems": problems}, 503)
         return self._json({"status": "ok"})
+
+    def metrics(self):
+        bottle.response.content_type = METRICS_TYPE
+        return metrics_text(self._store, self._dispatcher, self._settings, self.now_ms())
 
 
 # ======================================================================================
@@ -6615,18 +6756,19 @@ class Api:
 MAX_SHOWN_CHARACTERS = 16 << 10  # of a body beside many others
 MAX_PAYLOAD_CHARACTERS = 128 << 10  # of a body that stands alone
 STATES = ("disabled", "failing", "paused", "inactive", "healthy")  # of webhooks, as listed
-TONES = {
+TONES = {  # the style's class for a state or an outcome
     **dict.fromkeys(("healthy", SUCCEEDED, SUCCESS), "good"),
     **dict.fromkeys(("failing", "paused", FAILURE), "warn"),
     **dict.fromkeys(("disabled", FAILED, ERROR), "bad"),
-    **dict(zip((PENDING, "inactive"), ("wait", "idle"))),
+    PENDING: "wait",
+    "inactive": "idle",
 }
 
 # ---- in words ----
 
 
 def utc(ms: int, form: str = "%Y-%m-%d %H:%M:%S") -> str:
-    """A moment as people read it, to the second."""
+    """A moment for people, to the second."""
     return datetime.datetime.fromtimestamp(ms // 1000, datetime.UTC).strftime(form)
 
 
@@ -6655,7 +6797,7 @@ def success_rate(counts: dict[str, int]) -> str:
 
 
 def part_words(page: Page, total: int | None, noun: str, plural: str = "") -> str:
-    """Which part of a list it is; total None: of a search that has not looked at all."""
+    """Which part of a list it is; total None: of a search that has not looked at all rows."""
     if total is None:
         return "So far as was looked; Next looks further back."
     last, all_of_it = page.start + page.limit, counted(total, noun, plural)
@@ -6669,8 +6811,8 @@ def is_in_trouble(health: dict) -> bool:
     return health["state"] in STATES[:3] and not is_held
 
 
-def place_in_list(health: dict) -> tuple:
-    """Where a webhook stands: those in trouble first, then those with the latest attempt."""
+def list_order(health: dict) -> tuple:
+    """Sorts webhooks: those in trouble come first, then those with the latest attempt."""
     return not is_in_trouble(health), STATES.index(health["state"]), -(health["lastAttempt"] or 0)
 
 
@@ -6708,7 +6850,7 @@ def state_words(health: dict, now_ms: int) -> tuple[str, str]:
 
 
 def due_words(number: int | None) -> str:
-    """What somebody who had so many deliveries attempted is told; None: nobody."""
+    """What the page says after so many deliveries were made due; None: none were."""
     return "" if number is None else counted(number, "delivery is due.", "deliveries are due.")
 
 
@@ -6730,7 +6872,7 @@ def tag(word: str, text: str = "") -> str:
 
 
 def moment(now_ms: int, ms: int | None, otherwise: str = "", beside: bool = False) -> str:
-    """The markup of a moment, or what is said if there is none; beside: with the UTC."""
+    """The markup of a moment, or the other text if there is none; beside: with the UTC."""
     if not ms:
         return otherwise
     time = f'<time datetime="{utc(ms).replace(" ", "T")}Z" title="{utc(ms)} UTC">'
@@ -6738,24 +6880,24 @@ def moment(now_ms: int, ms: int | None, otherwise: str = "", beside: bool = Fals
 
 
 def indented(text: str) -> str:
-    """A JSON text line by line, to the digit; any other as it is."""
+    """A JSON text in indented lines, its numbers to the digit; any other text as it is."""
     try:
         value = json_value(text, _event_decoder.decode)
-        shown = _marked_number.sub(r"\1", json.dumps(value, indent=2, ensure_ascii=False))
+        lines = without_marks(json.dumps(value, indent=2, ensure_ascii=False))
     except (Invalid, RecursionError):
         return text
     # what is nested so deeply that it would be mostly blanks stays as it is, too
-    is_wide = len(shown) > 4 * len(text) + 1000
-    return text if is_wide else shown.encode("utf-8", "backslashreplace").decode()
+    is_wide = len(lines) > 4 * len(text) + 1000
+    return text if is_wide else utf8(lines).decode()
 
 
 def form_json(value: object) -> str:
-    """A JSON value as a form has it; nothing for nothing."""
+    """A JSON value as a form has it; an empty text for none."""
     return "" if value in (None, {}) else indented(json_bytes(value).decode())
 
 
 def body_text(body: str, limit: int) -> str:
-    """A body as pages show it: JSON indented, what is longer cut."""
+    """A body as pages show it: JSON indented, or the start of one that is too long."""
     if len(body) <= limit:
         return indented(body)
     return f"{body[:limit]}\n… {len(body):,} characters in all, the API has them"
@@ -6801,7 +6943,7 @@ curl {url}/health
 webhookd user add NAME --role publisher --database /var/lib/webhookd/webhookd.db
 """
 
-# ---- what is laid out for the templates; webhooks are as the API shows them ----
+# ---- values for the templates; webhooks are as the API shows them ----
 
 
 def list_row(webhook: dict, counts: dict[str, int], now_ms: int) -> dict:
@@ -6810,15 +6952,18 @@ def list_row(webhook: dict, counts: dict[str, int], now_ms: int) -> dict:
     reasons = [health["reason"]] if health["state"] != "healthy" else []
     if until := health["pausedUntil"]:
         reasons.append(f"tried again {relative(max(until, now_ms), now_ms)}")
-    row = (
-        webhook | health | {"host": urllib.parse.urlsplit(webhook["url"]).netloc.rpartition("@")[2]}
+    host = urllib.parse.urlsplit(webhook["url"]).netloc.rpartition("@")[2]
+    return (
+        webhook
+        | health
+        | {
+            "host": host,
+            "some": ", ".join(events[:3]) + (f" +{len(events) - 3}" if len(events) > 3 else ""),
+            "tone": TONES[health["state"]] if is_in_trouble(health) else "",
+            "reasons": list(filter(None, reasons)),
+            "rate": success_rate(counts),
+        }
     )
-    return row | {
-        "some": ", ".join(events[:3]) + (f" +{len(events) - 3}" if len(events) > 3 else ""),
-        "tone": TONES[health["state"]] if is_in_trouble(health) else "",
-        "reasons": list(filter(None, reasons)),
-        "rate": success_rate(counts),
-    }
 
 
 def delivery_row(delivery: Delivery, webhook: dict, last: int | None) -> dict:
@@ -6833,7 +6978,7 @@ def delivery_row(delivery: Delivery, webhook: dict, last: int | None) -> dict:
 
 
 def attempt_row(number: int, attempt: Attempt, body: str) -> tuple:
-    """An attempt, its status, what else is said of it, its request and its response."""
+    """An attempt: its number, itself, its status, why it failed, its request, its response."""
     code = "" if attempt.status is None else str(attempt.status)
     request = message_text(f"POST {attempt.url}", attempt.request(body))
     response = message_text(code, attempt.response()) if code else ("none",)
@@ -6842,7 +6987,8 @@ def attempt_row(number: int, attempt: Attempt, body: str) -> tuple:
 
 
 def verdict_words(test: dict, duration_ms: int) -> dict:
-    """What is said of a test, as the API shows it: the verdict, and what was sent and answered."""
+    """What the page says of a test: the verdict, and what was sent and answered. test: as the
+    API shows it."""
     request, response = test["request"], test["response"]
     status = str(response["status"]) if response else test["error"]
     works = status.startswith("2") and response is not None
@@ -6857,7 +7003,7 @@ def verdict_words(test: dict, duration_ms: int) -> dict:
 
 
 def tiles(webhook: dict) -> dict[str, str]:
-    """The figures of a webhook that is shown with its statistics."""
+    """The figures of a webhook with its statistics, by label."""
     counts = list(webhook["statistics"]["counts"].values())[:3]
     figures = (sum(counts), *counts[1:], webhook["health"]["pending"])
     labels = ("Attempts", "Failures", "Errors", "Waiting")
@@ -6885,7 +7031,7 @@ def chart(attempts_by_day: dict[int, collections.Counter], today: int) -> dict:
 
 
 def settings_in_words(webhook: dict) -> dict[str, str]:
-    """The settings of a webhook besides its URL, of the rarer ones those that are set."""
+    """The settings of a webhook except its URL; the rarer ones only if they are set."""
     limit, login = webhook["rateLimit"], webhook["credentials"]
     settings = {
         "Events": ", ".join(webhook["events"]),
@@ -6903,7 +7049,7 @@ def settings_in_words(webhook: dict) -> dict[str, str]:
 
 
 def buttons(webhook: dict) -> list[str]:
-    """What can be done with a webhook; first what its state calls for."""
+    """The labels of what can be done with a webhook; first what its state calls for."""
     health, is_active = webhook["health"], webhook["active"]
     calls = {"paused": "Resume", "inactive": "Activate", "disabled": "Activate"}
     held = ["Resume"] if webhook["paused"] or health["pausedUntil"] else []
@@ -6955,13 +7101,13 @@ BOXES = {"active": "Active", "ordered": "Ordered", "sslVerificationRequired": "V
 
 
 def form_of(webhook: Webhook) -> dict[str, str]:
-    """The form as it shows a webhook; that of a new one has a secret to be seen once."""
-    shown = webhook.as_json(whole_url=True) | {"events": "\n".join(webhook.events)}
+    """The fields of a webhook's form; that of a new one has a secret, which is seen once."""
+    form = webhook.as_json(whole_url=True) | {"events": "\n".join(webhook.events)}
     if not webhook.id:
-        shown["secret"] = f"whsec_{base64.b64encode(secrets.token_bytes(24)).decode()}"
-    shown |= shown["credentials"] or {}
-    shown["headers"] = header_lines(shown["headers"]).replace("\r", "")
-    return shown | {n: form_json(shown[n]) for n in ("filters", "template", "rateLimit")}
+        form["secret"] = f"whsec_{base64.b64encode(secrets.token_bytes(24)).decode()}"
+    form |= form["credentials"] or {}
+    form["headers"] = header_lines(form["headers"]).replace("\r", "")
+    return form | {name: form_json(form[name]) for name in ("filters", "template", "rateLimit")}
 
 
 def header_values(text: str) -> dict[str, str]:
@@ -6984,7 +7130,7 @@ def json_field(text: str) -> object:
 
 
 def form_fields(form: dict[str, str], old: Webhook) -> tuple[dict, list[Fault]]:
-    """The fields of the API that a form changes, and what in it cannot be read."""
+    """The fields of the API that a form changes, and the faults of those that cannot be read."""
     fields, faults = {box: box in form for box in BOXES}, []
     fields |= {name: form.get(name, "").strip() for name in ("name", "url")}
     names = map(str.strip, re.split(r"[\n,]", form.get("events", "")))
@@ -7009,7 +7155,7 @@ def form_fields(form: dict[str, str], old: Webhook) -> tuple[dict, list[Fault]]:
 
 
 def form_view(form: dict[str, str], faults: dict[str, list[str]]) -> dict:
-    """What the page of a form needs: its fields, and what is wrong with them."""
+    """What the page of a form needs: its fields and their faults."""
     wrong = [name for name in FIELDS if faults.get(name)]
     to_mend = f": {counted(len(wrong), 'field')} to mend" if wrong else ""
     is_unusual = form.get("ordered") or not form.get("sslVerificationRequired")
@@ -7024,7 +7170,7 @@ def form_view(form: dict[str, str], faults: dict[str, list[str]]) -> dict:
 
 
 def stale_words(fields: dict) -> str:
-    """What is said of a form that somebody else's change came before."""
+    """What the page says of a form that was opened before somebody else's change."""
     words = "somebody has changed this webhook since the form was opened; what differs from it now"
     return f"{words}: {', '.join(fields) or 'nothing'}. Save once more to have it so"
 
@@ -7032,7 +7178,7 @@ def stale_words(fields: dict) -> str:
 def all_faults(
     faults: list[Fault], fields: dict, old: Webhook, check_url: collections.abc.Callable
 ) -> list[Fault]:
-    """What cannot be read of a form, and what is wrong with the fields that can be."""
+    """The faults of a form's fields: those that cannot be read, and those that Api refuses."""
     try:
         read_webhook(fields, old, check_url)
     except Invalid as error:
@@ -7041,7 +7187,7 @@ def all_faults(
 
 
 def faults_by_field(faults: list[Fault]) -> dict[str, list[str]]:
-    """What is wrong with each field of the form; "" has what is with none."""
+    """The messages for each field of the form; those for "" are about none of them."""
     by_field = collections.defaultdict(list)
     for fault in faults:
         name, _, inner = (fault.context or "").partition(".")
@@ -7059,6 +7205,7 @@ FORM_TYPE = "application/x-www-form-urlencoded"
 ROWS_PER_PAGE = 50  # of deliveries and of events
 MAX_SENT_FORMS = 1000  # that are remembered
 MAX_SHOWN_ATTEMPTS = 20  # of a delivery, the last ones
+
 # ---- templates ----
 
 STYLE = """
@@ -7157,10 +7304,20 @@ PAGE_HEADERS = {
 }
 
 
-HELPERS = {"style": STYLE, "version": VERSION, "tones": TONES, "tag": tag, "relative": relative}
-HELPERS |= {"counted": counted, "boxes": BOXES, "filters": FILTERS, "folded": FOLDED}
-HELPERS |= {"event_filters": EVENT_FILTERS, "delivery_filters": DELIVERY_FILTERS}
-HELPERS |= {"confluence_events": CONFLUENCE_EVENTS}
+HELPERS = {  # all that a template sees beside the values of its page
+    "style": STYLE,
+    "version": VERSION,
+    "tones": TONES,
+    "tag": tag,
+    "relative": relative,
+    "counted": counted,
+    "boxes": BOXES,
+    "folded": FOLDED,
+    "filters": FILTERS,
+    "event_filters": EVENT_FILTERS,
+    "delivery_filters": DELIVERY_FILTERS,
+    "confluence_events": CONFLUENCE_EVENTS,
+}
 
 _PARTS = """\
 % def top(title, section="Webhooks"):
@@ -7253,7 +7410,7 @@ _PARTS = """\
 
 
 def page_template(main: str) -> bottle.SimpleTemplate:
-    """A page, which begins with a call of top(); it sees HELPERS and what it is given."""
+    """The template of a page, which begins with a call of top()."""
     return bottle.SimpleTemplate(_PARTS + main + "</main></body></html>\n")
 
 
@@ -7492,18 +7649,17 @@ EVENT_PAGE = page_template("""\
 
 
 def form_token(user: User) -> str:
-    """What the forms of a user carry, and no other site can know."""
+    """A secret in all forms of a user, which no other site can know."""
     return hmac.digest(user.record.encode(), b"form", "sha256").hex()
 
 
 class Pages:
-    """The pages: routes beside those of an API, by whose methods they do everything."""
+    """The pages: routes beside those of an Api, whose methods do all the work."""
 
-    def __init__(self, api: Api, store: Store, address_policy: AddressPolicy, clock: Clock):
-        self._api, self._store = api, store
-        self._address_policy, self._clock = address_policy, clock
-        self._saving = threading.Lock()  # guards the next, and one form at a time is saved
-        self._sent_forms: dict[str, tuple[bytes, Webhook]] = {}  # their digests, by `once`
+    def __init__(self, api: Api, store: Store, address_policy: AddressPolicy):
+        self._api, self._store, self._address_policy = api, store, address_policy
+        self._saving = threading.Lock()  # guards the next, and saves one form at a time
+        self._sent_forms = LimitedDict(MAX_SENT_FORMS)  # digest and Webhook by `once`
         self._render_json, api.render_error = api.render_error, self._render_error
         hook, delivery, event = "/webhooks/<id:id>", "/deliveries/<uuid>", "/events/<id:id>"
         states = "/<act:re:pause|resume|activate|deactivate>"
@@ -7535,24 +7691,15 @@ class Pages:
 
     # ---- what they share ----
 
-    def _now_ms(self):
-        return int(self._clock() * 1000)
-
     @staticmethod
-    def _query():
-        return query_fields(bottle.request.environ.get("QUERY_STRING", ""))
-
-    @staticmethod
-    def _user():
-        return bottle.request.environ.get("webhookd.user")
-
-    def _may_change(self):
-        return self._user() is not None and self._user().role in ADMINS
+    def _may_change():
+        user = current_user()
+        return user is not None and user.role in ADMINS
 
     def _page(self, template, status=200, **values):
         bottle.response.status = status
         bottle.response.headers.update(PAGE_HEADERS)
-        user, now = self._user(), self._now_ms()
+        user, now = current_user(), self._api.now_ms()
         shared = {"user": user, "token": user and form_token(user), "now": now}
         shared |= {"may_change": self._may_change(), "moment": functools.partial(moment, now)}
         return template.render(HELPERS, shared, values)
@@ -7576,11 +7723,11 @@ class Pages:
         bottle.response.headers["Location"] = path + (f"?{encoded}" if encoded else "")
 
     def _with_form(self, handler):
-        """A plugin: the handler, if the form that was sent is of one of our pages."""
+        """A plugin: calls the handler if the form comes from one of our pages."""
 
         def checked(**arguments):
-            form = bottle.request.environ["webhookd.form"] = self._form()
-            sent, token = form.get("token", ""), form_token(self._user())
+            form = bottle.request.environ[FORM] = self._form()
+            sent, token = form.get("token", ""), form_token(current_user())
             if not hmac.compare_digest(sent.encode(), token.encode()):
                 raise Forbidden("the form is out of date: go back and reload its page")
             return handler(**arguments)
@@ -7600,8 +7747,8 @@ class Pages:
             raise Invalid("the form is malformed") from None
 
     def _list(self, page, total, noun, plural="", more=None):
-        """What a page needs to show a part of a list; more: as Found has it."""
-        query, starts = self._query(), page.neighbours(total or 0)
+        """What a page needs to show a part of a list; more: as EventsPage has it."""
+        query, starts = self._api.query(), page.neighbours(total or 0)
         links = {
             label: "?" + urllib.parse.urlencode(query | {"start": starts[name]}, True)
             for name, label in (("prev", "Previous"), ("next", "Next"))
@@ -7633,11 +7780,11 @@ class Pages:
         return ICON
 
     def show_webhooks(self):
-        with Reader(self._query()) as query:
+        with Reader(self._api.query()) as query:
             page, kept = read_page(query), query.field("state", (), strings, STATES)
-        webhooks, now = list(self._store.webhooks.by_id.values()), self._now_ms()
+        webhooks, now = list(self._store.webhooks.by_id.values()), self._api.now_ms()
         webhooks = self._api.webhooks_as_json(webhooks)
-        webhooks.sort(key=lambda webhook: place_in_list(webhook["health"]))
+        webhooks.sort(key=lambda webhook: list_order(webhook["health"]))
         states = collections.Counter(webhook["health"]["state"] for webhook in webhooks)
         title, attention = trouble_words([webhook["health"] for webhook in webhooks])
         wanted = [w for w in webhooks if not kept or w["health"]["state"] in kept]
@@ -7655,12 +7802,12 @@ class Pages:
         )
 
     def show_webhook(self, id):
-        with Reader(self._query()) as query:
+        with Reader(self._api.query()) as query:
             page = read_page(query, ROWS_PER_PAGE)
-            wanted = read_filter(query, self._now_ms(), *DELIVERY_FILTERS)
+            wanted = read_filter(query, self._api.now_ms(), *DELIVERY_FILTERS)
             attempted = query.field("attempted", None, whole_number, 0)
             missed_since = query.field("missed_since", None, whole_number, 0)
-        webhook, now = self._webhook(id, statistics=True), self._now_ms()
+        webhook, now = self._webhook(id, statistics=True), self._api.now_ms()
         deliveries, total = self._store.deliveries(id, wanted, page)
         missed = 0
         if missed_since is not None and self._may_change():
@@ -7688,7 +7835,7 @@ class Pages:
         return rows
 
     def show_delivery(self, uuid):
-        delivery, body, attempts = self._store.delivery_in_steps(uuid.lower())
+        delivery, body, attempts = self._store.delivery(uuid.lower())
         webhook, body = self._webhook(delivery.webhook_id), body.decode()
         attempts = list(collections.deque(attempts, MAX_SHOWN_ATTEMPTS))
         if not self._may_change():
@@ -7698,21 +7845,23 @@ class Pages:
             DELIVERY_PAGE,
             delivery=delivery,
             webhook=webhook,
-            words=delivery_words(delivery, webhook["health"]["state"], self._now_ms()),
+            words=delivery_words(delivery, webhook["health"]["state"], self._api.now_ms()),
             attempts=[attempt_row(*item, body) for item in numbered][::-1],
             curl=attempts and curl_command(attempts[-1], body),
         )
 
     def show_events(self):
-        with Reader(self._query()) as query:
+        with Reader(self._api.query()) as query:
             page = read_page(query, ROWS_PER_PAGE)
             before = query.field("before", None, whole_number, 1)
-            wanted = read_filter(query, self._now_ms(), *EVENT_FILTERS)
-        found = self._api.find_events(wanted, page, before)
-        states = self._store.delivery_states([event.id for event in found.events])
-        rows = [(event, states[event.id]) for event in found.events]
-        shown = self._list(page, found.total, "event", more=found.more)
-        return self._page(EVENTS_PAGE, rows=rows, **shown)
+            wanted = read_filter(query, self._api.now_ms(), *EVENT_FILTERS)
+        result = self._api.find_events(wanted, page, before)
+        states = self._store.delivery_states([event.id for event in result.events])
+        return self._page(
+            EVENTS_PAGE,
+            rows=[(event, states[event.id]) for event in result.events],
+            **self._list(page, result.total, "event", more=result.more),
+        )
 
     def show_event(self, id):
         event, body, deliveries = self._store.event(id)
@@ -7733,7 +7882,7 @@ class Pages:
         return self._form_page(id, form_of(self._edited(id)), secrets.token_urlsafe(16), {})
 
     def submit_form(self, id=None):
-        form = bottle.request.environ["webhookd.form"]
+        form = bottle.request.environ[FORM]
         inactive_since = self._inactive_since(id)
         try:
             with self._saving:
@@ -7744,7 +7893,7 @@ class Pages:
         return self._see_webhook(webhook, inactive_since)
 
     def _save_once(self, id, form):
-        """The webhook that a form has made or changed, now or when it was sent before."""
+        """The webhook that a form makes or changes, or did when it was sent before."""
         once, digest = form.get("once", ""), hashlib.sha256(json_bytes(form)).digest()
         sent, webhook = self._sent_forms.get(once, (digest, None))
         if sent != digest:
@@ -7753,8 +7902,6 @@ class Pages:
         webhook = webhook or self._save(self._edited(id), form)
         if once:
             self._sent_forms[once] = digest, webhook
-        while len(self._sent_forms) > MAX_SENT_FORMS:
-            del self._sent_forms[next(iter(self._sent_forms))]
         return webhook
 
     def _save(self, old, form):
@@ -7777,7 +7924,7 @@ class Pages:
         return webhook["health"]["since"] or webhook["updatedDate"]
 
     def _see_webhook(self, webhook, inactive_since):
-        """Show a webhook, and offer what it missed if it was not active and is now."""
+        """Show a webhook, and offer what it missed if it has just become active."""
         since = inactive_since if webhook.active else None
         self._see(f"/webhooks/{webhook.id}", missed_since=since)
 
@@ -7806,13 +7953,13 @@ class Pages:
         self._see(f"/webhooks/{id}", attempted=self._api.redeliver_all(id, Filter())[1])
 
     def show_replay(self, id):
-        webhook, since = self._store.webhooks.get(id), self._query().get("since")
+        webhook, since = self._store.webhooks.get(id), self._api.query().get("since")
         since_ms = matched = fault = None
         try:
-            with Reader(self._query()) as query:
-                since_ms = read_filter(query, self._now_ms(), "since").since
+            with Reader(self._api.query()) as query:
+                since_ms = read_filter(query, self._api.now_ms(), "since").since
             if since:
-                wanted = Filter(since=since_ms, until=self._now_ms())
+                wanted = Filter(since=since_ms, until=self._api.now_ms())
                 matched, _ = self._api.replay_all(id, wanted, dry_run=True)
         except Invalid as error:
             fault = "; ".join(fault.message for fault in error.faults)
@@ -7821,8 +7968,8 @@ class Pages:
         return self._page(REPLAY_PAGE, 400 if fault else 200, **values)
 
     def submit_replay(self, id):
-        with Reader(bottle.request.environ["webhookd.form"]) as form:
-            wanted = read_filter(form, self._now_ms(), "since", "until")
+        with Reader(bottle.request.environ[FORM]) as form:
+            wanted = read_filter(form, self._api.now_ms(), "since", "until")
         self._see(f"/webhooks/{id}", attempted=self._api.replay_all(id, wanted)[1])
 
     def submit_redeliver(self, uuid):
@@ -7855,20 +8002,20 @@ REQUEST_SECONDS = 60  # for a whole request, for a client that reads nothing, fo
 UNFETCHED_SECONDS = 10  # a client whose request was refused may go on sending for so long
 MAX_HEAD_BYTES = 64 << 10
 MAX_FRAMING_BYTES = 8 << 10  # of a chunk-size line, and of a trailer
-FRAMING_SHARE = 8  # chunks of a few bytes cost more than their bytes: at most one in so many
+FRAMING_SHARE = 8  # bytes of a body to one of framing: small chunks cost more than their bytes
 MAX_BODIES_BYTES = 128 << 20  # of the requests that are there or on their way, together
-SHARED_BODIES_BYTES = MAX_BODIES_BYTES // 4 * 3
-OWN_BODY_BYTES = (MAX_BODIES_BYTES - SHARED_BODIES_BYTES) // MAX_CONNECTIONS  # of each
+SHARED_BODIES_BYTES = MAX_BODIES_BYTES // 4 * 3  # of all connections
+OWN_BODY_BYTES = (MAX_BODIES_BYTES - SHARED_BODIES_BYTES) // MAX_CONNECTIONS  # of each one
 MAX_UNSENT_BYTES = 1 << 20  # of an answer that is made while it is sent
 PUBLICATION = ("POST", "/rest/api/events")
 MAX_PASSING_BYTES = 64 << 10  # of a publication that is read in the server's own thread
 MAX_OPEN_FILES = 1 << 16
-OTHER_FILES = 128  # the database's, those of look-ups, and to spare
+OTHER_FILES = 128  # the database's, those of look-ups, and some to spare
 ACCEPT_REST_SECONDS = 1  # after a connection could not be accepted
 
 
 class RequestRefused(waitress.utilities.Error):
-    """What is answered to a request that does not reach the application."""
+    """The answer to a request that the server refuses before the application sees it."""
 
     def __init__(self, status: int, message: str, headers: dict[str, str]):
         super().__init__(message)
@@ -7877,7 +8024,7 @@ class RequestRefused(waitress.utilities.Error):
 
 
 def render_server_error(error: waitress.utilities.Error, ident: str | None = None) -> tuple:
-    """What waitress answers to a request that does not reach the application."""
+    """How waitress answers a request that does not reach the application."""
     faults = [Fault(None, str(error.body))]
     body = json_bytes(error_document(error.code, faults) | {"reason": error.reason})
     headers = {"Content-Type": JSON_TYPE} | getattr(error, "headers", {})
@@ -7885,30 +8032,30 @@ def render_server_error(error: waitress.utilities.Error, ident: str | None = Non
 
 
 class BodyMemory:
-    """How much the bodies of all requests hold; any thread may call the methods."""
+    """How much memory the bodies of all requests hold; any thread may call the methods."""
 
     def __init__(self):
         self._lock = threading.Lock()  # guards the next
-        self._held_bytes = 0
+        self._shared_bytes = 0  # of all bodies, without what each may have for its own
 
     def has_room(self, size: int) -> bool:
         """Whether a body of a size would fit beside the others."""
-        is_own = size <= OWN_BODY_BYTES  # which the connection may have whatever others do
-        return is_own or self._held_bytes + size <= SHARED_BODIES_BYTES + OWN_BODY_BYTES
+        is_own = size <= OWN_BODY_BYTES  # which each connection may have, whatever others hold
+        return is_own or self._shared_bytes + size <= SHARED_BODIES_BYTES + OWN_BODY_BYTES
 
     def resize(self, old: int, new: int) -> bool:
         """Count a body of an old size with its new one; whether that fits."""
         with self._lock:
-            self._held_bytes += max(0, new - OWN_BODY_BYTES) - max(0, old - OWN_BODY_BYTES)
-        return new <= OWN_BODY_BYTES or self._held_bytes <= SHARED_BODIES_BYTES
+            self._shared_bytes += max(0, new - OWN_BODY_BYTES) - max(0, old - OWN_BODY_BYTES)
+        return new <= OWN_BODY_BYTES or self._shared_bytes <= SHARED_BODIES_BYTES
 
 
 class RequestParser(waitress.parser.HTTPRequestParser):
-    """Waitress's parser, which reads any body that comes before it asks the application.
+    """Waitress's parser with bounds on bodies; a refused request ends its connection.
 
-    It lets some malformed requests escape it, reads the same chunk-size line again and
-    again, and takes a second request for one that may wait (Pylons/waitress has no issue
-    of these yet). What it refuses is answered by an error, and the connection ends."""
+    Waitress reads a whole body before it asks the application. It lets some malformed requests
+    pass, reads the same chunk-size line again and again, and lets a second request wait for the
+    first (Pylons/waitress has no issue of these yet)."""
 
     _body_bytes = 0  # as counted in adj.bodies
     _unfinished_bytes = 0  # of a chunk-size line or trailer
@@ -7953,19 +8100,20 @@ class RequestParser(waitress.parser.HTTPRequestParser):
     def _judge_body(self):
         old, self._body_bytes = self._body_bytes, self.body_bytes_received
         has_room = self.adj.bodies.resize(old, self._body_bytes)
-        if self.chunked and self._is_mostly_framing():
-            self._refuse(400, "a chunk-size line or trailer is too long, or chunks too small")
-        elif not has_room:
+        if self.chunked:
+            self._judge_framing()
+        if not has_room and not self.error:
             self._refuse_for_now()
 
-    def _is_mostly_framing(self):
+    def _judge_framing(self):
         receiver, before = self.body_rcv, self._framing_bytes
         body_bytes = len(receiver)
         self._framing_bytes = self.body_bytes_received - body_bytes
         line_bytes = self._unfinished_bytes + self._framing_bytes - before
         self._unfinished_bytes = len(receiver.control_line) + len(receiver.trailer)
         most = FRAMING_SHARE * MAX_FRAMING_BYTES + body_bytes // FRAMING_SHARE
-        return line_bytes > MAX_FRAMING_BYTES or self._framing_bytes > most
+        if line_bytes > MAX_FRAMING_BYTES or self._framing_bytes > most:
+            self._refuse(400, "a chunk-size line or trailer is too long, or chunks too small")
 
     def _refuse_for_now(self):
         self._refuse(503, "too much is being received at once", {"Retry-After": "1"})
@@ -7999,7 +8147,7 @@ class Channel(waitress.channel.HTTPChannel):
     ready_made: tuple | None = None  # status line, headers and body of the next answer
 
     def __init__(self, *arguments, **options):
-        self._since = time.monotonic()  # of the next, or of the last bytes that went
+        self._since = time.monotonic()  # from here on the client's time counts
         self._had_request = False
         self._lingers = False  # the client may be sending what is not read any more
         self._discards = False
@@ -8022,22 +8170,25 @@ class Channel(waitress.channel.HTTPChannel):
         if self._lingers and not self._discards and self.connected:
             with contextlib.suppress(OSError):
                 self.socket.shutdown(socket.SHUT_WR)
-                self._discards, self._since = True, time.monotonic()
-                self.will_close = False
-                # not methods, since waitress asks all connections at each turn of its loop
-                self.readable, self.writable = (lambda: True), (lambda: False)
-                self.handle_read = self._discard
+                self._start_discarding()
                 return
         if self.request is not None:
             self.request.close()
         super().handle_close()
+
+    def _start_discarding(self):
+        self._discards, self._since = True, time.monotonic()
+        self.will_close = False
+        # no methods: waitress asks all connections in each round of its loop, so these cost
+        self.readable, self.writable = (lambda: True), (lambda: False)
+        self.handle_read = self._discard
 
     def is_overdue(self, now: float) -> bool:
         """Whether the client has taken too long for what it has to do; monotonic seconds."""
         return now - self._since > self._allowed_seconds()
 
     def cut_off(self) -> None:
-        """Close the connection; whoever makes an answer for it gets ClientDisconnected."""
+        """Close the connection; a thread that writes an answer to it gets ClientDisconnected."""
         self._lingers = False
         self.handle_close()
 
@@ -8055,8 +8206,8 @@ class Channel(waitress.channel.HTTPChannel):
         return REQUEST_SECONDS if has_time else HEAD_SECONDS
 
     def pass_through(self) -> None:
-        """Have the application see a request here and now. What waits for a commit is
-        answered after it, what is slow goes to another thread."""
+        """Call the application with a request in this thread. If it waits for a commit, the
+        answer follows after that; if it is slow, it goes to another thread."""
         passage, started = Passage(), []
         environ = Task(self, self.requests[0]).get_environment()
         environ[PASSAGE] = passage
@@ -8066,11 +8217,12 @@ class Channel(waitress.channel.HTTPChannel):
         elif passage.future is None:
             self.answer(started[0], started[1], b"".join(body))
         else:
-            late = self, passage.late_answer
-            passage.future.add_done_callback(lambda _: self.server.finish_later(*late))
+            passage.future.add_done_callback(
+                lambda _: self.server.finish_later(self, passage.late_answer)
+            )
 
     def answer_late(self, late_answer: collections.abc.Callable[[], tuple]) -> None:
-        """Send the answer that a publication has left for the time after its commit."""
+        """Send the answer that a publication has left for later."""
         self.answer(*late_answer())
 
     def answer(self, status: str, headers: list, body: bytes) -> None:
@@ -8108,8 +8260,8 @@ class Server(waitress.server.TcpWSGIServer):
         self.adj.bodies = BodyMemory()  # all that a parser knows of its server is adj
         self._thread = threading.get_ident()
         self._publications = collections.deque()  # channels; appended to by any thread
-        self._finished = collections.deque()  # channels and late answers, as well
-        self._is_woken = False  # the server's thread, for what is finished
+        self._finished = collections.deque()  # channels and late answers; the same
+        self._is_woken = False  # the server's thread, to send late answers
         self._accepts_from = self._looks_from = self._complains_from = 0.0  # monotonic
 
     def readable(self) -> bool:
@@ -8134,10 +8286,10 @@ class Server(waitress.server.TcpWSGIServer):
             self._complains_from = now + 60
             log_fact("no connection can be accepted", level=logging.WARNING, reason=error)
 
-    def turn(self, timeout: float) -> None:
-        """Wait for what comes, seconds at most, and do what follows from it."""
+    def run_once(self, timeout_seconds: float) -> None:
+        """Wait for something to come, and do what follows from it."""
         # select() would know file numbers below 1024 only
-        self.asyncore.loop(timeout, map=self._map, use_poll=True, count=1)
+        self.asyncore.loop(timeout_seconds, map=self._map, use_poll=True, count=1)
         self.pass_publications()
         self.cut_off_overdue(time.monotonic())
 
@@ -8159,29 +8311,29 @@ class Server(waitress.server.TcpWSGIServer):
         """Have the server's thread send an answer; called by any thread."""
         self._finished.append((channel, late_answer))
         if not self._is_woken:
-            self._is_woken = True  # once for all of a commit
+            self._is_woken = True  # once for all answers of a commit
             self.pull_trigger()
 
     def pass_publications(self) -> None:
         """Take the publications that came, and answer those that are on disk."""
         while self._publications:
             channel = self._publications.popleft()
-            self._go_on(channel, Channel.pass_through)
+            self._close_if_it_fails(channel, Channel.pass_through)
         self._is_woken = False
         while self._finished:
             channel, late_answer = self._finished.popleft()
-            self._go_on(channel, Channel.answer_late, late_answer)
+            self._close_if_it_fails(channel, Channel.answer_late, late_answer)
 
     @staticmethod
-    def _go_on(channel, step, *arguments):
+    def _close_if_it_fails(channel, method, *arguments):
         try:
-            step(channel, *arguments)
+            method(channel, *arguments)
         except Exception:  # the other connections must not suffer from it
             log.exception("a publication could not be answered")
             channel.handle_close()
 
     def cut_off_overdue(self, now: float) -> None:
-        """Once a second, close the connections whose clients take too long; monotonic."""
+        """Once a second, close the connections whose clients take too long; now: monotonic."""
         if now >= self._looks_from:
             self._looks_from = now + 1
             for channel in list(self.active_channels.values()):
@@ -8197,8 +8349,8 @@ def printable_address(host: str, port: int) -> str:
 def listen(address: tuple[str, int]) -> socket.socket:
     """A listening socket; raises SettingError."""
     try:
-        family, *_, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(where[:2], family=family)
+        family, *_, resolved = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(resolved[:2], family=family)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or "not a host"
         raise SettingError(
@@ -8215,7 +8367,7 @@ def raise_file_limit() -> None:
 
 
 def connection_limit(max_in_flight: int) -> int:
-    """How many clients may be connected, so that files are left for all else."""
+    """How many clients may be connected, so that enough files are left for all else."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     left = soft - OTHER_FILES - MAX_IDLE_CONNECTIONS - max_in_flight
     return MAX_CONNECTIONS if soft < 0 else max(SERVER_THREADS, min(left, MAX_CONNECTIONS))
@@ -8245,7 +8397,7 @@ def make_server(app, listener: socket.socket, settings: Settings) -> Server:
         inbuf_overflow=sys.maxsize,
         outbuf_overflow=sys.maxsize,
         outbuf_high_watermark=MAX_UNSENT_BYTES,
-        # a whole answer at once, by the thread that has the sockets
+        # so that the thread that has the sockets sends a whole answer at once
         send_bytes=SEND_BYTES,
         **proxy,
     )
@@ -8254,21 +8406,20 @@ def make_server(app, listener: socket.socket, settings: Settings) -> Server:
 def take_requests(server: Server, stopping: threading.Event) -> None:
     """Run the server until it is stopping, see `stop_server`."""
     while not stopping.is_set():  # server.run() would drop what is queued
-        server.turn(server.adj.asyncore_loop_timeout)
+        server.run_once(server.adj.asyncore_loop_timeout)
 
 
 def stop_server(server: Server, stopping: threading.Event) -> None:
-    """Have `take_requests` return; from any thread, or a handler of signals."""
+    """Have `take_requests` return; called by any thread, or by a handler of signals."""
     stopping.set()
     server.pull_trigger()
 
 
 def finish_requests(server: Server) -> None:
-    """Answer the requests in hand, which the server's loop no longer does; new ones are
-    refused."""
+    """Answer the requests in hand after the server's loop has ended; refuse new ones."""
     server.socket.close()
-    limit = time.monotonic() + STOP_SECONDS
-    while server.active_channels and time.monotonic() < limit:
+    deadline = time.monotonic() + STOP_SECONDS
+    while server.active_channels and time.monotonic() < deadline:
         server.pass_publications()
         for channel in list(server.active_channels.values()):
             channel.handle_write()
@@ -8306,10 +8457,7 @@ class LineFormatter(logging.Formatter):
         self._journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if not text.isprintable():  # else a client could write to a terminal, or forge lines
-            parts = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-            text = "".join(parts)
+        text = printable(super().format(record))
         return f"<{PRIORITIES.get(record.levelno, 3)}>{text}" if self._journal else text
 
 
@@ -8335,11 +8483,6 @@ def start_logging() -> None:
 SINK_LISTEN = "127.0.0.1:9000"
 UNSHOWN_HEADERS = {"host", "content-length", "connection"}
 SIGNATURE_TOLERANCE_SECONDS = 300  # what Standard Webhooks asks of receivers
-
-
-def printable(text: str) -> str:
-    """The text with what could disturb a terminal escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _is_among(expected, given):
@@ -8369,7 +8512,7 @@ def standard_fault(
     return "another secret, or another body"
 
 
-def _verdict(signature, secret, find_fault, *arguments):
+def _signature_words(signature, secret, find_fault, *arguments):
     if not signature:
         return "not signed"
     if secret is None:
@@ -8378,19 +8521,19 @@ def _verdict(signature, secret, find_fault, *arguments):
     return f"does NOT verify: {why}" if why else "signature ok"
 
 
-def verdicts(headers, body: bytes, secret: str | None, now: float) -> list[str]:
+def signature_lines(headers, body: bytes, secret: str | None, now: float) -> list[str]:
     """A line for each of the two signature schemes; headers as http.server has them."""
     names = ("X-Hub-Signature", "X-Hub-Signature-256")
     hub = [value for name in names for value in headers.get_all(name, ())]
     names = ("webhook-id", "webhook-timestamp", "webhook-signature")
     standard = [headers.get(name, "") for name in names]
-    hub_verdict = _verdict(hub, secret, hub_fault, hub, body)
-    verdict = _verdict(standard[-1], secret, standard_fault, *standard, body, now)
-    return [f"X-Hub-Signature: {hub_verdict}", f"Standard Webhooks: {verdict}"]
+    of_hub = _signature_words(hub, secret, hub_fault, hub, body)
+    of_standard = _signature_words(standard[-1], secret, standard_fault, *standard, body, now)
+    return [f"X-Hub-Signature: {of_hub}", f"Standard Webhooks: {of_standard}"]
 
 
 class SinkHandler(http.server.BaseHTTPRequestHandler):
-    """Prints deliveries, and a line for what is none."""
+    """Prints deliveries, and a line for each request that is none."""
 
     protocol_version = "HTTP/1.1"  # keeps connections alive
     disable_nagle_algorithm = True
@@ -8418,7 +8561,7 @@ class SinkHandler(http.server.BaseHTTPRequestHandler):
         yield ""
         yield "  " + body.decode(errors="backslashreplace")
         yield ""
-        for line in verdicts(self.headers, body, self.server.secret, time.time()):
+        for line in signature_lines(self.headers, body, self.server.secret, time.time()):
             yield f"  {line}"
         yield ""
 
@@ -8444,7 +8587,7 @@ class SinkHandler(http.server.BaseHTTPRequestHandler):
 class Sink(http.server.ThreadingHTTPServer):
     """Receives deliveries, prints them and gives them all the same answer.
 
-    A thread for each connection; what they print comes out whole."""
+    Each connection has a thread; what one of them prints comes out whole."""
 
     server_bind = socketserver.TCPServer.server_bind  # http.server's asks the resolver
 
@@ -8475,10 +8618,10 @@ PAGES_PER_COPY_STEP = 256  # 1 MB: a publication waits for one step at most
 
 
 def spare_memory() -> None:
-    """Have glibc give memory back, and one heap for all threads (mallopt(3)).
+    """Have glibc give memory back, and use one heap for all threads (mallopt(3)).
 
-    Each thread would have one of its own, which on one core is of no use; and what a
-    password's hash takes would stay, were its 16 MB not mapped by themselves."""
+    A heap for each thread would be of no use on one core. The 16 MB of a password's hash are
+    mapped by themselves, so that they are given back at once."""
     with contextlib.suppress(AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(M_ARENA_MAX, 1)
@@ -8487,30 +8630,30 @@ def spare_memory() -> None:
 
 
 def hold_to_one_core() -> None:
-    """Keep all threads to come on the core that this one is on.
+    """Keep this thread, and all that it will start, on the core that it runs on.
 
-    Only one of them runs at a time anyway, the one that has the GIL, and handing it to
-    another core costs more than the request for which it is handed over."""
+    Only the thread that has the GIL runs anyway, and to hand the GIL to another core costs more
+    than the request for which it is handed over."""
     with contextlib.suppress(OSError, AttributeError):  # where that may not be: slower
         fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         os.sched_setaffinity(0, {int(fields[36])})  # proc(5): "processor", 39th of all
 
 
 def on_stop(handler: collections.abc.Callable) -> None:
-    """Have SIGTERM, SIGINT and SIGHUP handled so."""
+    """Have a handler called for SIGTERM, SIGINT and SIGHUP."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, handler)
 
 
 def stop_once() -> None:
-    """To be called first by a handler: another signal changes nothing any more.
+    """Let further signals change nothing; a handler calls this first.
 
-    SIG_IGN would have Python complain of the one that has come at the same moment."""
+    With SIG_IGN, Python would complain about one that came at the same moment."""
     on_stop(lambda *_: None)
 
 
 def _stop(server, stopping):
-    stop_once()  # also because Event.set() is not to be interrupted by itself
+    stop_once()  # also because Event.set() must not interrupt itself
     stop_server(server, stopping)
 
 
@@ -8518,10 +8661,9 @@ VITAL_THREADS = ("writer", "delivery loop", "maintenance")
 
 
 def end_without(died) -> None:
-    """A threading.excepthook: ends the process if it cannot do without the thread.
+    """A threading.excepthook: ends the process at once if it cannot do without the thread.
 
-    At once, for the others may wait for it; systemd starts the process again, which
-    loses nothing."""
+    Others may wait for that thread. systemd starts the process again, and nothing is lost."""
     name = died.thread and died.thread.name
     try:
         log.critical("the thread %s died", name, exc_info=died.exc_value)
@@ -8544,7 +8686,7 @@ def say(text: str) -> None:
     if sys.stdout is None:
         raise CommandError("standard output is closed")
     try:
-        # not print(), which would try once more at the end, and complain
+        # not print(): what that cannot write it tries again at exit, and complains
         with open(sys.stdout.fileno(), "wb", closefd=False) as output:
             output.write(f"{text}\n".encode())
     except OSError as error:
@@ -8557,9 +8699,9 @@ def tell_admin(secret: str) -> None:
 
 
 def serve(settings: Settings) -> None:
-    """The life of the process: returns after a signal to stop, everything settled."""
+    """The life of the process: returns after a signal to stop, with every result recorded."""
     threading.excepthook = end_without
-    # until it is ready a signal just ends it, which loses nothing
+    # until it is ready a signal ends it at once, which loses nothing
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     raise_file_limit()
     spare_memory()
@@ -8579,7 +8721,7 @@ def serve(settings: Settings) -> None:
         dispatcher = Dispatcher(store, client, settings, clock, lambda: _beat(store))
         parts.enter_context(dispatcher)
         api = Api(store, dispatcher, address_policy, settings, clock)
-        Pages(api, store, address_policy, clock)
+        Pages(api, store, address_policy)
         if settings.admin_password:
             api.remember_admin(settings.admin_password)
         server = make_server(api.app, listener, settings)
@@ -8609,7 +8751,7 @@ def is_there(path: str) -> bool:
 
 
 def require_database(path: str) -> None:
-    """Raises DatabaseError if there is none: only the service makes one."""
+    """Raise DatabaseError if there is none: only the service makes one."""
     if not is_there(path):
         raise DatabaseError(
             f"{os.path.abspath(path)} does not exist: start the service first, which makes"
@@ -8618,7 +8760,7 @@ def require_database(path: str) -> None:
 
 
 def resolved(path: str) -> str:
-    """The path without links; raises CommandError if root would follow somebody's."""
+    """The path without links; raises CommandError if root would follow another user's link."""
     if not os.geteuid() and os.path.islink(path) and os.lstat(path).st_uid:
         raise CommandError(f"{path} is a link that is not root's: name where it leads")
     return os.path.realpath(path)
@@ -8632,17 +8774,17 @@ def _opened(folder, undo):
 
 @contextlib.contextmanager
 def acting_as_owner(path: str):
-    """As root: with the rights of whom the file's folder belongs to, and with nothing but
-    that folder in sight, so that no link in it leads astray. Yields the path to use.
+    """As root: act with the rights of the owner of the file's folder, and see nothing but that
+    folder, so that no link in it leads elsewhere. Yields the path to use.
 
-    A folder of systemd's DynamicUser= lies in one that only root may enter, hence the
-    change of root. The files that are open meanwhile stay open."""
+    A folder of systemd's DynamicUser= lies in one that only root may enter, hence the change of
+    root. Files that were opened inside stay usable outside."""
     folder, name = os.path.split(path)
     if os.geteuid() or not os.stat(folder).st_uid:
         yield path
         return
     with contextlib.ExitStack() as undo:
-        here, root, there = (_opened(place, undo) for place in (".", "/", folder))
+        here, root, there = (_opened(path, undo) for path in (".", "/", folder))
         owner = os.fstat(there)
         os.fchdir(there)
         undo.callback(os.fchdir, here)
@@ -8667,11 +8809,7 @@ def known_version(connection: Database, path: str) -> int:
     tables = connection.column("SELECT name FROM sqlite_schema WHERE type = 'table'")
     if version < 1 or TABLES - set(tables):
         raise DatabaseError(f"{path} is not a database of webhookd")
-    if version > len(MIGRATIONS):
-        raise DatabaseError(
-            f"{path} has version {version}, written by a newer webhookd; this one knows"
-            f" {len(MIGRATIONS)}"
-        )
+    refuse_newer(version, path)
     return version
 
 
@@ -8731,8 +8869,8 @@ def _role_for(given, users):
 
 
 def add_user(given: argparse.Namespace) -> None:
-    """Add a user with a password from the terminal or stdin, or with a new secret; or
-    replace what an old one has."""
+    """Add a user with a password from the terminal or stdin, or with a new secret; or give one
+    to a user that exists."""
     require_database(given.database)  # before it asks for a password
     secret = read_password() if given.password else secrets.token_urlsafe(32)
     record = password_record(secret) if given.password else secret_record(secret)
@@ -8757,7 +8895,7 @@ def remove_user(given: argparse.Namespace) -> None:
     """Remove a user; raises CommandError."""
     with database_beside_service(given.database) as connection:
         sql = "DELETE FROM users WHERE name = ?"
-        if not connection.execute(sql, [given.name]).rowcount:
+        if not connection.change(sql, given.name):
             raise CommandError(f"there is no user {given.name}")
     log_fact("user removed", name=given.name, by=operator())
 
@@ -8795,8 +8933,8 @@ def sync_folder(folder: str) -> None:
 
 @contextlib.contextmanager
 def new_file(target: str):
-    """A file under another name beside the target; it becomes the target, on disk and
-    complete, or it goes. Yields its handle and its name."""
+    """A file under another name beside the target. At the end it becomes the target, complete
+    and on disk; after an error it is removed. Yields its handle and its name."""
     folder, name = os.path.split(target)
     handle, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # mode 600
     try:
@@ -8814,6 +8952,7 @@ def new_file(target: str):
 
 
 def _pace(handle):
+    """A function for each step of a copy: has it on disk, and rests as long as it took."""
     begun = time.monotonic()
 
     def rest(*counts):
@@ -8825,24 +8964,27 @@ def _pace(handle):
     return rest
 
 
-def copy_database(source: sqlite3.Connection, partial: str, handle: int) -> None:
+def mark_as_without_log(handle: int) -> None:
+    """Have SQLite look for no log beside a database (its file format, 1.3.3)."""
+    os.pwrite(handle, b"\1\1", 18)
+
+
+def copy_database(source: Database, partial: str, handle: int) -> None:
     """Copy what the source's transaction sees into an empty file.
 
-    A service beside it hardly notices: each step goes to the disk by itself, and is
-    followed by as long a rest."""
+    A service beside it hardly notices: a rest follows each step and takes as long."""
     with contextlib.closing(connect(partial)) as copy:
         copy.execute("PRAGMA journal_mode = OFF")
         copy.execute("PRAGMA synchronous = OFF")
         source.backup(copy, pages=PAGES_PER_COPY_STEP, progress=_pace(handle))
-    # as a database without a log beside it (SQLite's file format, 1.3.3)
-    os.pwrite(handle, b"\1\1", 18)
+    mark_as_without_log(handle)
 
 
 def check_whole(connection: Database, path: str) -> None:
     """Raises DatabaseError if the database is damaged."""
-    found = connection.column("PRAGMA integrity_check(1)")
-    if found != ["ok"]:
-        raise DatabaseError(f"{path} is damaged: {' '.join(found[0].split())}")
+    verdict = connection.row("PRAGMA integrity_check(1)")[0]
+    if verdict != "ok":
+        raise DatabaseError(f"{path} is damaged: {' '.join(verdict.split())}")
 
 
 def _interrupt(number, frame):
@@ -8852,7 +8994,7 @@ def _interrupt(number, frame):
 
 @contextlib.contextmanager
 def snapshot(path: str):
-    """A connection that sees the database of one moment, however long it is used."""
+    """A connection that sees the database as it is now, however long it is used."""
     with acting_as_owner(path) as inside:
         source = connect(inside)
     try:
@@ -8867,7 +9009,7 @@ def snapshot(path: str):
 
 
 def backup(given: argparse.Namespace) -> None:
-    """Write a consistent copy; what had its name stays until the copy is complete."""
+    """Write a consistent copy; a file of that name stays until the copy is complete."""
     path, target = given.database, resolved(given.file)
     on_stop(_interrupt)
     os.nice(10)
@@ -8890,7 +9032,7 @@ def backup(given: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def without_service(inside: str, path: str):
-    """While this lasts no service can use the database; yields its status."""
+    """Keep services from using the database; yields its status."""
     with contextlib.ExitStack() as undo:
         handle = os.open(inside, os.O_RDONLY)
         undo.callback(os.close, handle)
@@ -8902,8 +9044,8 @@ def without_service(inside: str, path: str):
 
 
 def _remove_log(path):
-    """Remove what is beside a database, whose new content it would spoil; before that
-    have it taken in, so that a crash leaves the old database or the new one, whole."""
+    """Remove SQLite's files beside a database, which would spoil its new content. Before that
+    move the log into it, so that a crash leaves a whole database, the old one or the new."""
     with contextlib.suppress(sqlite3.Error), contextlib.closing(connect(path)) as old:
         old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     for end in BESIDE:
@@ -8912,7 +9054,7 @@ def _remove_log(path):
 
 
 def _check_copy(partial, handle, file):
-    os.pwrite(handle, b"\1\1", 18)  # a database without a log beside it, as in a backup
+    mark_as_without_log(handle)  # as a backup is; the file may be another copy
     with contextlib.closing(connect(partial)) as copy:
         known_version(copy, file)
         check_whole(copy, file)
@@ -8922,7 +9064,7 @@ def _open_no_link(path, flags):
     return os.open(path, flags | os.O_NOFOLLOW)
 
 
-def _put_back(source, path, file):
+def _replace_database(source, path, file):
     with (
         acting_as_owner(resolved(path)) as inside,
         without_service(inside, path) as old,
@@ -8938,7 +9080,7 @@ def _put_back(source, path, file):
 
 
 def restore(given: argparse.Namespace) -> None:
-    """Put a backup in the place of the database of a stopped service, or change nothing."""
+    """Replace the database of a stopped service by a backup, or change nothing."""
     path, file = given.database, resolved(given.file)
     require_database(path)
     on_stop(_interrupt)
@@ -8948,8 +9090,8 @@ def restore(given: argparse.Namespace) -> None:
         if os.path.samefile(file, path):
             raise CommandError(f"{file} is the database itself")
         _check_unused(file)
-        with open(file, "rb", opener=_open_no_link) as source:  # with root's rights yet
-            _put_back(source, path, file)
+        with open(file, "rb", opener=_open_no_link) as source:  # still with root's rights
+            _replace_database(source, path, file)
     except sqlite3.Error as error:
         raise CommandError(f"{file} to {path}: {error}") from error
     except OSError as error:
@@ -8999,7 +9141,7 @@ def _status(text):
 
 
 def _argument(parse):
-    """A type of argparse, which tells what a ValueError says."""
+    """A type for argparse, which repeats the text of a ValueError."""
 
     def parsed(text):
         try:
@@ -9049,7 +9191,7 @@ def _add_sink_command(commands):
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The command line: every setting is a flag, serving is what it does unasked."""
+    """The command line: every setting is a flag, and without a subcommand it serves."""
     parser = OneLineParser(
         prog="webhookd",
         allow_abbrev=False,
@@ -9079,14 +9221,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def start(given: argparse.Namespace) -> None:
-    """Serve, and say which variables do not count."""
+    """Serve, and log the names of variables that are no settings."""
     settings = read_settings(vars(given), os.environ)
     for name in unknown_variables(os.environ):
         log_fact("no setting has this name", level=logging.WARNING, variable=name)
     serve(settings)
 
 
-# what ends it with a line; the last two when the machine has too little of something
+# errors that end the program with one line; the last two come when the machine lacks something
 FAILURES = SettingError, DatabaseError, CommandError, WebhookdError, sqlite3.Error, OSError
 
 
