@@ -5104,6 +5104,29 @@ def test_a_flapping_receiver_is_logged_once_a_minute_with_how_often(
     assert 'meanwhile="' in lines[1] and "4 times webhook fails" in lines[1]
 
 
+def test_a_repair_that_is_hurried_by_hand_is_logged_as_one(
+    api, receiver, dispatcher, clock, caplog
+):
+    caplog.set_level("INFO")
+    receiver.answers(500, times=5)
+    api.create(receiver.url, name="mended")
+    publish_numbers(api, *range(5))
+    dispatcher.run_until_idle()
+    api.put_json(f"{WEBHOOKS}/1", {"paused": False})
+    dispatcher.run_until_idle()
+    clock.advance(61)
+    dispatcher.run_until_idle()
+
+    lines = [m for m in caplog.messages if "name=mended" in m]
+    assert [line.partition(" webhook=")[0] for line in lines] == [
+        "webhook fails",
+        "webhook works again",
+    ]
+    assert 'meanwhile="1 times webhook paused"' in lines[1]
+    [resumed] = [m for m in caplog.messages if m.startswith("webhook resumed")]
+    assert "fields" not in resumed
+
+
 def test_the_log_at_a_stop_holds_nothing_back(
     api, receiver, store, address_policy, settings, clock, caplog
 ):
@@ -7264,8 +7287,8 @@ def test_every_change_is_logged_with_who_what_and_which(api, dispatcher, caplog)
         f"webhook changed id=1 fields=sslVerificationRequired,rateLimit {url}",
         f"webhook deactivated id=1 fields=active {url}",
         f"webhook activated id=1 fields=active,headers {url}",
-        f"webhook changed id=1 fields=none {url}",
-        f"webhook resumed id=1 fields=none {url}",
+        f"webhook changed id=1 {url}",
+        f"webhook resumed id=1 {url}",
         f'webhook tested id=1 {url} result="connection refused"',
         "event deleted id=1",
         "events replayed webhook=1 count=1",

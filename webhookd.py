@@ -5144,11 +5144,11 @@ class Dispatcher:
         """Log what an attempt has changed."""
         due, attempt = recorded.result.due, recorded.result.attempt
         before, after = recorded.before, recorded.verdict.health
-        if attempt.outcome == SUCCESS and before == after:
+        was_down = before.failures or before.announced and due.event not in OWN_EVENTS
+        if attempt.outcome == SUCCESS and before == after and not was_down:
             return
         add = functools.partial(receiver_log.add, self._clock())
         names = {"webhook": webhook.id, "name": webhook.name, "url": webhook.short_url}
-        was_down = before.failures or before.announced
         if attempt.outcome == SUCCESS and was_down and not after.disabled:
             add("webhook works again", logging.INFO, **names, failures=before.failures)
         if after.disabled and not before.disabled:
@@ -5991,7 +5991,7 @@ def changed_fields(old: Webhook, new: Webhook) -> str:
     names = [field.name for field in dataclasses.fields(Webhook)]
     differ = [name for name in names if getattr(old, name) != getattr(new, name)]
     logged = [LOGGED_NAMES.get(name, name) for name in differ]
-    return ",".join(name for name in logged if name) or "none"
+    return ",".join(filter(None, logged))
 
 
 def change_in_words(old: Webhook, new: Webhook, starts_clean: bool) -> str:
@@ -6000,7 +6000,7 @@ def change_in_words(old: Webhook, new: Webhook, starts_clean: bool) -> str:
         return "webhook activated" if new.active else "webhook deactivated"
     if old.paused != new.paused:
         return "webhook paused by hand" if new.paused else "webhook resumed"
-    is_same = changed_fields(old, new) == "none"
+    is_same = not changed_fields(old, new)
     return "webhook resumed" if starts_clean and is_same else "webhook changed"
 
 
@@ -6462,9 +6462,9 @@ class Api:
         old, webhook = self._store.write(Batch.change_webhook, id, change, starts_clean)
         if lost_secret(old, webhook):
             self._store.empty_log()
-        names, url = changed_fields(old, webhook), webhook.short_url
-        words = change_in_words(old, webhook, starts_clean)
-        self._log_change(words, id=id, fields=names, url=url)
+        words, names = change_in_words(old, webhook, starts_clean), changed_fields(old, webhook)
+        fields = {"fields": names} if names else {}
+        self._log_change(words, id=id, **fields, url=webhook.short_url)
         return webhook
 
     def delete_webhook(self, id):
