@@ -2124,8 +2124,8 @@ def test_bytes_are_searched_once_however_they_are_cut(raw, monkeypatch):
     response = webhookd.Response()
     response._unread = searched = Searched()
 
-    for place in range(len(raw)):
-        response.feed(raw[place : place + 1])
+    for index in range(len(raw)):
+        response.feed(raw[index : index + 1])
 
     assert 0 < searched.count < 5 * len(raw)
 
@@ -8071,8 +8071,8 @@ def test_a_delivery_that_waits_shows_its_next_attempt(browser, receiver, wall):
 
 def test_events_are_listed_with_the_states_of_their_deliveries(browser, receiver, wall, clock):
     receiver.answers(410, times=1)
-    browser.create(receiver.url, "a")
-    browser.create(receiver.url, "a", "b")
+    for _ in range(2):  # either may get the 410
+        browser.create(receiver.url, "a", "b")
     for event in ("a", "b", "c"):
         browser.publish(event, n=event)
         wall(0)
