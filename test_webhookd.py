@@ -5104,6 +5104,24 @@ def test_a_flapping_receiver_is_logged_once_a_minute_with_how_often(
     assert 'meanwhile="' in lines[1] and "4 times webhook fails" in lines[1]
 
 
+def test_a_failure_that_a_success_has_overtaken_is_not_the_last_word(
+    api, receiver, dispatcher, clock, caplog
+):
+    """The failures were forgotten by hand before the success came."""
+    caplog.set_level("INFO")
+    receiver.answers(500, times=2)
+    api.create(receiver.url, name="mended")
+    api.publish()
+    for _ in range(3):
+        dispatcher.run_until_idle()
+        api.put_json(f"{WEBHOOKS}/1", {"paused": False})
+    clock.advance(61)
+    dispatcher.run_until_idle()
+
+    lines = [m.partition(" webhook=")[0] for m in caplog.messages if "name=mended" in m]
+    assert lines == ["webhook fails", "webhook works again"]
+
+
 def test_a_repair_that_is_hurried_by_hand_is_logged_as_one(
     api, receiver, dispatcher, clock, caplog
 ):

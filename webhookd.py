@@ -4792,6 +4792,9 @@ STOP_SECONDS = 10  # that the attempts in flight have at the end
 DURATION_BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
 
 
+WORKS_AGAIN = "webhook works again"
+
+
 class ReceiverLog:
     """What is logged of one webhook's receiver: at most a line a minute, which tells what else
     happened since the last line, and how often."""
@@ -4800,11 +4803,13 @@ class ReceiverLog:
         self._not_before = -math.inf  # seconds
         self._counts = collections.Counter()  # of what was not logged, by its words
         self._latest: tuple[str, int, dict] | None = None
+        self.is_of_trouble = False  # the last line, or the one that is kept back
 
     def add(self, now: float, words: str, level: int, **values: object) -> None:
         """Log a fact now, or when the minute is over; now: seconds."""
         self._counts[words] += 1
         self._latest = words, level, values
+        self.is_of_trouble = words != WORKS_AGAIN
         self.flush(now)
 
     def flush(self, now: float) -> None:
@@ -5144,13 +5149,14 @@ class Dispatcher:
         """Log what an attempt has changed."""
         due, attempt = recorded.result.due, recorded.result.attempt
         before, after = recorded.before, recorded.verdict.health
-        was_down = before.failures or before.announced and due.event not in OWN_EVENTS
+        is_told = before.announced and due.event not in OWN_EVENTS
+        was_down = before.failures or is_told or receiver_log.is_of_trouble
         if attempt.outcome == SUCCESS and before == after and not was_down:
             return
         add = functools.partial(receiver_log.add, self._clock())
         names = {"webhook": webhook.id, "name": webhook.name, "url": webhook.short_url}
         if attempt.outcome == SUCCESS and was_down and not after.disabled:
-            add("webhook works again", logging.INFO, **names, failures=before.failures)
+            add(WORKS_AGAIN, logging.INFO, **names, failures=before.failures)
         if after.disabled and not before.disabled:
             add("webhook disabled", logging.WARNING, **names, reason=after.reason)
         elif after.failures and not before.failures:
