@@ -64,6 +64,7 @@ import email.utils
 import errno
 import fcntl
 import functools
+import gc
 import getpass
 import hashlib
 import hmac
@@ -1728,17 +1729,22 @@ def uuid7(now_ms: int) -> str:
 
 
 @functools.lru_cache(1024)
-def _keyed_hmac(key):
-    return hmac.new(key, digestmod="sha256")
+def _keyed_hashes(key):
+    """The inner and the outer hash of an HMAC, which have read the padded key so far."""
+    block = (hashlib.sha256(key).digest() if len(key) > 64 else key).ljust(64, b"\0")
+    return [hashlib.sha256(bytes(byte ^ pad for byte in block)) for pad in (0x36, 0x5C)]
 
 
 def hmac_sha256(key: bytes, *parts: bytes) -> bytes:
-    """The HMAC of what the parts make together (RFC 2104, SHA-256)."""
-    # a copy of a code that has its key; hmac.digest() would also give up the GIL
-    code = _keyed_hmac(key).copy()
+    """The HMAC of what the parts make together (RFC 2104, SHA-256).
+
+    Copies of two hashes: a third faster than copies of one of hmac's objects."""
+    keyed_inner, keyed_outer = _keyed_hashes(key)
+    inner, outer = keyed_inner.copy(), keyed_outer.copy()
     for part in parts:
-        code.update(part)
-    return code.digest()
+        inner.update(part)
+    outer.update(inner.digest())
+    return outer.digest()
 
 
 def hub_signature(secret: str, body: bytes) -> str:
@@ -1797,7 +1803,7 @@ def attempt_headers(
     if webhook.secret:
         hub = hub_signature(webhook.secret, body)
         secrets = signing_secrets(webhook, now_ms)
-        signed = " ".join(standard_signature(s, id, seconds, body) for s in secrets)
+        signed = " ".join([standard_signature(s, id, seconds, body) for s in secrets])
         lines += (
             f"X-Hub-Signature: {hub}\r\nX-Hub-Signature-256: {hub}\r\n"
             f"webhook-signature: {signed}\r\n"
@@ -2236,11 +2242,6 @@ class Response:
         self.is_shared = False  # by all attempts that get the same bytes: see whole_response
 
     @property
-    def has_begun(self) -> bool:
-        """Whether a byte of it came."""
-        return self._received > 0
-
-    @property
     def is_unclear(self) -> bool:
         """Whether nobody can tell how long its body is."""
         return self.head is not None and self.head.framing == UNCLEAR
@@ -2374,6 +2375,9 @@ class Response:
         line = self._read_line()
         self.complete = line == b""
         return line is not None
+
+
+NOT_BEGUN = Response()  # while no byte of a response came
 
 
 @functools.lru_cache(256)  # a receiver's answers are alike, but for the second in Date
@@ -2583,7 +2587,7 @@ class Exchange:
         self._connecting: asyncio.Task | None = None
         self._patience: asyncio.TimerHandle | None = None
         self._is_reused = False  # the connection
-        self._response = Response()
+        self._response = NOT_BEGUN
 
     def start(self) -> None:
         """Send on an idle connection, or else on a new one."""
@@ -2605,8 +2609,9 @@ class Exchange:
     def received(self, data: bytes) -> None:
         """The connection has brought something."""
         try:
-            if not self._response.has_begun and len(data) <= MAX_SHARED_BYTES:
-                self._response = whole_response(data) or self._response
+            if self._response is NOT_BEGUN:
+                whole = whole_response(data) if len(data) <= MAX_SHARED_BYTES else None
+                self._response = whole or Response()
             is_complete = self._response.is_shared or self._response.feed(data)
         except ProtocolError as error:
             self._end_without_answer(error)
@@ -2660,7 +2665,7 @@ class Exchange:
 
     def _send_again(self):
         """Send once more, on a new connection: the idle one was stale, and brought no answer."""
-        self._is_reused, self._response = False, Response()
+        self._is_reused, self._response = False, NOT_BEGUN
         self._drop_connection()
         self._connect()
 
@@ -4252,16 +4257,16 @@ class Store:
             raise StorageFull(NO_ROOM)
         return self._submit(lambda batch: batch.publish(events, now_ms, idempotency, publisher))
 
-    def record(self, result: Result) -> None:
-        """Take an attempt's result for one of the next commits; does not wait.
+    def record(self, *results: Result) -> None:
+        """Take the results of attempts for one of the next commits; does not wait.
 
-        A plain one waits a little, so that others share its commit."""
+        Plain ones wait a little, so that others share their commit."""
+        is_urgent = not all(result.is_plain for result in results)
         with self._wakeup:
-            self._results.append(result)
-            if not result.is_plain:
-                self._has_urgent_result = True
-            if len(self._results) == 1 or not result.is_plain:
+            if not self._results or is_urgent:
                 self._wakeup.notify()
+            self._results += results
+            self._has_urgent_result = self._has_urgent_result or is_urgent
 
     def write(self, work: collections.abc.Callable, *args: object):
         """The result of work(batch, *args), once that is on disk. If it raises, nothing was
@@ -4912,8 +4917,8 @@ class Scheduler:
         """The queue whose turn it is, which waits no longer; None: no slot is free."""
         if self._taken >= self._most:
             return None
-        unproven_have_room = self._unproven < self._most_unproven
-        lines = self._lines if unproven_have_room else self._lines[:2]  # only the proven
+        unproven_may = self._unproven < self._most_unproven
+        lines = self._lines if unproven_may else self._lines[:2]  # only the proven
         self._turn += 1
         if self._turn % REVERSED_TURNS == 0:  # so that every queue gets a turn some day
             lines = reversed(lines)
@@ -4923,6 +4928,11 @@ class Scheduler:
                 queue.is_waiting = False
                 return queue
         return None
+
+    def has_slot(self, queue: WebhookQueue) -> bool:
+        """Whether a slot is free for one more attempt of a queue."""
+        may = queue.proven or self._unproven < self._most_unproven
+        return may and self._taken < self._most
 
     def begin(self, queue: WebhookQueue, body_bytes: int) -> tuple[int, int]:
         """Count an attempt in; returns the arguments of `end`."""
@@ -4975,6 +4985,9 @@ class Dispatcher:
         self._unreadable: dict[int, str] = {}  # by webhook, why its deliveries cannot be read
         self._commits: collections.deque[Commit] = collections.deque()  # not followed yet
         self._half_followed: Commit | None = None  # see _follow_commits
+        self._results: list[Result] = []  # not handed in yet
+        self._noticed: dict[WebhookQueue, None] = {}  # what the next step looks at, in order
+        self._is_step_near = False  # in the loop's next pass, or right now
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked = time.monotonic()
         self.duration_counts = [0] * (len(DURATION_BUCKETS_MS) + 1)  # of attempts
@@ -5029,7 +5042,8 @@ class Dispatcher:
 
     def _enter_loop(self):
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        self._ended = asyncio.Event()  # set at the end of each attempt
+        self._is_step_near = False
+        self._handed_in = asyncio.Event()  # set when attempts have ended
 
     async def _run(self, started):
         self._enter_loop()
@@ -5048,9 +5062,9 @@ class Dispatcher:
             queue.log.flush(math.inf)
 
     async def _all_ended(self):
-        while self._scheduler.in_flight:
-            self._ended.clear()
-            await self._ended.wait()
+        while self._scheduler.in_flight or self._results:
+            self._handed_in.clear()
+            await self._handed_in.wait()
 
     def run_until_idle(self) -> None:
         """Without a thread: make every attempt that is due now, and record it."""
@@ -5077,12 +5091,28 @@ class Dispatcher:
         self.step()
 
     def step(self) -> None:
-        """Follow what was committed, and start every attempt that may start now."""
+        """Hand in what attempts brought, follow what was committed, start what may start now."""
+        self._is_step_near = True
         try:
+            self._hand_in()
             self._follow_commits()
             self._start_attempts()
         except Exception:
             log.exception("a step of the delivery loop failed")
+        self._is_step_near = False
+
+    def _notice(self, queue):
+        """Have a step look at a queue, after all that this pass of the event loop brings."""
+        self._noticed[queue] = None
+        if not self._is_step_near:
+            self._is_step_near = True
+            self._loop.call_soon(self.step)
+
+    def _hand_in(self):
+        if self._results:
+            self._store.record(*self._results)
+            self._results.clear()
+            self._handed_in.set()
 
     def _follow_commits(self):
         """Obey each commit; one that an error left half followed is caught up with first."""
@@ -5110,10 +5140,11 @@ class Dispatcher:
             self._note(recorded)
         for webhook_id in commit.changed:
             self._reread(webhook_id)
+        limit_bytes = self._window_bytes()
         for due in commit.due:
             queue = self._queue_of(due.webhook_id)
-            queue.offer(due, self._window_bytes())
-            self._line_up(queue)
+            queue.offer(due, limit_bytes)
+            self._notice(queue)
 
     def _catch_up(self, commit):
         """Follow a commit of which a part is followed already."""
@@ -5143,7 +5174,7 @@ class Dispatcher:
             if webhook.ordered:  # it stays the first
                 queue.requeue()
             self._set_alarm(queue, recorded.verdict.next_attempt)
-        self._line_up(queue)
+        self._notice(queue)
 
     def _log(self, receiver_log, webhook, recorded):
         """Log what an attempt has changed."""
@@ -5179,7 +5210,7 @@ class Dispatcher:
         # the limit may have changed, and the clock may have been set back
         interval_ms = 1000 / webhook.rate_limit if webhook.rate_limit else 0
         queue.not_before = min(queue.not_before, self._clock() * 1000 + interval_ms)
-        self._line_up(queue)
+        self._notice(queue)
 
     def _set_alarm(self, queue, when_ms):
         """Look at a queue again at a moment, unless that is planned for earlier already."""
@@ -5188,16 +5219,12 @@ class Dispatcher:
                 queue.timer.cancel()
             wait_ms = max(0, when_ms - self._clock() * 1000) + 1  # never too early
             queue.alarm = when_ms
-            queue.timer = self._loop.call_later(wait_ms / 1000, self._end_wait, queue)
-
-    def _end_wait(self, queue):
-        self._look_again(queue)
-        self._start_attempts()
+            queue.timer = self._loop.call_later(wait_ms / 1000, self._look_again, queue)
 
     def _look_again(self, queue):
         queue.alarm = math.inf
         queue.backlog = True
-        self._line_up(queue)
+        self._notice(queue)
 
     # ---- whose turn it is ----
 
@@ -5206,53 +5233,59 @@ class Dispatcher:
         webhook = self._store.webhooks.by_id.get(queue.webhook_id)
         if webhook and not queue.is_waiting and (queue.ready or queue.backlog):
             moment = self._may_start_at(queue, webhook)
-            if moment <= self._clock() * 1000:
+            if not self._room(queue, webhook):
+                pass  # a commit, or the end of an attempt, has it looked at again
+            elif moment <= self._clock() * 1000:
                 self._scheduler.wait(queue)
-            elif moment < math.inf:
+            else:
                 self._set_alarm(queue, moment)
         self._scheduler.leave(queue)
 
-    def _may_start_at(self, queue, webhook):
-        """When one more attempt may start, milliseconds; inf: not before a commit or an end of
-        an attempt, after which it is asked again."""
-        health = self._store.health[webhook.id]
+    def _room(self, queue, webhook):
+        """How many more attempts may be in flight."""
         if not webhook.active or webhook.paused or queue.uncertain:
-            return math.inf
-        if queue.in_flight and not self._may_widen(queue, webhook, health):
-            return math.inf
+            return 0
+        goes_alone = webhook.ordered or self._store.health[webhook.id].paused_until
+        most = 1 if goes_alone else min(queue.width, self._scheduler.share())
+        return max(0, most - queue.in_flight)
+
+    def _may_start_at(self, queue, webhook):
+        """When the next attempt may start, milliseconds."""
+        health = self._store.health[webhook.id]
         # a probe is due at the end of the pause, whatever is planned for it
         is_planned = webhook.ordered and queue.ready and not health.paused_until
         planned = queue.ready[0].next_attempt if is_planned else 0  # else what is ready is due
         return max(queue.not_before, health.waits_until(), planned)
 
-    def _may_widen(self, queue, webhook, health):
-        """Whether there may be one more attempt beside those in flight."""
-        goes_alone = webhook.ordered or health.paused_until
-        return not goes_alone and queue.in_flight < min(queue.width, self._scheduler.share())
-
     def _start_attempts(self):
         while not self._stop.is_set() and not self._store.problem:
+            for queue in list(self._noticed):
+                self._line_up(queue)
+                del self._noticed[queue]
             queue = self._scheduler.next()
             if queue is None:
                 return
+            self._noticed[queue] = None  # it may start more, or later
             webhook = self._store.webhooks.by_id.get(queue.webhook_id)
-            if webhook and not queue.ready and queue.backlog:
-                self._refill(queue, webhook)
-            if webhook and queue.ready and self._may_start_now(queue, webhook):
-                self._start_next(queue, webhook)
-            self._line_up(queue)
+            if webhook:
+                self._take_turn(queue, webhook)
 
-    def _may_start_now(self, queue, webhook):
-        return self._may_start_at(queue, webhook) <= self._clock() * 1000
-
-    def _start_next(self, queue, webhook):
-        due = queue.ready.popleft()
+    def _take_turn(self, queue, webhook):
+        """Start as many attempts as the webhook's share allows."""
+        if not queue.ready and queue.backlog:
+            self._refill(queue, webhook)
+        now_ms = self._now_ms()
+        if self._may_start_at(queue, webhook) > now_ms:
+            return
+        room = self._room(queue, webhook)
         try:
-            self._start(queue, due, webhook)
+            while room and queue.ready and self._scheduler.has_slot(queue):
+                self._start(queue, queue.ready[0], webhook, now_ms)
+                queue.ready.popleft()
+                room = 0 if webhook.rate_limit else room - 1
         except Exception:  # memory is short, say: the delivery stays the first
             log.exception("an attempt could not be started")
-            queue.ready.appendleft(due)
-            queue.not_before = (self._clock() + RETRY_SECONDS) * 1000
+            queue.not_before = now_ms + RETRY_SECONDS * 1000
 
     # ---- what is due ----
 
@@ -5287,8 +5320,8 @@ class Dispatcher:
 
     # ---- one delivery ----
 
-    def _start(self, queue, due, webhook):
-        now_ms, number = self._now_ms(), due.attempt_count + 1
+    def _start(self, queue, due, webhook, now_ms):
+        number = due.attempt_count + 1
         if webhook.rate_limit:
             start = max(queue.not_before, now_ms)
             queue.not_before = start + 1000 / webhook.rate_limit
@@ -5320,22 +5353,20 @@ class Dispatcher:
         if sent is not None:
             attempt = attempt._replace(request_body=sent)
         try:
-            self._hand_in(queue, due, attempt)
+            self._take_in(queue, due, attempt)
         except Exception:  # memory is short, say: it is attempted again
             log.exception("an attempt could not be handed in")
             queue.held.discard(due.row_id)
             queue.backlog = True
-        self._line_up(queue)
-        self._start_attempts()
-        self._ended.set()
+        self._notice(queue)
 
-    def _hand_in(self, queue, due, attempt):
+    def _take_in(self, queue, due, attempt):
         if attempt.handshake_seconds > FAIR_HANDSHAKE_SECONDS:
             rest_ms = HANDSHAKE_REST * attempt.handshake_seconds * 1000
             queue.not_before = max(queue.not_before, self._clock() * 1000) + rest_ms
         health = self._store.health[due.webhook_id]
         is_plain = attempt.outcome == SUCCESS and health.is_well and not health.announced
-        self._store.record(Result(due, attempt, self._now_ms(), is_plain))
+        self._results.append(Result(due, attempt, self._now_ms(), is_plain))
         queue.uncertain += not is_plain
 
 
@@ -6079,6 +6110,7 @@ class SlowWork:
 
 
 @functools.cache
+@functools.cache
 def environ_key(header: str) -> str:
     """Where a WSGI environment has a header (PEP 3333)."""
     return "HTTP_" + header.upper().replace("-", "_")
@@ -6159,6 +6191,25 @@ class Api:
             ("GET", "/metrics", self.metrics, READERS, SLOW),
         ):
             self.app.route(path, method, handler, roles=roles, is_quick=is_quick)
+        self._publication, _ = self.app.match({"REQUEST_METHOD": "POST", "PATH_INFO": events})
+
+    def __call__(self, environ: dict, start_response: collections.abc.Callable) -> list[bytes]:
+        """The WSGI application (PEP 3333). A publication in the server's own thread goes past
+        the router, to the same handler behind the same checks."""
+        passage = environ.get(PASSAGE)
+        if passage is None:
+            return self.app(environ, start_response)
+        environ["bottle.route"] = self._publication
+        self._begin(environ)
+        body = self._publication.call()
+        if passage.future is None:
+            start_response(bottle.response.status_line, bottle.response.headerlist)
+        return [body]
+
+    @staticmethod
+    def _begin(environ):
+        bottle.request.bind(environ)
+        bottle.response.bind()
 
     def remember_admin(self, password: str) -> None:
         """Know the admin's password from the start, when many may log in at once."""
@@ -6223,8 +6274,7 @@ class Api:
 
     def _late_answer(self, environ, answer):
         """Status line, headers and body of an answer that was left for later."""
-        bottle.request.bind(environ)
-        bottle.response.bind()
+        self._begin(environ)
         body = self._rendered(answer)
         return bottle.response.status_line, bottle.response.headerlist, body
 
@@ -6232,8 +6282,7 @@ class Api:
         if bottle.request.method in ("GET", "HEAD"):
             return
         site, origin = self._header("Sec-Fetch-Site") or "none", self._header("Origin")
-        own = f"{bottle.request.environ['wsgi.url_scheme']}://{self._host()}"
-        is_own = not origin or _site(origin) == _site(own)
+        is_own = not origin or _site(origin) == _site(self._own_origin())
         if site not in ("none", "same-origin") or not is_own:
             hint = "behind a reverse proxy it needs --trusted-proxy"
             raise Forbidden(f"requests from other sites are refused; {hint}")
@@ -6317,11 +6366,13 @@ class Api:
         own = f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
         return environ.get("HTTP_HOST") or own
 
+    def _own_origin(self):
+        return f"{bottle.request.environ['wsgi.url_scheme']}://{self._host()}"
+
     def link(self, path: str, query=()) -> str:
         """The address of a path of this service, as the client sees it."""
         encoded = urllib.parse.urlencode(query, doseq=True)
-        scheme = bottle.request.environ["wsgi.url_scheme"]
-        return f"{scheme}://{self._host()}{path}" + (f"?{encoded}" if encoded else "")
+        return self._own_origin() + path + (f"?{encoded}" if encoded else "")
 
     def now_ms(self) -> int:
         """Epoch milliseconds."""
@@ -8128,6 +8179,12 @@ class RequestParser(waitress.parser.HTTPRequestParser):
         self.error, self.completed = RequestRefused(status, message, headers or {}), True
 
 
+@functools.lru_cache(2)
+def http_date(seconds: int) -> str:
+    """An epoch time as HTTP has it (RFC 9110, 5.6.7)."""
+    return email.utils.formatdate(seconds, usegmt=True)
+
+
 class Task(waitress.task.WSGITask):
     """Waitress's answer to a request, which may be ready made."""
 
@@ -8135,7 +8192,9 @@ class Task(waitress.task.WSGITask):
         ready_made, self.channel.ready_made = self.channel.ready_made, None
         if ready_made is None:
             return super().execute()
-        self.status, self.response_headers, body = ready_made
+        self.status, headers, body = ready_made
+        # else waitress works the same date out for every answer
+        self.response_headers = [*headers, ("Date", http_date(int(self.start_time)))]
         self.content_length, self.complete, self.wrote_header = len(body), True, True
         self.channel.write_soon(self.build_response_header() + body)
 
@@ -8619,6 +8678,7 @@ class Sink(http.server.ThreadingHTTPServer):
 # ======================================================================================
 
 READERS_AT_START = SERVER_THREADS + 4  # one for each thread that reads
+YOUNG_OBJECTS = 10_000  # Python looks for cycles when there are so many new objects
 M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # of malloc.h
 PAGES_PER_COPY_STEP = 256  # 1 MB: a publication waits for one step at most
 
@@ -8730,9 +8790,11 @@ def serve(settings: Settings) -> None:
         Pages(api, store, address_policy)
         if settings.admin_password:
             api.remember_admin(settings.admin_password)
-        server = make_server(api.app, listener, settings)
+        server = make_server(api, listener, settings)
         stopping = threading.Event()
         on_stop(lambda *_: _stop(server, stopping))
+        gc.freeze()  # what is there now stays, and is not looked through again
+        gc.set_threshold(YOUNG_OBJECTS)
         notify("READY=1")
         log_fact("ready", listen=printable_address(*address))
         take_requests(server, stopping)
