@@ -6259,23 +6259,23 @@ class Api:
         return self._slow_work.admit(work)
 
     def _answer_after(self, future, answer):
-        """answer(*result) once a future is done. The server's own thread does not wait, but
-        leaves that for later."""
+        """The document and status that are answer(*result), once a future is done. The server's
+        own thread does not wait, but leaves that for later."""
         environ = bottle.request.environ
         passage = environ.get(PASSAGE)
         if passage is None:
-            return answer(*future.result())
-
-        def late_answer():
-            return self._late_answer(environ, lambda: answer(*future.result()))
-
-        passage.leave(future, late_answer)
+            return self._json(*answer(*future.result()))
+        passage.leave(future, lambda: self._late_answer(environ, future, answer))
         return b""
 
-    def _late_answer(self, environ, answer):
+    def _late_answer(self, environ, future, answer):
         """Status line, headers and body of an answer that was left for later."""
+        if not future.exception():  # past bottle.response, each of whose attributes is slow
+            document, status = answer(*future.result())
+            line = f"{status} {http.HTTPStatus(status).phrase}"
+            return line, [("Content-Type", JSON_TYPE)], json_bytes(document)
         self._begin(environ)
-        body = self._rendered(answer)
+        body = self._rendered(future.result)
         return bottle.response.status_line, bottle.response.headerlist, body
 
     def _refuse_other_sites(self):
@@ -6629,7 +6629,7 @@ class Api:
         def answer(published, is_repeated):
             documents = [event.as_json() for event in published]
             document = {"results": documents} if several else documents[0]
-            return self._json(document, 200 if is_repeated else 202)
+            return document, 200 if is_repeated else 202
 
         published = self._store.publish(events, now, key, current_user())
         return self._answer_after(published, answer)
@@ -8192,11 +8192,17 @@ class Task(waitress.task.WSGITask):
         ready_made, self.channel.ready_made = self.channel.ready_made, None
         if ready_made is None:
             return super().execute()
-        self.status, headers, body = ready_made
-        # else waitress works the same date out for every answer
-        self.response_headers = [*headers, ("Date", http_date(int(self.start_time)))]
+        self.status, self.response_headers, body = ready_made
         self.content_length, self.complete, self.wrote_header = len(body), True, True
-        self.channel.write_soon(self.build_response_header() + body)
+        self.channel.write_soon(self._head() + body)
+
+    def _head(self):
+        if self.version != "1.1" or "CONNECTION" in self.request.headers:
+            return self.build_response_header()  # many steps, which decide what closes
+        own = ("Content-Length", self.content_length), ("Server", self.channel.server.adj.ident)
+        dated = ("Date", http_date(int(self.start_time)))
+        lines = [f"{name}: {value}\r\n" for name, value in (*self.response_headers, *own, dated)]
+        return f"HTTP/1.1 {self.status}\r\n{''.join(lines)}\r\n".encode("latin-1")
 
 
 class Channel(waitress.channel.HTTPChannel):
