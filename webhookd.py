@@ -5746,32 +5746,39 @@ class Logins:
         self._key = secrets.token_bytes(32)
         self._hashing = threading.Semaphore(MAX_HASHING)
         self._lock = threading.Lock()  # guards changes of the next two
-        self._verified = LimitedDict(MAX_VERIFIED)  # Users by name and digest of the password
+        self._verified = LimitedDict(MAX_VERIFIED)  # Users by digest of the header
         # by user (None: no user) and client, the oldest first
         self._wrong: dict[tuple[str | None, str], WrongPasswords] = {}
 
-    def known(self, logins: list[Login], users: list[User], address: str) -> User | None:
-        """The one of the users, if that is known without a slow hash; raises TooManyRequests."""
+    def known(self, header: str, users: list[User], address: str) -> User | None:
+        """Whose Authorization header it is, if that is known without a slow hash; raises
+        TooManyRequests."""
+        user = self._remembered(header, users)
+        if user is not None and not self._wrong:  # the usual case
+            return user
+        logins = read_logins(header)
         by_secret = self._by_secret(logins, users)
         if by_secret is not None:
+            with self._lock:
+                self._verified[self._digest(header)] = by_secret
             return by_secret
         if self._wrong:
             self._check_throttle(self._culprit(logins, users, address))
-        return self._remembered(logins, users)
+        return user
 
-    def verify(self, logins: list[Login], address: str) -> User:
-        """The user; slow. Raises Unauthorized, TooManyRequests."""
-        users = load_users(self._store.reader())
+    def verify(self, header: str, address: str) -> User:
+        """Whose header it is; slow. Raises Unauthorized, TooManyRequests."""
+        users, logins = load_users(self._store.reader()), read_logins(header)
         culprit = self._culprit(logins, users, address)
         with self._hashing:
-            user = self._remembered(logins, users)  # another thread was first
+            user = self._remembered(header, users)  # another thread was first
             if user is not None:
                 return user
             wrong = self._count_wrong(culprit)  # it counts as wrong until it turns out right
             for login in logins:
                 user = self._by_password(login, users)
                 if user is not None:
-                    self._remember(login, user, culprit)
+                    self._remember(header, user, culprit)
                     return user
         self._log_wrong(wrong, address=address, user=culprit[0] or "unknown")
         raise Unauthorized("wrong user name or password")
@@ -5799,24 +5806,21 @@ class Logins:
 
     # ---- what is remembered ----
 
-    def _digest(self, login):
-        return login.name, hashlib.blake2b(login.password.encode(), key=self._key).digest()
+    def _digest(self, header):
+        return hashlib.blake2b(header.encode(), key=self._key).digest()
 
-    def _remembered(self, logins, users):
-        for login in logins:
-            user = self._verified.get(self._digest(login))
-            if user is not None and user in users:
-                return user
-        return None
+    def _remembered(self, header, users):
+        user = self._verified.get(self._digest(header))
+        return user if user in users else None
 
-    def _remember(self, login, user, culprit):
+    def _remember(self, header, user, culprit):
         with self._lock:
             # verify() has counted it as wrong; if that is gone, its minute is over
             wrong = self._wrong.get(culprit, WrongPasswords(0, 1))
             wrong.count -= 1
             if not wrong.count:
                 self._wrong.pop(culprit, None)
-            self._verified[self._digest(login)] = user
+            self._verified[self._digest(header)] = user
 
     # ---- wrong passwords ----
 
@@ -6214,7 +6218,8 @@ class Api:
     def remember_admin(self, password: str) -> None:
         """Know the admin's password from the start, when many may log in at once."""
         with contextlib.suppress(WebhookdError):  # it was changed just now
-            self._logins.verify([Login("admin", password)], "")
+            basic = base64.b64encode(f"admin:{password}".encode()).decode()
+            self._logins.verify(f"Basic {basic}", "")
 
     # ---- what every request passes ----
 
@@ -6303,11 +6308,10 @@ class Api:
     def _verified_user(self, header, address):
         if not header:
             raise Unauthorized(LOGIN_NEEDED)
-        logins = read_logins(header)
-        user = self._logins.known(logins, self._users(), address)
+        user = self._logins.known(header, self._users(), address)
         if user is None:
             with self._admit():
-                user = self._logins.verify(logins, address)
+                user = self._logins.verify(header, address)
         return user
 
     def _users(self):
