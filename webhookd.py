@@ -729,6 +729,14 @@ class HealthById(dict):
         return HEALTHY
 
 
+class User(typing.NamedTuple):
+    """Somebody who may log in; record: what is stored of the password or secret."""
+
+    name: str
+    role: str
+    record: str
+
+
 class NewEvent(typing.NamedTuple):
     """An event as it was published: its body is what every delivery sends."""
 
@@ -3346,6 +3354,12 @@ class Webhooks:
         return sorted({w.id for w in named if wants(w, fields)})
 
 
+def load_users(connection: Database) -> list[User]:
+    """All users, by name."""
+    rows = connection.rows("SELECT name, role, password FROM users ORDER BY name")
+    return list(itertools.starmap(User, rows))
+
+
 def load_webhooks(connection: Database) -> Webhooks:
     """The webhooks that the database holds."""
     by_id = {}
@@ -3370,8 +3384,6 @@ def load_health(connection: Database) -> HealthById:
         by_id[id] = health._replace(**flags)
     return by_id
 
-
-ALL_USERS = "SELECT name, role, password FROM users ORDER BY name"
 
 # ---- one transaction ----
 
@@ -3433,7 +3445,7 @@ class Batch:
         self._due_count = collections.Counter()  # of new deliveries by webhook
         self.published_count = self.published_bytes = 0
         self._new = {"events": [], "payloads": [], "deliveries": []}
-        self.users = connection.rows(ALL_USERS)  # as they are now: others may change them
+        self.users = load_users(connection)  # as they are now: others may change them
 
     def flush(self) -> None:
         """Insert what was published and replayed, so that the next statements see it."""
@@ -3609,7 +3621,7 @@ class Batch:
         events: list[NewEvent],
         now_ms: int,
         idempotency: IdempotencyKey | None,
-        publisher: tuple[str, str, str] | None,
+        publisher: User | None,
     ) -> tuple[list[Event], bool]:
         """See Store.publish."""
         if publisher and publisher not in self.users:
@@ -4046,7 +4058,7 @@ class Store:
         self._ids = {}  # the next ones of each table
         self._counted_names = {}  # event names that statistics have, by webhook
         self.webhooks = Webhooks({})
-        self.users: list[tuple] = []  # rows; another process may have changed them since
+        self.users: list[User] = []  # another process may have changed them since
         self.health = HealthById()
         self.pending = collections.Counter()  # deliveries that wait, by webhook
         self.last_attempts: dict[int, int] = {}  # by webhook: when it started, milliseconds
@@ -4092,7 +4104,7 @@ class Store:
             self._ids[table] = itertools.count(used.get(table, 0) + 1)
         self.space = measure(connection, self._path)
         self.webhooks = load_webhooks(connection)
-        self.users = connection.rows(ALL_USERS)
+        self.users = load_users(connection)
         self.health = load_health(connection)
         counts = "webhook_id, count(*) FROM deliveries WHERE state = 'pending'"
         rows = connection.rows(f"SELECT {counts} GROUP BY webhook_id")
@@ -4242,12 +4254,12 @@ class Store:
         events: list[NewEvent],
         now_ms: int,
         idempotency: IdempotencyKey | None = None,
-        publisher: tuple[str, str, str] | None = None,
+        publisher: User | None = None,
     ) -> concurrent.futures.Future:
         """Store events and their deliveries; a future that is done once they are on disk.
 
         Its result is the events as stored, and whether an earlier publication with the key
-        had stored them. publisher: the user's row, which must still be the same when they are
+        had stored them. publisher: a user who must still be the same when they are
         stored. The future, or the call, raises Unauthorized, KeyReused, StorageFull or
         Unavailable; then nothing was stored."""
         if self.full:
@@ -5620,14 +5632,6 @@ WRONG_PASSWORDS = 10
 WRONG_PASSWORDS_SECONDS = 60
 
 
-class User(typing.NamedTuple):
-    """Somebody who may log in; record: what is stored of the password or secret."""
-
-    name: str
-    role: str
-    record: str
-
-
 def password_record(password: str, salt: str | None = None) -> str:
     """What is stored of a password: scrypt (RFC 7914) with a salt."""
     salt = salt or secrets.token_hex(16)
@@ -5654,11 +5658,6 @@ def user_name(text: str) -> str:
     if not is_text or ":" in text:
         raise ValueError(f"{text!r} is not a name of 1 to 100 characters without a colon")
     return text
-
-
-def load_users(connection: Database) -> list[User]:
-    """All users, by name."""
-    return [User(*row) for row in connection.rows(ALL_USERS)]
 
 
 def save_user(connection: Database, user: User) -> None:
@@ -6318,7 +6317,7 @@ class Api:
         """All users as they are now. The server's own thread takes those of the last commit:
         the next commit checks again who publishes."""
         if PASSAGE in bottle.request.environ:
-            return list(itertools.starmap(User, self._store.users))
+            return self._store.users
         return load_users(self._store.reader())
 
     def _client_address(self):
