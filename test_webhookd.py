@@ -1442,6 +1442,15 @@ def test_the_hub_signature_is_that_of_the_test_vector():
     )
 
 
+@pytest.mark.parametrize("key_bytes", [1, 63, 64, 65, 200])
+def test_an_hmac_is_that_of_the_standard_library(key_bytes):
+    key = bytes(range(key_bytes))
+
+    code = webhookd.hmac_sha256(key, b"one", b"two")
+
+    assert code == hmac.digest(key, b"onetwo", "sha256")
+
+
 def test_the_standard_signature_is_that_of_its_specification():
     assert webhookd.standard_signature(
         "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
@@ -4498,6 +4507,23 @@ def test_large_bodies_take_more_slots_in_flight_so_that_memory_is_bounded():
         scheduler.begin(queue, 1 << 20)
 
     assert scheduler.in_flight == 29
+
+
+def test_one_turn_of_a_webhook_takes_no_slots_that_are_not_there(
+    api, store, receiver, address_policy, settings, clock
+):
+    few = dataclasses.replace(settings, max_in_flight=8, webhook_concurrency=4)
+    client = webhookd.Client(address_policy, 5.0)
+    dispatcher = webhookd.Dispatcher(store, client, few, clock)
+    api.create(receiver.url)
+    api.post_json(EVENTS, [{"event": "e"}] * 4)
+    dispatcher.run_until_idle()  # it is known to work, so that there may be four at once
+    in_flight = []
+
+    api.post_json(EVENTS, [{"event": "e", "text": "x" * 3 * webhookd.SLOT_BYTES}] * 4)
+    during_attempt(receiver, dispatcher, lambda: in_flight.append(dispatcher.in_flight()))
+
+    assert in_flight == [2]  # of four slots each
 
 
 def test_receivers_that_hang_leave_room_for_those_that_work(

@@ -4927,10 +4927,9 @@ class Scheduler:
 
     def next(self) -> WebhookQueue | None:
         """The queue whose turn it is, which waits no longer; None: no slot is free."""
-        if self._taken >= self._most:
+        if not self.has_slot(True):
             return None
-        unproven_may = self._unproven < self._most_unproven
-        lines = self._lines if unproven_may else self._lines[:2]  # only the proven
+        lines = self._lines if self.has_slot(False) else self._lines[:2]  # only the proven
         self._turn += 1
         if self._turn % REVERSED_TURNS == 0:  # so that every queue gets a turn some day
             lines = reversed(lines)
@@ -4941,9 +4940,9 @@ class Scheduler:
                 return queue
         return None
 
-    def has_slot(self, queue: WebhookQueue) -> bool:
-        """Whether a slot is free for one more attempt of a queue."""
-        may = queue.proven or self._unproven < self._most_unproven
+    def has_slot(self, proven: bool) -> bool:
+        """Whether a slot is free for an attempt to a webhook that is proven to work, or not."""
+        may = proven or self._unproven < self._most_unproven
         return may and self._taken < self._most
 
     def begin(self, queue: WebhookQueue, body_bytes: int) -> tuple[int, int]:
@@ -4998,7 +4997,7 @@ class Dispatcher:
         self._commits: collections.deque[Commit] = collections.deque()  # not followed yet
         self._half_followed: Commit | None = None  # see _follow_commits
         self._results: list[Result] = []  # not handed in yet
-        self._noticed: dict[WebhookQueue, None] = {}  # what the next step looks at, in order
+        self._noticed: dict[WebhookQueue, None] = {}  # in order: the next step looks at them
         self._is_step_near = False  # in the loop's next pass, or right now
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked = time.monotonic()
@@ -5114,7 +5113,8 @@ class Dispatcher:
         self._is_step_near = False
 
     def _notice(self, queue):
-        """Have a step look at a queue, after all that this pass of the event loop brings."""
+        """Have one step look at all queues to which something happens in this pass of the
+        event loop: to look after each attempt would cost more than the attempt."""
         self._noticed[queue] = None
         if not self._is_step_near:
             self._is_step_near = True
@@ -5241,20 +5241,20 @@ class Dispatcher:
     # ---- whose turn it is ----
 
     def _line_up(self, queue):
-        """Let a queue wait for its turn, or for the moment from which it may start one."""
+        """Let a queue wait for its turn, or for the moment from which it may have one."""
         webhook = self._store.webhooks.by_id.get(queue.webhook_id)
-        if webhook and not queue.is_waiting and (queue.ready or queue.backlog):
+        has_work = webhook and not queue.is_waiting and (queue.ready or queue.backlog)
+        if has_work and self._room(queue, webhook):
             moment = self._may_start_at(queue, webhook)
-            if not self._room(queue, webhook):
-                pass  # a commit, or the end of an attempt, has it looked at again
-            elif moment <= self._clock() * 1000:
+            if moment <= self._clock() * 1000:
                 self._scheduler.wait(queue)
             else:
                 self._set_alarm(queue, moment)
         self._scheduler.leave(queue)
 
     def _room(self, queue, webhook):
-        """How many more attempts may be in flight."""
+        """How many more attempts there may be in flight. If none, a commit or the end of an
+        attempt has the queue noticed again."""
         if not webhook.active or webhook.paused or queue.uncertain:
             return 0
         goes_alone = webhook.ordered or self._store.health[webhook.id].paused_until
@@ -5291,7 +5291,7 @@ class Dispatcher:
             return
         room = self._room(queue, webhook)
         try:
-            while room and queue.ready and self._scheduler.has_slot(queue):
+            while room and queue.ready and self._scheduler.has_slot(queue.proven):
                 self._start(queue, queue.ready[0], webhook, now_ms)
                 queue.ready.popleft()
                 room = 0 if webhook.rate_limit else room - 1
@@ -6113,7 +6113,6 @@ class SlowWork:
 
 
 @functools.cache
-@functools.cache
 def environ_key(header: str) -> str:
     """Where a WSGI environment has a header (PEP 3333)."""
     return "HTTP_" + header.upper().replace("-", "_")
@@ -6203,14 +6202,15 @@ class Api:
         if passage is None:
             return self.app(environ, start_response)
         environ["bottle.route"] = self._publication
-        self._begin(environ)
+        self._bind(environ)
         body = self._publication.call()
         if passage.future is None:
             start_response(bottle.response.status_line, bottle.response.headerlist)
         return [body]
 
     @staticmethod
-    def _begin(environ):
+    def _bind(environ):
+        """Let bottle.request and bottle.response stand for this request."""
         bottle.request.bind(environ)
         bottle.response.bind()
 
@@ -6278,7 +6278,7 @@ class Api:
             document, status = answer(*future.result())
             line = f"{status} {http.HTTPStatus(status).phrase}"
             return line, [("Content-Type", JSON_TYPE)], json_bytes(document)
-        self._begin(environ)
+        self._bind(environ)
         body = self._rendered(future.result)
         return bottle.response.status_line, bottle.response.headerlist, body
 
