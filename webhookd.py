@@ -1606,7 +1606,7 @@ def _header_name(value):
 
 def _name_of(fields):
     if fields.get("event") is None:
-        way = "(in the body, or by ?event=NAME, or by X-Event-Key)"
+        way = "(in the body, or by ?event=NAME, X-Event-Key or X-GitHub-Event)"
         raise Invalid("must be a string" if "event" in fields else f"is needed {way}")
     return published_name(fields["event"])
 
@@ -4835,7 +4835,8 @@ class ReceiverLog:
             return
         words, level, values = self._latest
         self._counts[words] -= 1  # this line
-        others = [f"{count} times {what}" for what, count in self._counts.items() if count]
+        counted = +self._counts  # without those that are 0
+        others = [what if n == 1 else f"{n} times {what}" for what, n in counted.items()]
         if others:
             values = values | {"meanwhile": ", ".join(others)}
         log_fact(words, level=level, **values)
@@ -5199,7 +5200,9 @@ class Dispatcher:
         add = functools.partial(receiver_log.add, self._clock())
         names = {"webhook": webhook.id, "name": webhook.name, "url": webhook.short_url}
         if attempt.outcome == SUCCESS and was_down and not after.disabled:
-            add(WORKS_AGAIN, logging.INFO, **names, failures=before.failures)
+            # none if somebody has set the count back to 0
+            failures = {"failures": before.failures} if before.failures else {}
+            add(WORKS_AGAIN, logging.INFO, **names, **failures)
         if after.disabled and not before.disabled:
             add("webhook disabled", logging.WARNING, **names, reason=after.reason)
         elif after.failures and not before.failures:
