@@ -4513,17 +4513,37 @@ def test_one_turn_of_a_webhook_takes_no_slots_that_are_not_there(
     api, store, receiver, address_policy, settings, clock
 ):
     few = dataclasses.replace(settings, max_in_flight=8, webhook_concurrency=4)
-    client = webhookd.Client(address_policy, 5.0)
-    dispatcher = webhookd.Dispatcher(store, client, few, clock)
-    api.create(receiver.url)
-    api.post_json(EVENTS, [{"event": "e"}] * 4)
-    dispatcher.run_until_idle()  # it is known to work, so that there may be four at once
+    dispatcher = webhookd.Dispatcher(store, webhookd.Client(address_policy, 5.0), few, clock)
+    large, small = {"event": "large"}, {"event": "small"}
+    api.create(receiver.url, "large")
+    api.create(receiver.url, "small")
+    api.post_json(EVENTS, [large, *[small] * 4])
+    dispatcher.run_until_idle()  # they are known to work, so that there may be several at once
     in_flight = []
 
-    api.post_json(EVENTS, [{"event": "e", "text": "x" * 3 * webhookd.SLOT_BYTES}] * 4)
+    api.post_json(EVENTS, [large | {"x": "x" * 6 * webhookd.SLOT_BYTES}, *[small] * 4])
     during_attempt(receiver, dispatcher, lambda: in_flight.append(dispatcher.in_flight()))
 
-    assert in_flight == [2]  # of four slots each
+    assert in_flight == [2]  # the large one has seven slots of the eight
+
+
+def test_large_bodies_to_some_webhooks_leave_slots_to_the_others(
+    api, store, receiver, address_policy, settings, clock
+):
+    few = dataclasses.replace(settings, max_in_flight=16, webhook_concurrency=8)
+    dispatcher = webhookd.Dispatcher(store, webhookd.Client(address_policy, 20.0), few, clock)
+    for number in range(4):
+        api.create(f"{receiver.url}/{number}")
+    api.post_json(EVENTS, [{"event": "e"}] * 8)
+    dispatcher.run_until_idle()
+    receiver.received.clear()
+
+    api.post_json(EVENTS, [{"event": "e", "x": "x" * 2 * webhookd.SLOT_BYTES}] * 3)
+    during_attempt(
+        receiver,
+        dispatcher,
+        lambda: wait_until(lambda: len({request.path for request in receiver.received}) == 4),
+    )
 
 
 def test_receivers_that_hang_leave_room_for_those_that_work(
@@ -5315,6 +5335,17 @@ def test_a_rate_limit_spreads_deliveries(api, receiver, wall):
     assert [wall(s) for s in (0, 1, 1.1, 1, 1.1)] == [[0], [], [1], [], [2]]
 
 
+def test_between_two_milliseconds_a_rate_limit_waits(api, receiver, dispatcher, clock):
+    """It must not ask again and again in the millisecond in which the next one may start."""
+    clock.now += 0.000_7
+    api.create(receiver.url, rateLimit=2000)
+    publish_numbers(api, 0, 1, 2)
+
+    dispatcher.run_until_idle()
+
+    assert [body["n"] for body in receiver.bodies()] == [0]
+
+
 def test_a_rate_limit_is_reached(api, receiver, store, address_policy, settings):
     """An alarm that rings too early costs a tick: 200 of them would not end in time."""
     api.create(receiver.url, rateLimit=200)
@@ -5432,7 +5463,8 @@ def fail_once(monkeypatch, thing, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["_queue_of", "_line_up", "_note", "_hand_in", "_start", "start_attempt"]
+    "name",
+    ["_queue_of", "_line_up", "_note", "_hand_in", "_keep_result", "_start", "start_attempt"],
 )
 def test_memory_that_is_short_for_a_moment_leaves_no_delivery_unattempted(
     api, receiver, dispatcher, clock, monkeypatch, name
@@ -5687,7 +5719,7 @@ def test_two_addresses_may_be_one_client(one, other, are_one):
 
 
 def test_the_oldest_login_is_forgotten_first(logins):
-    logins._verified = webhookd.LimitedDict(2)
+    logins._by_header = webhookd.LimitedDict(2)
     for name in ("ann", "bob"):
         log_in(logins, name, name)
 
@@ -5696,6 +5728,17 @@ def test_the_oldest_login_is_forgotten_first(logins):
     users = webhookd.load_users(logins._store.reader())
     known = [logins.known(basic_header(name, name), users, "") for name in ("ann", "bob")]
     assert [user and user.name for user in known] == [None, "bob"]
+
+
+def test_many_spellings_of_one_secret_push_no_password_out(logins):
+    logins._by_header = webhookd.LimitedDict(2)
+    log_in(logins, "ann", "ann")
+    users = webhookd.load_users(logins._store.reader())
+
+    spellings = [logins.known(f"Bearer{' ' * n}secret", users, "").name for n in range(1, 5)]
+
+    assert spellings == ["app"] * 4
+    assert logins.known(basic_header("ann", "ann"), users, "").name == "ann"
 
 
 @pytest.fixture
@@ -9039,6 +9082,35 @@ def test_a_chunked_body_is_read_as_any_other(shared_daemon):
     status, answer = raw_request(shared_daemon.port, request.encode())
 
     assert (status, answer["event"]) == (202, "e")
+
+
+def test_a_publication_with_a_malformed_proxy_header_is_refused(shared_daemon):
+    headers = {"X-Forwarded-Proto": "https,http"}
+
+    status, answer = shared_daemon.call("POST", EVENTS, {"event": "e"}, **headers)
+
+    assert (status, answer["statusCode"]) == (400, 400)
+
+
+@pytest.mark.parametrize(
+    "version, header, connection",
+    [("1.1", "", None), ("1.1", "Connection: close\r\n", "close"), ("1.0", "", "close")],
+)
+def test_the_answer_to_a_publication_says_whether_the_connection_closes(
+    shared_daemon, version, header, connection
+):
+    request = (
+        f"POST {EVENTS} HTTP/{version}\r\nHost: x\r\nAuthorization: {BASIC}\r\n{header}"
+        'Content-Type: application/json\r\nContent-Length: 14\r\n\r\n{"event": "e"}'
+    )
+
+    with socket.create_connection(("127.0.0.1", shared_daemon.port), timeout=30) as opened:
+        opened.sendall(request.encode())
+        answer = http.client.HTTPResponse(opened)
+        answer.begin()
+
+    assert (answer.status, answer.getheader("Connection")) == (202, connection)
+    assert answer.getheader("Server") == "webhookd" and answer.getheader("Date")
 
 
 def test_the_trusted_proxy_says_where_a_request_came_from(shared_daemon):

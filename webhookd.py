@@ -4929,9 +4929,10 @@ class Scheduler:
 
     def next(self) -> WebhookQueue | None:
         """The queue whose turn it is, which waits no longer; None: no slot is free."""
-        if not self.has_slot(True):
+        if not self.has_slot(proven=True):
             return None
-        lines = self._lines if self.has_slot(False) else self._lines[:2]  # only the proven
+        unproven_may = self.has_slot(proven=False)
+        lines = self._lines if unproven_may else self._lines[:2]  # only the proven
         self._turn += 1
         if self._turn % REVERSED_TURNS == 0:  # so that every queue gets a turn some day
             lines = reversed(lines)
@@ -5056,7 +5057,7 @@ class Dispatcher:
     def _enter_loop(self):
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self._is_step_near = False
-        self._handed_in = asyncio.Event()  # set when attempts have ended
+        self._stepped = asyncio.Event()  # set by each step
 
     async def _run(self, started):
         self._enter_loop()
@@ -5076,8 +5077,8 @@ class Dispatcher:
 
     async def _all_ended(self):
         while self._scheduler.in_flight or self._results:
-            self._handed_in.clear()
-            await self._handed_in.wait()
+            self._stepped.clear()
+            await self._stepped.wait()
 
     def run_until_idle(self) -> None:
         """Without a thread: make every attempt that is due now, and record it."""
@@ -5113,12 +5114,13 @@ class Dispatcher:
         except Exception:
             log.exception("a step of the delivery loop failed")
         self._is_step_near = False
+        self._stepped.set()
 
     def _notice(self, queue):
         """Have one step look at all queues to which something happens in this pass of the
         event loop: to look after each attempt would cost more than the attempt."""
         self._noticed[queue] = None
-        if not self._is_step_near:
+        if self._loop and not self._is_step_near:
             self._is_step_near = True
             self._loop.call_soon(self.step)
 
@@ -5126,7 +5128,6 @@ class Dispatcher:
         if self._results:
             self._store.record(*self._results)
             self._results.clear()
-            self._handed_in.set()
 
     def _follow_commits(self):
         """Obey each commit; one that an error left half followed is caught up with first."""
@@ -5275,33 +5276,42 @@ class Dispatcher:
 
     def _start_attempts(self):
         while not self._stop.is_set() and not self._store.problem:
-            for queue in list(self._noticed):
-                self._line_up(queue)
-                del self._noticed[queue]
+            self._line_up_noticed()
             queue = self._scheduler.next()
             if queue is None:
                 return
-            self._noticed[queue] = None  # it may start more, or later
+            self._noticed[queue] = None  # after its turn it may line up again
             webhook = self._store.webhooks.by_id.get(queue.webhook_id)
             if webhook:
                 self._take_turn(queue, webhook)
+
+    def _line_up_noticed(self):
+        for queue in list(self._noticed):
+            self._line_up(queue)
+            del self._noticed[queue]
 
     def _take_turn(self, queue, webhook):
         """Start as many attempts as the webhook's share allows."""
         if not queue.ready and queue.backlog:
             self._refill(queue, webhook)
-        now_ms = self._now_ms()
-        if self._may_start_at(queue, webhook) > now_ms:
+        now = self._clock()
+        if self._may_start_at(queue, webhook) > now * 1000:
             return
         room = self._room(queue, webhook)
         try:
-            while room and queue.ready and self._scheduler.has_slot(queue.proven):
-                self._start(queue, queue.ready[0], webhook, now_ms)
+            while room and queue.ready and self._scheduler.has_slot(proven=queue.proven):
+                due = queue.ready[0]
+                self._start(queue, due, webhook, int(now * 1000))
                 queue.ready.popleft()
-                room = 0 if webhook.rate_limit else room - 1
+                room -= 1
+                if webhook.rate_limit:
+                    queue.not_before = now * 1000 + 1000 / webhook.rate_limit
+                    break
+                if len(due.body) >= SLOT_BYTES:  # it took several slots: now the others
+                    break
         except Exception:  # memory is short, say: the delivery stays the first
             log.exception("an attempt could not be started")
-            queue.not_before = now_ms + RETRY_SECONDS * 1000
+            queue.not_before = (now + RETRY_SECONDS) * 1000
 
     # ---- what is due ----
 
@@ -5338,9 +5348,6 @@ class Dispatcher:
 
     def _start(self, queue, due, webhook, now_ms):
         number = due.attempt_count + 1
-        if webhook.rate_limit:
-            start = max(queue.not_before, now_ms)
-            queue.not_before = start + 1000 / webhook.rate_limit
         try:
             body = render(webhook, due.body)
         except Invalid as error:
@@ -5369,14 +5376,14 @@ class Dispatcher:
         if sent is not None:
             attempt = attempt._replace(request_body=sent)
         try:
-            self._take_in(queue, due, attempt)
+            self._keep_result(queue, due, attempt)
         except Exception:  # memory is short, say: it is attempted again
-            log.exception("an attempt could not be handed in")
+            log.exception("the result of an attempt could not be kept")
             queue.held.discard(due.row_id)
             queue.backlog = True
         self._notice(queue)
 
-    def _take_in(self, queue, due, attempt):
+    def _keep_result(self, queue, due, attempt):
         if attempt.handshake_seconds > FAIR_HANDSHAKE_SECONDS:
             rest_ms = HANDSHAKE_REST * attempt.handshake_seconds * 1000
             queue.not_before = max(queue.not_before, self._clock() * 1000) + rest_ms
@@ -5748,24 +5755,32 @@ class Logins:
         self._store, self._clock = store, clock
         self._key = secrets.token_bytes(32)
         self._hashing = threading.Semaphore(MAX_HASHING)
-        self._lock = threading.Lock()  # guards changes of the next two
-        self._verified = LimitedDict(MAX_VERIFIED)  # Users by digest of the header
+        self._lock = threading.Lock()  # guards changes of the next three
+        # Users by digest of the header; apart, since who has a secret can spell it in many ways
+        self._by_header = LimitedDict(MAX_VERIFIED)
+        self._by_header_with_secret = LimitedDict(MAX_VERIFIED)
         # by user (None: no user) and client, the oldest first
         self._wrong: dict[tuple[str | None, str], WrongPasswords] = {}
 
     def known(self, header: str, users: list[User], address: str) -> User | None:
         """Whose Authorization header it is, if that is known without a slow hash; raises
         TooManyRequests."""
+        digest = self._digest(header)
+        user = self._by_header_with_secret.get(digest)
+        if user in users:
+            return user
         user = self._remembered(header, users)
-        if user is not None and not self._wrong:  # the usual case
+        if user is not None and not self._wrong:
             return user
         logins = read_logins(header)
         by_secret = self._by_secret(logins, users)
         if by_secret is not None:
             with self._lock:
-                self._verified[self._digest(header)] = by_secret
+                self._by_header_with_secret[digest] = by_secret
             return by_secret
         if self._wrong:
+            with self._lock:
+                self._forget_expired()
             self._check_throttle(self._culprit(logins, users, address))
         return user
 
@@ -5813,7 +5828,7 @@ class Logins:
         return hashlib.blake2b(header.encode(), key=self._key).digest()
 
     def _remembered(self, header, users):
-        user = self._verified.get(self._digest(header))
+        user = self._by_header.get(self._digest(header))
         return user if user in users else None
 
     def _remember(self, header, user, culprit):
@@ -5823,7 +5838,7 @@ class Logins:
             wrong.count -= 1
             if not wrong.count:
                 self._wrong.pop(culprit, None)
-            self._verified[self._digest(header)] = user
+            self._by_header[self._digest(header)] = user
 
     # ---- wrong passwords ----
 
@@ -5848,14 +5863,17 @@ class Logins:
     def _count_wrong(self, culprit):
         with self._lock:
             self._check_throttle(culprit)  # again: other requests may have been wrong
-            now = self._clock()
-            for key in list(self._wrong):
-                if self._wrong[key].since + WRONG_PASSWORDS_SECONDS > now:
-                    break
-                del self._wrong[key]
-            wrong = self._wrong.setdefault(culprit, WrongPasswords(now))
+            self._forget_expired()
+            wrong = self._wrong.setdefault(culprit, WrongPasswords(self._clock()))
             wrong.count += 1
             return wrong
+
+    def _forget_expired(self):
+        now = self._clock()
+        for key in list(self._wrong):
+            if self._wrong[key].since + WRONG_PASSWORDS_SECONDS > now:
+                break
+            del self._wrong[key]
 
     def _log_wrong(self, wrong, **values):
         log_fact("wrong password", level=logging.WARNING, **values)
@@ -6201,7 +6219,8 @@ class Api:
 
     def __call__(self, environ: dict, start_response: collections.abc.Callable) -> list[bytes]:
         """The WSGI application (PEP 3333). A publication in the server's own thread goes past
-        the router, to the same handler behind the same checks."""
+        the router, to the same handler behind the same checks. Nothing is started if that has
+        left its answer for later."""
         passage = environ.get(PASSAGE)
         if passage is None:
             return self.app(environ, start_response)
@@ -8200,8 +8219,10 @@ class Task(waitress.task.WSGITask):
         if ready_made is None:
             return super().execute()
         self.status, self.response_headers, body = ready_made
-        self.content_length, self.complete, self.wrote_header = len(body), True, True
-        self.channel.write_soon(self._head() + body)
+        self.content_length, self.complete = len(body), True
+        answer = self._head() + body
+        self.wrote_header = True  # only now: else waitress would not say that it closes
+        self.channel.write_soon(answer)
 
     def _head(self):
         if self.version != "1.1" or "CONNECTION" in self.request.headers:
@@ -8289,11 +8310,12 @@ class Channel(waitress.channel.HTTPChannel):
         passage, started = Passage(), []
         environ = Task(self, self.requests[0]).get_environment()
         environ[PASSAGE] = passage
-        body = self.server.application(environ, lambda *start: started.extend(start))
+        answer = self.server.application(environ, lambda *start: started.extend(start))
+        body = b"".join(answer)  # a generator may tell its status only now
         if passage.is_slow:
             self.server.task_dispatcher.add_task(self)
         elif passage.future is None:
-            self.answer(started[0], started[1], b"".join(body))
+            self.answer(started[0], started[1], body)
         else:
             passage.future.add_done_callback(
                 lambda _: self.server.finish_later(self, passage.late_answer)
