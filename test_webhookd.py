@@ -5191,6 +5191,8 @@ def test_a_repair_that_is_hurried_by_hand_is_logged_as_one(
         "webhook works again",
     ]
     assert 'meanwhile="webhook paused"' in lines[1] and "failures=" not in lines[1]
+    levels = [r.levelname for r in caplog.records if "name=mended" in r.getMessage()]
+    assert levels == ["INFO", "WARNING"]  # that it was paused shows among the warnings
     [resumed] = [m for m in caplog.messages if m.startswith("webhook resumed")]
     assert "fields" not in resumed
 

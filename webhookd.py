@@ -4820,13 +4820,14 @@ class ReceiverLog:
     def __init__(self):
         self._not_before = -math.inf  # seconds
         self._counts = collections.Counter()  # of what was not logged, by its words
-        self._latest: tuple[str, int, dict] | None = None
+        self._latest: tuple[str, dict] | None = None
+        self._level = 0  # the highest of what was not logged
         self.is_of_trouble = False  # the last line, or the one that is kept back
 
     def add(self, now: float, words: str, level: int, **values: object) -> None:
         """Log a fact now, or when the minute is over; now: seconds."""
         self._counts[words] += 1
-        self._latest = words, level, values
+        self._latest, self._level = (words, values), max(level, self._level)
         self.is_of_trouble = words != WORKS_AGAIN
         self.flush(now)
 
@@ -4834,15 +4835,15 @@ class ReceiverLog:
         """Log what was kept back, if the minute is over."""
         if not self._latest or now < self._not_before:
             return
-        words, level, values = self._latest
+        words, values = self._latest
         self._counts[words] -= 1  # this line
         counted = +self._counts  # without those that are 0
         others = [what if n == 1 else f"{n} times {what}" for what, n in counted.items()]
         if others:
             values = values | {"meanwhile": ", ".join(others)}
-        log_fact(words, level=level, **values)
+        log_fact(words, level=self._level, **values)
         self._counts.clear()
-        self._latest, self._not_before = None, now + LOG_SECONDS
+        self._latest, self._level, self._not_before = None, 0, now + LOG_SECONDS
 
 
 class WebhookQueue:
@@ -8965,7 +8966,7 @@ def _role_for(given, users):
     """The role that the user gets; raises CommandError."""
     old = next((user for user in users if user.name == given.name), None)
     if old and not given.replace:
-        raise CommandError(f"there is a user {given.name} already; --replace gives it a new one")
+        raise CommandError(f"there is a user {given.name} already; --replace gives it a new secret")
     if given.replace and not old:
         raise CommandError(f"there is no user {given.name} to replace")
     return given.role or old.role
