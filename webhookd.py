@@ -38,7 +38,7 @@ Threads: the main one has the clients' sockets and answers small publications it
 answer all other requests; the store's writer; the delivery loop (asyncio); maintenance; and one
 for each name that is being looked up. Code calls only what stands above it. What must reach
 upward is handed down: `Store.on_commit` takes the listeners that the writer tells of each commit,
-and a publication's future calls the server back.
+and `Store.on_finish` those that it wakes once the writes of a commit are finished.
 
 The sections, in the order in which the file builds on itself (`grep '^# ==='` finds them):
 
@@ -3947,11 +3947,25 @@ def stored_error(error: Exception, path: str) -> Exception:
 
 
 class Write:
-    """Something for the writer to do in a batch; its future is done once that is on disk."""
+    """Something for the writer to do in a batch, and what came of it.
+
+    A concurrent.futures.Future has conditions and callbacks, which cost a twentieth of all the
+    work for a publication."""
 
     def __init__(self, run: collections.abc.Callable[[Batch], object]):
-        self.future = concurrent.futures.Future()
-        self._run, self._result, self._error = run, None, None
+        self._run, self._result = run, None
+        self.error: Exception | None = None  # why there was nothing written
+        self.is_finished = False  # on disk, or failed
+        self._under_way = threading.Lock()  # held until then
+        self._under_way.acquire()
+
+    def result(self) -> object:
+        """What the work in the batch gave, once that is on disk; raises its error."""
+        with self._under_way:
+            pass
+        if self.error:
+            raise self.error
+        return self._result
 
     def run(self, batch: Batch) -> None:
         """Called by the writer; most errors fail this write alone."""
@@ -3960,14 +3974,12 @@ class Write:
         except (sqlite3.Error, MemoryError):
             raise  # the other writes would fail, too
         except Exception as error:
-            self._error = error
+            self.error = error
 
     def finish(self, error: Exception | None = None) -> None:
         """Called by the writer after the commit; error: why there was none."""
-        if error := self._error or error:
-            self.future.set_exception(error)
-        else:
-            self.future.set_result(self._result)
+        self.error, self.is_finished = self.error or error, True
+        self._under_way.release()
 
 
 # ---- the store ----
@@ -4055,6 +4067,7 @@ class Store:
         self._local = threading.local()  # each thread's own reader
         self._spare_readers: list[Database] = []  # for threads that have none yet
         self._listeners: list[collections.abc.Callable] = []  # see on_commit
+        self._finish_listeners: list[collections.abc.Callable] = []  # see on_finish
         # changed by the writer only, as committed: the file is ahead for a moment
         self._ids = {}  # the next ones of each table
         self._counted_names = {}  # event names that statistics have, by webhook
@@ -4137,6 +4150,8 @@ class Store:
                     listener(batch.commit)
                 for write in writes:
                     write.finish()
+            for listener in self._finish_listeners if writes else ():
+                listener()
             self._progressed = None
 
     def _note_progress(self):
@@ -4224,6 +4239,10 @@ class Store:
         """Have the writer call a listener after each commit."""
         self._listeners.append(listener)
 
+    def on_finish(self, listener: collections.abc.Callable[[], None]) -> None:
+        """Have the writer call a listener whenever writes are on disk, or have failed."""
+        self._finish_listeners.append(listener)
+
     def faults(self) -> collections.abc.Iterator[str]:
         """Why the database cannot be read, or not all of it."""
         if self.damage:
@@ -4248,7 +4267,7 @@ class Store:
                 raise Unavailable("webhookd is stopping")
             self._writes.append(write)
             self._wakeup.notify()
-        return write.future
+        return write
 
     def publish(
         self,
@@ -4256,12 +4275,12 @@ class Store:
         now_ms: int,
         idempotency: IdempotencyKey | None = None,
         publisher: User | None = None,
-    ) -> concurrent.futures.Future:
-        """Store events and their deliveries; a future that is done once they are on disk.
+    ) -> Write:
+        """Store events and their deliveries; does not wait.
 
-        Its result is the events as stored, and whether an earlier publication with the key
+        The result is the events as stored, and whether an earlier publication with the key
         had stored them. publisher: a user who must still be the same when they are
-        stored. The future, or the call, raises Unauthorized, KeyReused, StorageFull or
+        stored. The result, or the call, raises Unauthorized, KeyReused, StorageFull or
         Unavailable; then nothing was stored."""
         if self.full:
             raise StorageFull(self.full)
@@ -6156,13 +6175,13 @@ class Passage:
     one that is slow starts again in another thread."""
 
     is_slow = False
-    future: concurrent.futures.Future | None = None
+    write: Write | None = None
     late_answer: collections.abc.Callable[[], tuple] | None = None
 
-    def leave(self, future: concurrent.futures.Future, late_answer) -> None:
+    def leave(self, write: Write, late_answer: collections.abc.Callable[[], tuple]) -> None:
         """Leave a function for later, which makes the answer (status line, headers, body) once
-        the future is done."""
-        self.future, self.late_answer = future, late_answer
+        the write is finished."""
+        self.write, self.late_answer = write, late_answer
 
 
 QUICK, SLOW = True, False  # how long a handler holds a thread; see SlowWork
@@ -6228,7 +6247,7 @@ class Api:
         environ["bottle.route"] = self._publication
         self._bind(environ)
         body = self._publication.call()
-        if passage.future is None:
+        if passage.write is None:
             start_response(bottle.response.status_line, bottle.response.headerlist)
         return [body]
 
@@ -6286,24 +6305,24 @@ class Api:
             raise Unavailable("this goes on in another thread")  # nobody sees this answer
         return self._slow_work.admit(work)
 
-    def _answer_after(self, future, answer):
-        """The document and status that are answer(*result), once a future is done. The server's
-        own thread does not wait, but leaves that for later."""
+    def _answer_after(self, write, answer):
+        """The document and status that are answer(*result), once a write is finished. The
+        server's own thread does not wait, but leaves that for later."""
         environ = bottle.request.environ
         passage = environ.get(PASSAGE)
         if passage is None:
-            return self._json(*answer(*future.result()))
-        passage.leave(future, lambda: self._late_answer(environ, future, answer))
+            return self._json(*answer(*write.result()))
+        passage.leave(write, lambda: self._late_answer(environ, write, answer))
         return b""
 
-    def _late_answer(self, environ, future, answer):
+    def _late_answer(self, environ, write, answer):
         """Status line, headers and body of an answer that was left for later."""
-        if not future.exception():  # past bottle.response, each of whose attributes is slow
-            document, status = answer(*future.result())
+        if not write.error:  # past bottle.response, each of whose attributes is slow
+            document, status = answer(*write.result())
             line = f"{status} {http.HTTPStatus(status).phrase}"
             return line, [("Content-Type", JSON_TYPE)], json_bytes(document)
         self._bind(environ)
-        body = self._rendered(future.result)
+        body = self._rendered(write.result)
         return bottle.response.status_line, bottle.response.headerlist, body
 
     def _refuse_other_sites(self):
@@ -8315,12 +8334,10 @@ class Channel(waitress.channel.HTTPChannel):
         body = b"".join(answer)  # a generator may tell its status only now
         if passage.is_slow:
             self.server.task_dispatcher.add_task(self)
-        elif passage.future is None:
+        elif passage.write is None:
             self.answer(started[0], started[1], body)
         else:
-            passage.future.add_done_callback(
-                lambda _: self.server.finish_later(self, passage.late_answer)
-            )
+            self.server.answer_after(passage.write, self, passage.late_answer)
 
     def answer_late(self, late_answer: collections.abc.Callable[[], tuple]) -> None:
         """Send the answer that a publication has left for later."""
@@ -8361,8 +8378,8 @@ class Server(waitress.server.TcpWSGIServer):
         self.adj.bodies = BodyMemory()  # all that a parser knows of its server is adj
         self._thread = threading.get_ident()
         self._publications = collections.deque()  # channels; appended to by any thread
-        self._finished = collections.deque()  # channels and late answers; the same
-        self._is_woken = False  # the server's thread, to send late answers
+        # writes that publications wait for, channels and late answers, in the writer's order
+        self._unanswered = collections.deque()
         self._accepts_from = self._looks_from = self._complains_from = 0.0  # monotonic
 
     def readable(self) -> bool:
@@ -8408,21 +8425,24 @@ class Server(waitress.server.TcpWSGIServer):
         if threading.get_ident() != self._thread:  # which is awake
             super().pull_trigger()
 
-    def finish_later(self, channel: Channel, late_answer: collections.abc.Callable) -> None:
-        """Have the server's thread send an answer; called by any thread."""
-        self._finished.append((channel, late_answer))
-        if not self._is_woken:
-            self._is_woken = True  # once for all answers of a commit
+    def wake(self) -> None:
+        """Have the server's thread look which publications are on disk; called by the writer."""
+        if self._unanswered:
             self.pull_trigger()
+
+    def answer_after(
+        self, write: Write, channel: Channel, late_answer: collections.abc.Callable[[], tuple]
+    ) -> None:
+        """Answer a request once a write is finished."""
+        self._unanswered.append((write, channel, late_answer))
 
     def pass_publications(self) -> None:
         """Take the publications that came, and answer those that are on disk."""
         while self._publications:
             channel = self._publications.popleft()
             self._close_if_it_fails(channel, Channel.pass_through)
-        self._is_woken = False
-        while self._finished:
-            channel, late_answer = self._finished.popleft()
+        while self._unanswered and self._unanswered[0][0].is_finished:
+            _, channel, late_answer = self._unanswered.popleft()
             self._close_if_it_fails(channel, Channel.answer_late, late_answer)
 
     @staticmethod
@@ -8827,6 +8847,7 @@ def serve(settings: Settings) -> None:
         if settings.admin_password:
             api.remember_admin(settings.admin_password)
         server = make_server(api, listener, settings)
+        store.on_finish(server.wake)
         stopping = threading.Event()
         on_stop(lambda *_: _stop(server, stopping))
         gc.freeze()  # what is there now stays, and is not looked through again
