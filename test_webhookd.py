@@ -5197,6 +5197,18 @@ def test_a_repair_that_is_hurried_by_hand_is_logged_as_one(
     assert "fields" not in resumed
 
 
+def test_a_disabled_webhook_is_not_logged_as_resumed(api, receiver, dispatcher, caplog):
+    caplog.set_level("INFO")
+    receiver.answers(410)
+    webhook = api.create(receiver.url)
+    api.publish()
+    dispatcher.run_until_idle()
+
+    api.put_json(f"{WEBHOOKS}/{webhook['id']}", {"paused": False})
+
+    assert caplog.messages[-1].startswith(f"webhook changed id={webhook['id']} ")
+
+
 def test_the_log_at_a_stop_holds_nothing_back(
     api, receiver, store, address_policy, settings, clock, caplog
 ):
@@ -9295,6 +9307,30 @@ def test_a_client_that_is_refused_has_ten_seconds_to_stop(echo):
 
     assert client.recv(100).startswith(b"HTTP/1.1 401")
     assert overdue_after(channel, 10)
+
+
+def test_a_publication_is_answered_as_soon_as_it_is_on_disk(parts, store):
+    """And not when the server looks around next."""
+    inside, gate = threading.Event(), threading.Event()
+    body = b'{"event": "e"}'
+    head = f"POST {EVENTS} HTTP/1.1\r\nAuthorization: Bearer {SECRETS['publisher']}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with contextlib.closing(SteppedServer(api_with_pages(parts))) as stepped:
+        store.on_finish(stepped.server.wake)
+        holding = threading.Thread(
+            target=store.write, args=(lambda batch: (inside.set(), gate.wait(20)),)
+        )
+        holding.start()
+        inside.wait(20)
+        client, _ = stepped.connect(head.encode() + body)
+        stepped.step_until(lambda: stepped.server._unanswered)
+
+        gate.set()
+
+        while stepped.server._unanswered:
+            assert ends(lambda: stepped.server.run_once(60))
+        assert client.recv(100).startswith(b"HTTP/1.1 202")
+        holding.join()
 
 
 def test_a_request_in_hand_has_all_the_time_it_takes():

@@ -6082,8 +6082,8 @@ def change_in_words(old: Webhook, new: Webhook, starts_clean: bool) -> str:
         return "webhook activated" if new.active else "webhook deactivated"
     if old.paused != new.paused:
         return "webhook paused by hand" if new.paused else "webhook resumed"
-    is_same = not changed_fields(old, new)
-    return "webhook resumed" if starts_clean and is_same else "webhook changed"
+    resumes = starts_clean and new.active and not changed_fields(old, new)
+    return "webhook resumed" if resumes else "webhook changed"
 
 
 def lost_secret(old: Webhook, new: Webhook) -> bool:
