@@ -8734,7 +8734,6 @@ class Sink(http.server.ThreadingHTTPServer):
 # ======================================================================================
 
 READERS_AT_START = SERVER_THREADS + 4  # one for each thread that reads
-YOUNG_OBJECTS = 10_000  # Python looks for cycles when there are so many new objects
 M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # of malloc.h
 PAGES_PER_COPY_STEP = 256  # 1 MB: a publication waits for one step at most
 
@@ -8851,7 +8850,6 @@ def serve(settings: Settings) -> None:
         stopping = threading.Event()
         on_stop(lambda *_: _stop(server, stopping))
         gc.freeze()  # what is there now stays, and is not looked through again
-        gc.set_threshold(YOUNG_OBJECTS)
         notify("READY=1")
         log_fact("ready", listen=printable_address(*address))
         take_requests(server, stopping)
