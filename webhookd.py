@@ -5786,10 +5786,10 @@ class Logins:
         """Whose Authorization header it is, if that is known without a slow hash; raises
         TooManyRequests."""
         digest = self._digest(header)
-        user = self._by_header_with_secret.get(digest)
-        if user in users:
+        user = self._remembered(self._by_header_with_secret, digest, users)
+        if user is not None:
             return user
-        user = self._remembered(header, users)
+        user = self._remembered(self._by_header, digest, users)
         if user is not None and not self._wrong:
             return user
         logins = read_logins(header)
@@ -5809,14 +5809,15 @@ class Logins:
         users, logins = load_users(self._store.reader()), read_logins(header)
         culprit = self._culprit(logins, users, address)
         with self._hashing:
-            user = self._remembered(header, users)  # another thread was first
+            digest = self._digest(header)
+            user = self._remembered(self._by_header, digest, users)  # another thread was first
             if user is not None:
                 return user
             wrong = self._count_wrong(culprit)  # it counts as wrong until it turns out right
             for login in logins:
                 user = self._by_password(login, users)
                 if user is not None:
-                    self._remember(header, user, culprit)
+                    self._remember(digest, user, culprit)
                     return user
         self._log_wrong(wrong, address=address, user=culprit[0] or "unknown")
         raise Unauthorized("wrong user name or password")
@@ -5847,18 +5848,19 @@ class Logins:
     def _digest(self, header):
         return hashlib.blake2b(header.encode(), key=self._key).digest()
 
-    def _remembered(self, header, users):
-        user = self._by_header.get(self._digest(header))
+    @staticmethod
+    def _remembered(by_header, digest, users):
+        user = by_header.get(digest)
         return user if user in users else None
 
-    def _remember(self, header, user, culprit):
+    def _remember(self, digest, user, culprit):
         with self._lock:
             # verify() has counted it as wrong; if that is gone, its minute is over
             wrong = self._wrong.get(culprit, WrongPasswords(0, 1))
             wrong.count -= 1
             if not wrong.count:
                 self._wrong.pop(culprit, None)
-            self._by_header[self._digest(header)] = user
+            self._by_header[digest] = user
 
     # ---- wrong passwords ----
 
